@@ -1,0 +1,263 @@
+"""What a run is: frozen dataclasses, validated on the host.
+
+Every field is also a command-line flag of the same name (`experiments/flags`)
+and a line of `config.json`; its help text lives here once. `choices`, `minimum`
+and `maximum` of a field are enforced by `RunConfig.validate`.
+"""
+
+import dataclasses
+from typing import Any, Iterator
+
+from fedmmr_jax.errors import UserError
+
+
+def _field(default: Any, help: str, **bounds: Any) -> Any:
+  return dataclasses.field(
+      default=default, metadata={'help': help, **bounds})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which interactions and features a run reads."""
+
+  dataset: str = _field(
+      'synthetic', 'data set', choices=('synthetic', 'ml-1m', 'ml-100k'))
+  data_dir: str = _field(
+      '', 'folder of the data set (unused by synthetic)')
+  top_k_users: int = _field(
+      0, 'keep the k most active users, ties: lower id first (0 = all)',
+      minimum=0)
+  visual_features: str = _field(
+      'auto', 'visual feature matrix: a .npy path that must exist, auto (the '
+      'file in data_dir if there is one) or none')
+  text_features: str = _field(
+      'auto', 'text feature matrix: like --visual_features')
+  synthetic_users: int = _field(
+      400, 'users of the synthetic set', minimum=2)
+  synthetic_items: int = _field(
+      300, 'items of the synthetic set', minimum=40)
+  sampled_negatives: int = _field(
+      100, 'unseen items each target is ranked against in the sampled protocol',
+      minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape and variants of the model (DESIGN.md, Model)."""
+
+  hidden_dim: int = _field(128, 'D, width of all states', minimum=1)
+  num_blocks: int = _field(2, 'transformer blocks of the backbone', minimum=1)
+  num_heads: int = _field(4, 'attention heads of the backbone', minimum=1)
+  max_seq_len: int = _field(50, 'L, window of the backbone', minimum=1)
+  semantic_heads: int = _field(
+      8, 'attention heads of the semantic expert', minimum=1)
+  visual_projection_dim: int = _field(
+      128, 'query and key width of the visual expert', minimum=1)
+  router_hidden_dim: int = _field(
+      128, 'first hidden width of the router; the second is half', minimum=2)
+  dropout: float = _field(
+      0.2, 'dropout rate everywhere', minimum=0.0, maximum=0.95)
+  embedding_init_std: float = _field(
+      0.1, 'std of the initial item and position embeddings', minimum=0.0)
+  fusion: str = _field(
+      'residual', 'residual adds the experts with full gradient; gated '
+      'multiplies them by a learned scalar (the original, for ablation)',
+      choices=('residual', 'gated'))
+  gating_init: float = _field(0.1, 'initial value of the gate of --fusion=gated')
+  global_memory: bool = _field(
+      False, 'let the semantic expert attend to the global prototypes')
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """The training objective (DESIGN.md, Losses)."""
+
+  drift: str = _field(
+      'instance_weight', 'how surprise enters the contrastive loss',
+      choices=('instance_weight', 'adaptive_temperature', 'none'))
+  temperature: float = _field(
+      0.07, 'temperature of the contrastive loss', minimum=1e-4)
+  surprise_scale: float = _field(
+      0.5, 'alpha of the instance weight 1 + alpha * surprise', minimum=0.0)
+  contrastive_weight: float = _field(
+      0.1, 'weight of the contrastive loss', minimum=0.0)
+  load_balance_weight: float = _field(
+      0.01, 'weight of the load balance loss', minimum=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """A client's memory and its prototypes (DESIGN.md, Client memory)."""
+
+  memory_capacity: int = _field(50, 'M, slots of a memory', minimum=1)
+  retrieval_size: int = _field(
+      20, 'R, entries the experts attend to', minimum=1)
+  surprise_threshold: float = _field(
+      0.3, 'a positive whose pairwise loss is below is not remembered')
+  recency_weight: float = _field(0.6, 'weight of recency in utility')
+  frequency_weight: float = _field(0.4, 'weight of frequency in utility')
+  recency_time_constant: float = _field(
+      60.0, 'processed samples after which recency falls to 1/e',
+      minimum=1e-6)
+  num_prototypes: int = _field(
+      5, 'P, prototypes of a client and of the server', minimum=1)
+  prototype_iterations: int = _field(10, 'k-means iterations', minimum=1)
+  warm_memory: bool = _field(
+      False, 'fill the memories of clients that were never sampled by a '
+      'forward pass over their training history before evaluation')
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig:
+  """Local training of one client."""
+
+  local_epochs: int = _field(1, 'passes over the own positives', minimum=1)
+  batch_size: int = _field(32, 'B, windows of a local step', minimum=1)
+  objective: str = _field(
+      'last', 'last: a window predicts the item after it; all_positions: '
+      'every position of a window predicts its next item',
+      choices=('last', 'all_positions'))
+  negatives: str = _field(
+      'per_sample', 'per_sample: each target draws its own negatives; shared: '
+      'one draw a step serves all its targets',
+      choices=('per_sample', 'shared'))
+  num_negatives: int = _field(100, 'N, negatives of a draw', minimum=1)
+  leaky_negatives: bool = _field(
+      False, 'never draw the held-out items as negatives either, as the '
+      'original does; measures what that leak is worth')
+  client_optimizer: str = _field(
+      'adam', 'local optimizer, fresh every round', choices=('adam', 'sgd'))
+  client_learning_rate: float = _field(
+      1e-3, 'learning rate of the local optimizer', minimum=0.0)
+  weight_decay: float = _field(
+      1e-5, 'L2 term added to the local gradient', minimum=0.0)
+  proximal_mu: float = _field(
+      0.0, 'FedProx: mu / 2 * |params - server params|^2 in the local loss',
+      minimum=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+  """Rounds, cohorts and aggregation."""
+
+  num_rounds: int = _field(20, 'federated rounds', minimum=1)
+  client_fraction: float = _field(
+      0.1, 'share of the clients sampled in a round', minimum=1e-9,
+      maximum=1.0)
+  server_optimizer: str = _field(
+      'fedavg', 'optimizer applied to the mean client delta (Reddi et al. '
+      '2021)', choices=('fedavg', 'fedavgm', 'fedadam', 'fedyogi'))
+  server_learning_rate: float = _field(
+      1.0, 'learning rate of the server optimizer', minimum=0.0)
+  server_momentum: float = _field(
+      0.9, 'momentum of fedavgm, beta 1 of fedadam and fedyogi', minimum=0.0,
+      maximum=0.9999)
+  server_beta2: float = _field(
+      0.99, 'beta 2 of fedadam and fedyogi', minimum=0.0, maximum=0.99999)
+  server_epsilon: float = _field(
+      1e-8, 'epsilon of fedadam and fedyogi; small, because it is compared '
+      'with deltas, which shrink with the client learning rate', minimum=0.0)
+  partial_aggregation_warmup_rounds: int = _field(
+      0, 'for so many rounds only backbone and embeddings are aggregated',
+      minimum=0)
+  clients_per_chunk: int = _field(
+      10, 'clients trained side by side in one vmap; bounds the memory of a '
+      'round', minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """When a run is evaluated and when it stops."""
+
+  eval_every: int = _field(
+      1, 'rounds between validations (the last round is always validated)',
+      minimum=1)
+  patience: int = _field(
+      10, 'stop after so many rounds without a better validation '
+      'HR@10 (sampled); 0 = never', minimum=0)
+  clients_per_eval_chunk: int = _field(
+      20, 'clients ranked side by side', minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """Everything that determines a run's numbers."""
+
+  seed: int = _field(0, 'seed of every random draw of the run', minimum=0)
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  loss: LossConfig = LossConfig()
+  memory: MemoryConfig = MemoryConfig()
+  client: ClientConfig = ClientConfig()
+  server: ServerConfig = ServerConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+
+  def validate(self) -> 'RunConfig':
+    """Returns self; raises UserError naming the first field out of bounds."""
+    for _, field, value in walk_fields(self):
+      _validate_field(field, value)
+    m = self.model
+    for heads in ('num_heads', 'semantic_heads'):
+      if m.hidden_dim % getattr(m, heads):
+        raise UserError(
+            f'--hidden_dim={m.hidden_dim} is not a multiple of '
+            f'--{heads}={getattr(m, heads)}')
+    if self.memory.retrieval_size > self.memory.memory_capacity:
+      raise UserError(
+          f'--retrieval_size={self.memory.retrieval_size} exceeds '
+          f'--memory_capacity={self.memory.memory_capacity}')
+    if self.data.dataset != 'synthetic' and not self.data.data_dir:
+      raise UserError(
+          f'--dataset={self.data.dataset} needs --data_dir, the folder that '
+          'holds its files')
+    return self
+
+  def as_flat_dict(self) -> dict[str, Any]:
+    """Flag name -> value, for `config.json`."""
+    return {field.name: value for _, field, value in walk_fields(self)}
+
+  @classmethod
+  def from_flat_dict(cls, values: dict[str, Any]) -> 'RunConfig':
+    """Inverse of `as_flat_dict`; absent names keep their defaults.
+
+    Raises:
+      UserError: a name that no field bears.
+    """
+    known = {field.name: group for group, field, _ in walk_fields(cls())}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+      if name not in known:
+        raise UserError(f'unknown setting {name!r}')
+      groups.setdefault(known[name], {})[name] = value
+    top = groups.pop('', {})
+    nested = {
+        group: dataclasses.replace(getattr(cls(), group), **fields)
+        for group, fields in groups.items()}
+    return cls(**top, **nested)
+
+
+def walk_fields(
+    config: RunConfig) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+  """Yields (group attribute or '', field, value) of every setting."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      for inner in dataclasses.fields(value):
+        yield field.name, inner, getattr(value, inner.name)
+    else:
+      yield '', field, value
+
+
+def _validate_field(field: dataclasses.Field, value: Any) -> None:
+  meta = field.metadata
+  if 'choices' in meta and value not in meta['choices']:
+    raise UserError(
+        f'--{field.name}={value} is unknown; choose from '
+        + ', '.join(meta['choices']))
+  # Written so that NaN fails too.
+  if 'minimum' in meta and not value >= meta['minimum']:
+    raise UserError(
+        f'--{field.name}={value} is below its minimum {meta["minimum"]}')
+  if 'maximum' in meta and not value <= meta['maximum']:
+    raise UserError(
+        f'--{field.name}={value} is above its maximum {meta["maximum"]}')

@@ -1,0 +1,139 @@
+"""Item features: loading and integrity (repair 3).
+
+A feature matrix has one row for each item id of the source, row 0 = padding;
+an all-zero row is a missing feature. Nothing is ever replaced: a matrix that
+fails a check stops the run.
+"""
+
+from typing import NamedTuple
+
+from etils import epath
+import numpy as np
+
+from fedmmr_jax.errors import UserError
+
+AUTO, NONE = 'auto', 'none'
+
+
+class IntegrityReport(NamedTuple):
+  """What was checked about one feature matrix, and found.
+
+  Attributes:
+    kind: 'visual' or 'text'.
+    source: file, or what generated the features.
+    shape: rows and columns.
+    dtype: as stored.
+    minimum, maximum, mean, std: over all non-zero rows.
+    zero_rows: rows without features, padding row included.
+    covered: catalogue items with features.
+    catalogue: items of the catalogue.
+  """
+
+  kind: str
+  source: str
+  shape: tuple[int, int]
+  dtype: str
+  minimum: float
+  maximum: float
+  mean: float
+  std: float
+  zero_rows: int
+  covered: int
+  catalogue: int
+
+  def __str__(self) -> str:
+    return (
+        f'{self.kind:6} features  ok  {self.source}\n'
+        f'         shape {self.shape[0]} x {self.shape[1]}  {self.dtype}  '
+        f'min {self.minimum:.4g}  max {self.maximum:.4g}  '
+        f'mean {self.mean:.4g}  std {self.std:.4g}\n'
+        f'         zero rows {self.zero_rows}  coverage {self.covered} of '
+        f'{self.catalogue} items ({self.covered / self.catalogue:.1%})')
+
+
+def resolve(flag: str, kind: str, folder: epath.Path) -> epath.Path | None:
+  """Which file `--{kind}_features` means.
+
+  Args:
+    flag: 'auto' (the file in the data folder, if there is one), 'none' or a
+      path that must exist.
+    kind: 'visual' or 'text'.
+    folder: the data folder.
+
+  Raises:
+    UserError: the named file does not exist.
+  """
+  if flag == NONE:
+    return None
+  if flag == AUTO:
+    path = folder / f'{kind}_features.npy'
+    return path if path.exists() else None
+  path = epath.Path(flag)
+  if not path.exists():
+    raise UserError(
+        f'--{kind}_features={flag}: no such file; name a .npy matrix, or say '
+        f'--{kind}_features=none to train without')
+  return path
+
+
+def load(path: epath.Path, kind: str, num_rows: int,
+         item_ids: np.ndarray) -> tuple[np.ndarray, IntegrityReport]:
+  """Reads and checks a matrix and picks the rows of the catalogue.
+
+  Args:
+    path: a .npy file.
+    kind: 'visual' or 'text'.
+    num_rows: rows it must have: the largest item id of the source + 1.
+    item_ids: [V] source id of each catalogue row, entry 0 = padding.
+
+  Returns:
+    [V, F] float32 features by catalogue row, and the report.
+
+  Raises:
+    UserError: not a matrix of numbers, wrong number of rows, a NaN or
+      infinity, a constant matrix, or a padding row that is not zero.
+  """
+  try:
+    with path.open('rb') as file:
+      matrix = np.load(file, allow_pickle=False)
+  except (ValueError, EOFError, OSError) as error:
+    raise UserError(f'{path}: not a readable .npy matrix ({error})') from None
+  report = check(matrix, kind, str(path), num_rows, item_ids)
+  return matrix[item_ids].astype(np.float32), report
+
+
+def check(matrix: np.ndarray, kind: str, source: str, num_rows: int,
+          item_ids: np.ndarray) -> IntegrityReport:
+  """Refuses a broken matrix; see `load`."""
+  if matrix.ndim != 2 or matrix.dtype.kind not in 'fiu' or not matrix.shape[1]:
+    raise UserError(
+        f'{source}: expected a matrix of numbers [items, features], found '
+        f'{matrix.dtype} of shape {matrix.shape}')
+  if matrix.shape[0] != num_rows:
+    raise UserError(
+        f'{source}: {matrix.shape[0]} rows, but the data set needs {num_rows}: '
+        f'one for each item id from 0 (padding) to {num_rows - 1}')
+  bad = np.argwhere(~np.isfinite(matrix))
+  if len(bad):
+    row, column = bad[0]
+    raise UserError(
+        f'{source}, row {row}, column {column}: {matrix[row, column]} '
+        f'({len(bad)} such values); every value must be finite, a missing '
+        'feature is an all-zero row')
+  if matrix.min() == matrix.max():
+    raise UserError(
+        f'{source}: every value is {matrix.min():g}, a constant matrix tells '
+        f'items apart in nothing; rebuild it or say --{kind}_features=none')
+  if np.any(matrix[0]):
+    raise UserError(
+        f'{source}, row 0: not zero, but row 0 is padding; is the matrix '
+        'shifted by one row? Row i must belong to item id i')
+  present = np.any(matrix != 0, axis=1)
+  values = matrix[present]
+  return IntegrityReport(
+      kind=kind, source=source, shape=matrix.shape, dtype=str(matrix.dtype),
+      minimum=float(values.min()), maximum=float(values.max()),
+      mean=float(values.mean(dtype=np.float64)),
+      std=float(values.std(dtype=np.float64)),
+      zero_rows=int((~present).sum()),
+      covered=int(present[item_ids[1:]].sum()), catalogue=len(item_ids) - 1)

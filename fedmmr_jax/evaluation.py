@@ -1,0 +1,137 @@
+"""Leave-one-out ranking, full catalogue and sampled, from the same scores.
+
+A tie counts against the target. A NaN score makes every comparison false and
+would read as rank 0, a perfect hit: it is counted and raised instead.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmmr_jax import client as client_lib
+from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax.client import Broadcast
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.dataset import ClientData, FederatedData, client_view
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.memory import Memory
+from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.server import ServerState
+
+# How many items before the end of a client's sequence the target lies.
+SPLITS = {'val': 2, 'test': 1}
+
+
+class Ranks(NamedTuple):
+  """Ranks of the targets of one split.
+
+  Attributes:
+    full: [K] int32 unconsumed catalogue items at least as good as the target.
+    sampled: [K] int32 sampled negatives at least as good as the target.
+    bad_scores: [K] int32 scores that are not finite.
+  """
+
+  full: jax.Array
+  sampled: jax.Array
+  bad_scores: jax.Array
+
+
+def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
+                    window: jax.Array, memory: Memory) -> jax.Array:
+  """[V] scores of all items for one client's window [L]."""
+  apply = partial(model.apply, {'params': broadcast.params})
+  state = apply(window, last_only=True, method='encode')[0]
+  candidates = apply(
+      jnp.arange(model.num_rows), broadcast.catalogue,
+      client_lib.memory_view(memory, broadcast, config), method='candidates')
+  return model.score(state, candidates)
+
+
+def rank_client(scores: jax.Array, client: ClientData,
+                target_at: jax.Array) -> Ranks:
+  """Ranks one client's target.
+
+  Args:
+    scores: [V].
+    client: its data; everything in its history counts as consumed.
+    target_at: [] int32 position of the target in the history.
+  """
+  target = client.history[target_at]
+  at_least = scores >= scores[target]
+  # Row 0 is consumed too: histories are padded with it, and it is no item.
+  unconsumed = jnp.ones(scores.shape, bool).at[client.history].set(False)
+  unconsumed = unconsumed.at[0].set(False)
+  return Ranks(
+      full=jnp.sum(at_least & unconsumed),
+      sampled=jnp.sum(at_least[client.sampled_negatives]),
+      bad_scores=jnp.sum(~jnp.isfinite(scores)))
+
+
+@partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
+def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
+             server: ServerState, memories: Memory, clients: jax.Array,
+             from_end: jax.Array, catalogue: Catalogue,
+             data: FederatedData) -> Ranks:
+  """Ranks the targets of many clients, each with its own memory.
+
+  Args:
+    model: the architecture.
+    config: static settings.
+    max_items: H, the longest client's number of interactions.
+    server: parameters and prototypes.
+    memories: of all clients, [K].
+    clients: [G, C] int32, −1 where none.
+    from_end: [] int32, see SPLITS.
+    catalogue: item features.
+    data: all clients' data.
+
+  Returns:
+    Ranks with axes [G, C].
+  """
+  broadcast = server.broadcast(catalogue)
+  max_seq_len = config.model.max_seq_len
+
+  def rank_one(index):
+    client = client_view(data, index, max_items)
+    target_at = jnp.maximum(client.num_items - from_end, 0)
+    position = target_at + jnp.arange(-max_seq_len, 0)
+    window = jnp.where(position >= 0, client.history[position], 0)
+    memory = jax.tree.map(lambda x: x[index], memories)
+    scores = score_catalogue(model, config, broadcast, window, memory)
+    return rank_client(scores, client, target_at)
+
+  return jax.lax.map(jax.vmap(rank_one), clients)
+
+
+def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
+             server: ServerState, memories: Memory, split: str,
+             catalogue: Catalogue, data: FederatedData
+             ) -> tuple[dict[str, dict[str, float]], Ranks]:
+  """Metrics of one split under both protocols.
+
+  Returns:
+    ({'sampled': {'HR@10': …}, 'full': {…}}, ranks [K] on the host).
+
+  Raises:
+    UserError: a score is NaN or infinite.
+  """
+  num_clients = data.length.shape[0]
+  per_chunk = min(config.evaluation.clients_per_eval_chunk, num_clients)
+  clients = np.full(-(-num_clients // per_chunk) * per_chunk, -1, np.int32)
+  clients[:num_clients] = np.arange(num_clients)
+  ranks = rank_all(model, config, max_items, server, memories,
+                   clients.reshape(-1, per_chunk), SPLITS[split], catalogue,
+                   data)
+  ranks = jax.tree.map(
+      lambda x: np.asarray(x).reshape(-1)[:num_clients], ranks)
+  bad = np.flatnonzero(ranks.bad_scores)
+  if bad.size:
+    raise UserError(
+        f'{split}: {bad.size} of {num_clients} clients have scores that are '
+        'NaN or infinite, the training diverged; lower '
+        '--client_learning_rate or --server_learning_rate')
+  return {'sampled': metrics_lib.ranking(ranks.sampled),
+          'full': metrics_lib.ranking(ranks.full)}, ranks

@@ -1,0 +1,193 @@
+"""The federated round as one jit-compiled step: the only place that vmaps
+over clients.
+
+A cohort of C clients comes as chunks [G, C/G]. Chunks are scanned with a
+running weighted sum of the deltas, so memory does not grow with the cohort
+(but for the uploaded prototypes, 8 kB a client); inside a chunk the clients
+are vmapped. Clients of a chunk run as many steps as its longest needs, a
+traced number: one compilation serves every cohort. Sorting the cohort by
+length keeps the masked steps few.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmmr_jax import client as client_lib
+from fedmmr_jax import memory as memory_lib
+from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import server as server_lib
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.dataset import FederatedData, HELD_OUT, client_view
+from fedmmr_jax.memory import Memory
+from fedmmr_jax.metrics import Mean
+from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.server import ServerState
+
+PADDING_CLIENT = -1
+
+
+class FederationState(NamedTuple):
+  """Everything a round changes.
+
+  Attributes:
+    server: the server's state.
+    memories: memory of each client, leading axis [K].
+  """
+
+  server: ServerState
+  memories: Memory
+
+
+def init(model: FedDMMR, catalogue: Catalogue, config: RunConfig,
+         num_clients: int) -> FederationState:
+  """State before round 1, drawn from the seed."""
+  key = jax.random.fold_in(jax.random.key(config.seed), 0)
+  params = jax.jit(partial(model.init, method='initialise'))(
+      key, catalogue)['params']
+  memory = memory_lib.init(config.memory.memory_capacity)
+  return FederationState(
+      server=server_lib.init(params, config, catalogue.text.shape[-1]),
+      memories=jax.tree.map(
+          lambda x: jnp.tile(x, (num_clients, *[1] * x.ndim)), memory))
+
+
+def round_key(seed: int, round_number: int) -> jax.Array:
+  """Key of a round (1-based); a client's is fold_in(round_key, client)."""
+  return jax.random.fold_in(jax.random.key(seed), round_number)
+
+
+def cohort_size(config: RunConfig, num_clients: int) -> int:
+  """C: client_fraction · K, at least one."""
+  return max(1, round(config.server.client_fraction * num_clients))
+
+
+def sample_cohort(config: RunConfig, round_number: int,
+                  lengths: np.ndarray) -> np.ndarray:
+  """Draws the clients of a round, without replacement.
+
+  Args:
+    config: seed, client fraction and chunk size.
+    round_number: 1-based.
+    lengths: [K] interactions of each client.
+
+  Returns:
+    [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the last chunk.
+  """
+  size = cohort_size(config, len(lengths))
+  rng = np.random.default_rng([config.seed, round_number])
+  return chunked(rng.choice(len(lengths), size, replace=False), lengths,
+                 config.server.clients_per_chunk)
+
+
+def chunked(clients: np.ndarray, lengths: np.ndarray,
+            per_chunk: int) -> np.ndarray:
+  """[G, per_chunk] int32: clients of similar length side by side.
+
+  Longest first, ties by number: the order they come in does not matter.
+  """
+  order = np.lexsort((clients, -lengths[clients]))
+  per_chunk = min(per_chunk, len(clients))
+  padding = -len(clients) % per_chunk
+  padded = np.concatenate([clients[order], np.full(padding, PADDING_CLIENT)])
+  return padded.astype(np.int32).reshape(-1, per_chunk)
+
+
+def masked_fraction(cohort: np.ndarray, lengths: np.ndarray,
+                    config: RunConfig) -> float:
+  """Share of a round's executed window slots that train nothing."""
+  train = np.where(cohort >= 0, lengths[cohort] - HELD_OUT, 0)
+  stride = client_lib.window_stride(config.client, config.model.max_seq_len)
+  steps = client_lib.num_steps(train, config).max(axis=1, keepdims=True)
+  executed = np.sum(steps * config.client.batch_size) * cohort.shape[1]
+  return float(1 - client_lib.num_windows(train, stride).sum() / executed)
+
+
+@partial(jax.jit, static_argnames=('model', 'config', 'max_items'),
+         donate_argnames='state')
+def run_round(model: FedDMMR, config: RunConfig, max_items: int,
+              state: FederationState, cohort: jax.Array, key: jax.Array,
+              catalogue: Catalogue, data: FederatedData
+              ) -> tuple[FederationState, dict[str, Mean]]:
+  """One round of federated learning.
+
+  Args:
+    model: the architecture.
+    config: static settings.
+    max_items: H, the longest client's number of interactions.
+    state: before the round; donated.
+    cohort: [G, C/G] int32 distinct clients, PADDING_CLIENT where none.
+    key: the round's key, see `round_key`.
+    catalogue: item features.
+    data: all clients' data, of which each client sees its own.
+
+  Returns:
+    The state after the round and the training metrics of the cohort.
+  """
+  broadcast = state.server.broadcast(catalogue)
+
+  def train_chunk(carry, clients):
+    memories, delta_sum, weight_sum, metrics = carry
+    views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
+    max_steps = jnp.max(client_lib.num_steps(views.num_train, config))
+    updates = jax.vmap(
+        lambda view, memory, client: client_lib.local_update(
+            model, config, broadcast, view, memory,
+            jax.random.fold_in(key, client), max_steps)
+    )(views, jax.tree.map(lambda x: x[clients], memories), clients)
+    delta_sum = jax.tree.map(
+        lambda total, d: total + jnp.tensordot(updates.weight, d, 1),
+        delta_sum, updates.delta)
+    chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
+    carry = (store(memories, clients, updates.memory), delta_sum,
+             weight_sum + jnp.sum(updates.weight),
+             metrics_lib.merge(metrics, chunk_metrics))
+    return carry, updates.prototypes
+
+  nothing = jax.tree.map(jnp.zeros_like, state.server.params)
+  no_metrics = client_lib.empty_metrics() | {'memory_fill': metrics_lib.EMPTY}
+  start = (state.memories, nothing, jnp.zeros(()),
+           jax.tree.map(jnp.asarray, no_metrics))
+  (memories, delta_sum, weight_sum, metrics), uploaded = jax.lax.scan(
+      train_chunk, start, cohort)
+  server = server_lib.aggregate(
+      state.server, delta_sum, weight_sum, uploaded, config)
+  return FederationState(server, memories), metrics
+
+
+def store(memories: Memory, clients: jax.Array, updated: Memory) -> Memory:
+  """Writes a chunk's memories back; padding clients are dropped."""
+  return jax.tree.map(
+      lambda all_, new: all_.at[jnp.where(
+          clients >= 0, clients, all_.shape[0])].set(new, mode='drop'),
+      memories, updated)
+
+
+@partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
+def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
+                  state: FederationState, clients: jax.Array, key: jax.Array,
+                  catalogue: Catalogue, data: FederatedData) -> Memory:
+  """Memories with those of never-sampled clients filled (`--warm_memory`).
+
+  Args:
+    As `run_round`, with all clients to look at in `clients` [G, C/G].
+
+  Returns:
+    The memories of all clients; those sampled before are unchanged.
+  """
+  broadcast = state.server.broadcast(catalogue)
+
+  def warm_chunk(memories, clients):
+    views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
+    max_steps = jnp.max(client_lib.num_steps(views.num_train, config))
+    filled = jax.vmap(
+        lambda view, memory, client: client_lib.fill_memory(
+            model, config, broadcast, view, memory,
+            jax.random.fold_in(key, client), max_steps)
+    )(views, jax.tree.map(lambda x: x[clients], memories), clients)
+    return store(memories, clients, filled), None
+
+  return jax.lax.scan(warm_chunk, state.memories, clients)[0]

@@ -1,0 +1,172 @@
+"""Loss terms of a local step (DESIGN.md, Losses). Reductions take explicit
+weights, so padded samples count for nothing, and 0/0 is 0.
+
+Axes: `T` targets of a step, `N` negatives, `J` candidates, `E` experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedmmr_jax.config import LossConfig
+from fedmmr_jax.models.feddmmr import NUM_EXPERTS
+
+# Below this squared length a vector has no direction (see `_unit`).
+_MIN_SQUARED_NORM = 1e-12
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+  """Σ w·v / Σ w over all axes; 0 where no weight is left."""
+  weights = jnp.broadcast_to(weights, values.shape).astype(values.dtype)
+  total = jnp.sum(weights)
+  # A value of weight 0 may be anything, NaN included.
+  kept = jnp.where(weights > 0, values, 0.0)
+  return jnp.sum(kept * weights) / jnp.where(total > 0, total, 1.0)
+
+
+def recommendation_loss(positive: jax.Array,
+                        negatives: jax.Array) -> jax.Array:
+  """Cross-entropy of each positive against its sampled negatives.
+
+  Args:
+    positive: [T] scores.
+    negatives: [T, N] scores.
+
+  Returns:
+    [T] losses.
+  """
+  logits = jnp.concatenate([positive[:, None], negatives], axis=-1)
+  return jax.nn.logsumexp(logits, axis=-1) - positive
+
+
+def pairwise_surprise(positive: jax.Array, negatives: jax.Array) -> jax.Array:
+  """BPR loss mean_j −log σ(s_pos − s_neg_j): what the memory gates on.
+
+  Args:
+    positive: [T] scores.
+    negatives: [T, N] scores.
+
+  Returns:
+    [T], without gradient.
+  """
+  return jax.lax.stop_gradient(jnp.mean(
+      jax.nn.softplus(negatives - positive[:, None]), axis=-1))
+
+
+def surprise_of(recommendation: jax.Array) -> jax.Array:
+  """sigmoid(recommendation loss) per sample, [T], without gradient."""
+  return jax.lax.stop_gradient(jax.nn.sigmoid(recommendation))
+
+
+def instance_weights(surprise: jax.Array, scale: float) -> jax.Array:
+  """1 + scale · surprise (repair 2): 0.3 -> 1.15 and 0.8 -> 1.40 at 0.5."""
+  return 1.0 + scale * surprise
+
+
+def symmetric_infonce(visual: jax.Array, semantic: jax.Array,
+                      valid: jax.Array,
+                      temperature: jax.Array | float) -> jax.Array:
+  """Per-sample symmetric InfoNCE (van den Oord et al. 2018) of two views.
+
+  Args:
+    visual: [T, D] visual representations of the positives.
+    semantic: [T, D] semantic representations of the positives.
+    valid: [T] bool; invalid samples are no one's pair and no one's contrast.
+    temperature: scalar, or [T] one for each sample's row and column.
+
+  Returns:
+    [T] losses; meaningless (but finite) where `valid` is False.
+  """
+  similarity = _unit(visual) @ _unit(semantic).T  # [T, T]
+  temperature = jnp.broadcast_to(temperature, valid.shape)[:, None]
+  matching = jnp.diagonal(similarity) / temperature[:, 0]
+
+  def against_the_rest(rows):
+    logits = jnp.where(valid, rows / temperature, -jnp.inf)
+    # A row without any valid entry would be -inf everywhere: NaN gradients.
+    logits = jnp.where(jnp.any(valid), logits, 0.0)
+    return jax.nn.logsumexp(logits, axis=-1) - matching
+
+  return 0.5 * (against_the_rest(similarity) + against_the_rest(similarity.T))
+
+
+def load_balance_loss(router_weights: jax.Array,
+                      counted: jax.Array) -> jax.Array:
+  """Σ_e (mean usage_e − 1/E)² over the candidates that have a choice.
+
+  Args:
+    router_weights: [J, E].
+    counted: [J] float or bool, candidates to average over.
+
+  Returns:
+    Scalar; 0 if nothing is counted.
+  """
+  counted = counted.astype(router_weights.dtype)
+  total = jnp.sum(counted)
+  usage = counted @ router_weights / jnp.where(total > 0, total, 1.0)
+  return jnp.where(
+      total > 0, jnp.sum((usage - 1.0 / NUM_EXPERTS) ** 2), 0.0)
+
+
+class LossTerms(NamedTuple):
+  """Scalars of one step; `total` is what is minimised.
+
+  Attributes:
+    total: rec + 0.1 · contrastive + 0.01 · load_balance.
+    rec: mean cross-entropy of the positives.
+    contrastive: mean of weight · InfoNCE over positives with both views.
+    load_balance: router's imbalance.
+    instance_weight: mean instance weight of the positives.
+  """
+
+  total: jax.Array
+  rec: jax.Array
+  contrastive: jax.Array
+  load_balance: jax.Array
+  instance_weight: jax.Array
+
+
+def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
+            visual: jax.Array, semantic: jax.Array, has_both: jax.Array,
+            load_balance: jax.Array) -> LossTerms:
+  """Total loss of a step from its parts.
+
+  Args:
+    config: weights, temperature and the treatment of surprise.
+    rec_per_sample: [T] from `recommendation_loss`.
+    valid: [T] bool, False at padding.
+    visual: [T, D] visual representations of the positives.
+    semantic: [T, D] semantic representations of the positives.
+    has_both: [T] bool, positives whose two experts both had input.
+    load_balance: scalar.
+
+  Returns:
+    The terms.
+  """
+  surprise = surprise_of(rec_per_sample)
+  weights = jnp.ones_like(surprise)
+  temperature = config.temperature
+  if config.drift == 'instance_weight':
+    weights = instance_weights(surprise, config.surprise_scale)
+  elif config.drift == 'adaptive_temperature':
+    # The broken variant: a hard sample's logits are flattened, so it counts
+    # less. Kept to show that it does.
+    temperature = temperature * (1.0 + config.surprise_scale * surprise)
+
+  pairs = valid & has_both
+  per_sample = symmetric_infonce(visual, semantic, pairs, temperature)
+  contrastive = weighted_mean(weights * per_sample, pairs)
+  rec = weighted_mean(rec_per_sample, valid)
+  total = (rec + config.contrastive_weight * contrastive
+           + config.load_balance_weight * load_balance)
+  return LossTerms(
+      total, rec, contrastive, load_balance, weighted_mean(weights, valid))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  """Rows of unit length; a zero row stays zero, with a finite gradient."""
+  squared = jnp.sum(x * x, axis=-1, keepdims=True)
+  has_direction = squared > _MIN_SQUARED_NORM
+  squared = jnp.where(has_direction, squared, 1.0)
+  return jnp.where(has_direction, x * jax.lax.rsqrt(squared), 0.0)

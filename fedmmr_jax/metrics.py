@@ -1,0 +1,70 @@
+"""Mergeable means (sum and weight) of training, and ranking metrics.
+
+HR, NDCG and MRR are computed from ranks on the host, in float64.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CUTOFFS = (5, 10, 20)
+
+
+class Mean(NamedTuple):
+  """A weighted mean under construction.
+
+  Attributes:
+    total: [] float32 Σ w·v.
+    weight: [] float32 Σ w.
+  """
+
+  total: jax.Array
+  weight: jax.Array
+
+
+EMPTY = Mean(np.float32(0), np.float32(0))
+
+
+def mean(value: jax.Array, weight: jax.Array) -> Mean:
+  """A scalar that already is the mean of `weight` samples."""
+  weight = jnp.asarray(weight, jnp.float32)
+  return Mean(jnp.where(weight > 0, value, 0.0) * weight, weight)
+
+
+def over(values: jax.Array, counted: jax.Array) -> Mean:
+  """The mean of an array over the entries where `counted`."""
+  return Mean(jnp.sum(jnp.where(counted, values, 0.0)),
+              jnp.sum(counted, dtype=jnp.float32))
+
+
+def merge(first, second):
+  """Adds two trees of `Mean`."""
+  return jax.tree.map(jnp.add, first, second)
+
+
+def finish(means: dict[str, Mean]) -> dict[str, float | None]:
+  """Host values; None where nothing was counted (JSON has no NaN)."""
+  return {name: float(m.total) / float(m.weight) if m.weight > 0 else None
+          for name, m in means.items()}
+
+
+def ranking(ranks: np.ndarray) -> dict[str, float]:
+  """HR, NDCG and MRR of one relevant item per user.
+
+  Args:
+    ranks: [K] int 0-based: how many candidates are at least as good as the
+      target. A tie counts against the target.
+
+  Returns:
+    'HR@n', 'NDCG@n' for n in CUTOFFS, and 'MRR'.
+  """
+  ranks = np.asarray(ranks, np.float64)
+  result = {}
+  for n in CUTOFFS:
+    hit = ranks < n
+    result[f'HR@{n}'] = float(np.mean(hit))
+    result[f'NDCG@{n}'] = float(np.mean(hit / np.log2(ranks + 2)))
+  result['MRR'] = float(np.mean(1 / (ranks + 1)))
+  return result

@@ -1,0 +1,247 @@
+"""FedDMMR: backbone, experts and router put together.
+
+    s = SASRec(window)                                           [D]
+    a = w_vis · LN(visual(c, memory)) + w_sem · LN(semantic(c, memory))  [J, D]
+    score(s, c) = √D · cos(LN(s) + a, e_c)                        [J]
+
+Everything here is written for one client and one window; callers vmap.
+`a` depends on the candidate and the memory, never on the window, so scoring T
+windows against J candidates takes two [T, D] x [D, J] products (`score`).
+"""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.models import layers
+from fedmmr_jax.models.experts import MemoryView, SemanticExpert, VisualExpert
+from fedmmr_jax.models.router import ItemRouter
+from fedmmr_jax.models.sasrec import SASRec
+
+VISUAL, SEMANTIC = 0, 1  # positions on the expert axis E
+NUM_EXPERTS = 2
+# Below this squared length a vector has no direction; its cosine is 0.
+_MIN_SQUARED_NORM = 1e-12
+
+
+class Catalogue(NamedTuple):
+  """Item features, one row an item, row 0 = padding, zero row = missing.
+
+  Attributes:
+    visual: [V, 512] float32 (width 0: the run has no images).
+    text: [V, 384] float32 (width 0: the run has no texts).
+    has_visual: [V] bool.
+    has_text: [V] bool.
+  """
+
+  visual: jax.Array
+  text: jax.Array
+  has_visual: jax.Array
+  has_text: jax.Array
+
+  @classmethod
+  def from_features(cls, visual, text) -> 'Catalogue':
+    """Builds the masks: an all-zero row is a missing feature."""
+    return cls(
+        visual=jnp.asarray(visual, jnp.float32),
+        text=jnp.asarray(text, jnp.float32),
+        has_visual=jnp.any(jnp.asarray(visual) != 0, axis=-1),
+        has_text=jnp.any(jnp.asarray(text) != 0, axis=-1))
+
+
+class Candidates(NamedTuple):
+  """Everything about J candidates that does not depend on a window.
+
+  Attributes:
+    embedding: [J, D] item embeddings `e`.
+    auxiliary: [J, D] `a`, the residual enhancement; 0 without any expert.
+    visual: [J, D] visual expert's output (zeros if not configured).
+    semantic: [J, D] semantic expert's output (zeros if not configured).
+    weights: [J, E] router weights; 0 for an expert without input, the rest
+      renormalised.
+    available: [J, E] bool, which experts had something to work on.
+  """
+
+  embedding: jax.Array
+  auxiliary: jax.Array
+  visual: jax.Array
+  semantic: jax.Array
+  weights: jax.Array
+  available: jax.Array
+
+
+def view_memory(catalogue: Catalogue, items: jax.Array,
+                prototypes: jax.Array | None = None,
+                prototype_mask: jax.Array | None = None) -> MemoryView:
+  """Looks up the features of retrieved entries.
+
+  Args:
+    catalogue: item features.
+    items: [R] int32 item ids, 0 = empty slot.
+    prototypes: [P, 384] global prototypes appended to the texts, or None.
+    prototype_mask: [P] bool, which of them exist.
+
+  Returns:
+    The entries as the experts read them.
+  """
+  filled = items > 0
+  text, text_mask = catalogue.text[items], filled & catalogue.has_text[items]
+  if prototypes is not None:
+    text = jnp.concatenate([text, prototypes])
+    text_mask = jnp.concatenate([text_mask, prototype_mask])
+  return MemoryView(
+      visual=catalogue.visual[items],
+      visual_mask=filled & catalogue.has_visual[items],
+      text=text, text_mask=text_mask)
+
+
+class FedDMMR(nn.Module):
+  """The model of one client.
+
+  Attributes:
+    config: widths, depths, dropout and variants.
+    num_rows: V, rows of the item table including padding row 0.
+    visual_dim: width of the visual features; 0 leaves the visual expert out.
+    text_dim: width of the text features; 0 leaves the semantic expert out.
+  """
+
+  config: ModelConfig
+  num_rows: int
+  visual_dim: int
+  text_dim: int
+
+  @property
+  def is_backbone_only(self) -> bool:
+    return not (self.visual_dim or self.text_dim)
+
+  def setup(self):
+    c = self.config
+    self.item_embedding = self.param(
+        'item_embedding', _item_embedding_init(c.embedding_init_std),
+        (self.num_rows, c.hidden_dim))
+    self.backbone = SASRec(
+        c.hidden_dim, c.num_heads, c.num_blocks, c.max_seq_len, c.dropout,
+        c.embedding_init_std)
+    if self.visual_dim:
+      self.visual_expert = VisualExpert(
+          c.hidden_dim, c.visual_projection_dim, c.dropout)
+      self.visual_norm = layers.layer_norm()
+    if self.text_dim:
+      self.semantic_expert = SemanticExpert(
+          c.hidden_dim, c.semantic_heads, c.dropout)
+      self.semantic_norm = layers.layer_norm()
+    if not self.is_backbone_only:
+      self.router = ItemRouter(c.router_hidden_dim, NUM_EXPERTS, c.dropout)
+      self.sequence_norm = layers.layer_norm()
+      if c.fusion == 'gated':
+        self.fusion_gate = self.param(
+            'fusion_gate', nn.initializers.constant(c.gating_init), ())
+
+  def encode(self, window: jax.Array, train: bool = False,
+             last_only: bool = False) -> jax.Array:
+    """Sequence representations of one left-padded window.
+
+    Args:
+      window: [L] int32 item ids, 0 = padding.
+      train: whether dropout acts (consumes the `dropout` key).
+      last_only: only the last position, computed more cheaply.
+
+    Returns:
+      [L, D] (or [1, D]) float32, ready for `score`: LN(s), or plain s for a
+      model without experts.
+    """
+    valid = window > 0
+    embedded = self.item_embedding[window] * valid[:, None]
+    states = self.backbone(embedded, valid, train, last_only)
+    return states if self.is_backbone_only else self.sequence_norm(states)
+
+  def candidates(self, items: jax.Array, catalogue: Catalogue,
+                 memory: MemoryView, train: bool = False) -> Candidates:
+    """Represents J candidates through one client's memory.
+
+    Args:
+      items: [J] int32 item ids.
+      catalogue: item features, [V, ...].
+      memory: the client's retrieved entries.
+      train: whether dropout acts.
+
+    Returns:
+      `Candidates` with J rows.
+    """
+    embedding = self.item_embedding[items]
+    nothing = jnp.zeros_like(embedding)
+    weights = jnp.zeros((items.shape[0], NUM_EXPERTS), embedding.dtype)
+    available = weights > 0
+    if self.is_backbone_only:
+      return Candidates(
+          embedding, nothing, nothing, nothing, weights, available)
+
+    visual = semantic = auxiliary = nothing
+    available = self._available(items, catalogue, memory)
+    # Masking before the softmax renormalises over the experts that remain.
+    weights = layers.masked_softmax(self.router(embedding, train), available)
+    if self.visual_dim:
+      visual = self.visual_expert(catalogue.visual[items], memory, train)
+      auxiliary += weights[:, VISUAL, None] * self.visual_norm(visual)
+    if self.text_dim:
+      semantic = self.semantic_expert(embedding, memory, train)
+      auxiliary += weights[:, SEMANTIC, None] * self.semantic_norm(semantic)
+    if self.config.fusion == 'gated':  # the original's form, for ablation
+      auxiliary *= self.fusion_gate
+    return Candidates(
+        embedding, auxiliary, visual, semantic, weights, available)
+
+  def _available(self, items, catalogue, memory) -> jax.Array:
+    """[J, E] bool: has the expert something to work on for this candidate?"""
+    nobody = jnp.zeros(items.shape, bool)
+    visual = nobody
+    if self.visual_dim:
+      visual = catalogue.has_visual[items] & jnp.any(memory.visual_mask)
+    semantic = nobody
+    if self.text_dim:
+      semantic = nobody | jnp.any(memory.text_mask)
+    return jnp.stack([visual, semantic], axis=-1)
+
+  def initialise(self, catalogue: Catalogue) -> None:
+    """Touches every parameter; the method `init` runs."""
+    window = jnp.zeros((self.config.max_seq_len,), jnp.int32)
+    self.encode(window)
+    self.candidates(
+        window[:1], catalogue, view_memory(catalogue, window[:1]))
+
+  @nn.nowrap  # needs no parameters: call it on the model itself
+  def score(self, state: jax.Array, candidates: Candidates) -> jax.Array:
+    """Scores J candidates for one encoded position.
+
+    `|s + a|² = |s|² + 2 s·a + |a|²` and `(s + a)·e = s·e + a·e`, so vmapping
+    over T states against shared candidates never forms a [T, J, D] tensor.
+
+    Args:
+      state: [D] float32 from `encode`.
+      candidates: J candidates.
+
+    Returns:
+      [J] float32.
+    """
+    e, a = candidates.embedding, candidates.auxiliary
+    if self.is_backbone_only:
+      return e @ state
+    dot = e @ state + jnp.sum(a * e, axis=-1)
+    squared_norm = (
+        jnp.sum(state * state) + 2 * (a @ state) + jnp.sum(a * a, axis=-1))
+    squared_norm *= jnp.sum(e * e, axis=-1)
+    # Both branches of the select must be finite, or a zero vector's gradient
+    # is NaN.
+    has_direction = squared_norm > _MIN_SQUARED_NORM
+    squared_norm = jnp.where(has_direction, squared_norm, 1.0)
+    cosine = jnp.where(has_direction, dot * jax.lax.rsqrt(squared_norm), 0.0)
+    return self.config.hidden_dim ** 0.5 * cosine
+
+
+def _item_embedding_init(std: float):
+  def init(key, shape, dtype=jnp.float32):
+    return (std * jax.random.normal(key, shape, dtype)).at[0].set(0.0)
+  return init

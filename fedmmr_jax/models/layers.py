@@ -1,0 +1,77 @@
+"""Building blocks shared by the backbone, the experts and the router.
+
+Axes as in WORKSPACE.md: `L` window, `D` hidden, `R` retrieved memory entries.
+"""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+def dense(features: int, name: str | None = None) -> nn.Dense:
+  """A linear layer as the paper initialises it: Xavier-uniform, zero bias."""
+  return nn.Dense(
+      features, kernel_init=nn.initializers.xavier_uniform(), name=name)
+
+
+class AffineMap(NamedTuple):
+  """kernel [in, out] and bias [out] of a linear layer."""
+
+  kernel: jax.Array
+  bias: jax.Array
+
+
+class Affine(nn.Module):
+  """The parameters of a `dense` layer, for callers that fold the product."""
+
+  in_features: int
+  out_features: int
+
+  @nn.compact
+  def __call__(self) -> AffineMap:
+    kernel = self.param('kernel', nn.initializers.xavier_uniform(),
+                        (self.in_features, self.out_features))
+    bias = self.param('bias', nn.initializers.zeros_init(),
+                      (self.out_features,))
+    return AffineMap(kernel, bias)
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+  # The two-pass variance: E[x²] - E[x]² loses digits in float32.
+  return nn.LayerNorm(
+      epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, name=name)
+
+
+def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+  """Softmax over the last axis that is 0 where `mask` is False.
+
+  A row without any True gives zeros, and its gradient is 0, where the usual
+  "add -inf" gives NaN.
+
+  Args:
+    logits: [..., N] float.
+    mask: [..., N] bool, broadcastable to `logits`.
+
+  Returns:
+    [..., N] float, each row summing to 1, or to 0 where nothing is allowed.
+  """
+  lowest = jnp.finfo(logits.dtype).min
+  logits = jnp.where(mask, logits, lowest)
+  peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return weights / jnp.where(total > 0, total, 1.0)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+  """[N, D] -> [H, N, D / H]."""
+  return x.reshape(x.shape[0], num_heads, -1).swapaxes(0, 1)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+  """[H, N, D / H] -> [N, D]."""
+  return x.swapaxes(0, 1).reshape(x.shape[1], -1)

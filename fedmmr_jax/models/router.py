@@ -1,0 +1,33 @@
+"""Item-centric router: which expert speaks for a candidate (FedDMMR,
+"Item-centric routing")."""
+
+from flax import linen as nn
+import jax
+
+from fedmmr_jax.models import layers
+
+
+class ItemRouter(nn.Module):
+  """Candidate embedding -> softmax over the experts."""
+
+  hidden_dim: int
+  num_experts: int
+  dropout: float
+
+  @nn.compact
+  def __call__(self, candidate_embedding: jax.Array,
+               train: bool) -> jax.Array:
+    """Args:
+      candidate_embedding: [J, D] float32.
+      train: whether dropout acts.
+
+    Returns:
+      [J, E] float32 logits; the caller masks experts without input and takes
+      the softmax, which renormalises the rest.
+    """
+    x = layers.dense(self.hidden_dim, 'input')(candidate_embedding)
+    x = nn.relu(layers.layer_norm('norm')(x))
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    x = nn.relu(layers.dense(self.hidden_dim // 2, 'hidden')(x))
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    return layers.dense(self.num_experts, 'logits')(x)

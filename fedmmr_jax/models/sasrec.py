@@ -1,0 +1,93 @@
+"""SASRec backbone (Kang & McAuley 2018, "Self-Attentive Sequential
+Recommendation", ICDM), post-norm form, written for one window."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedmmr_jax.models import layers
+
+
+class CausalBlock(nn.Module):
+  """One transformer block: attention, add & norm, feed-forward, add & norm."""
+
+  hidden_dim: int
+  num_heads: int
+  dropout: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, valid: jax.Array, train: bool,
+               last_only: bool = False) -> jax.Array:
+    """Applies the block to one window.
+
+    Args:
+      x: [L, D] float32 states.
+      valid: [L] bool, False at padding, which nothing attends to.
+      train: whether dropout acts (consumes the `dropout` key).
+      last_only: compute the last position alone; its value is the same.
+
+    Returns:
+      [L, D], or [1, D] with `last_only`.
+    """
+    length = x.shape[0]
+    queries_from = x[-1:] if last_only else x
+    query = layers.dense(self.hidden_dim, 'query')(queries_from)
+    key = layers.dense(self.hidden_dim, 'key')(x)
+    value = layers.dense(self.hidden_dim, 'value')(x)
+
+    query, key, value = (
+        layers.split_heads(t, self.num_heads) for t in (query, key, value))
+    logits = jnp.einsum('hqd,hkd->hqk', query, key)
+    logits = logits * (self.hidden_dim // self.num_heads) ** -0.5
+    causal = jnp.tril(jnp.ones((length, length), bool))[-query.shape[1]:]
+    attention = layers.masked_softmax(logits, causal & valid)
+    attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
+    attended = layers.merge_heads(
+        jnp.einsum('hqk,hkd->hqd', attention, value))
+    attended = layers.dense(self.hidden_dim, 'output')(attended)
+    attended = nn.Dropout(self.dropout)(attended, deterministic=not train)
+    x = layers.layer_norm('attention_norm')(queries_from + attended)
+
+    y = nn.relu(layers.dense(self.hidden_dim, 'feed_forward_in')(x))
+    y = nn.Dropout(self.dropout)(y, deterministic=not train)
+    y = layers.dense(self.hidden_dim, 'feed_forward_out')(y)
+    y = nn.Dropout(self.dropout)(y, deterministic=not train)
+    return layers.layer_norm('feed_forward_norm')(x + y)
+
+
+class SASRec(nn.Module):
+  """Position embeddings, causal blocks and a final LayerNorm."""
+
+  hidden_dim: int
+  num_heads: int
+  num_blocks: int
+  max_seq_len: int
+  dropout: float
+  embedding_init_std: float
+
+  @nn.compact
+  def __call__(self, embedded: jax.Array, valid: jax.Array, train: bool,
+               last_only: bool = False) -> jax.Array:
+    """Encodes one left-padded window.
+
+    Args:
+      embedded: [L, D] float32 item embeddings of the window.
+      valid: [L] bool, False at padding.
+      train: whether dropout acts.
+      last_only: compute the last block for the last position alone.
+
+    Returns:
+      [L, D] states, or [1, D] with `last_only`: the sequence representation.
+    """
+    positions = self.param(
+        'position_embedding',
+        nn.initializers.normal(self.embedding_init_std),
+        (self.max_seq_len, self.hidden_dim))
+    x = embedded + positions[-embedded.shape[0]:]
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    for i in range(self.num_blocks):
+      block = CausalBlock(
+          self.hidden_dim, self.num_heads, self.dropout, name=f'block_{i}')
+      x = block(x, valid, train,
+                last_only=last_only and i == self.num_blocks - 1)
+    return layers.layer_norm('final_norm')(x)
