@@ -18,7 +18,7 @@ from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import negatives
 from fedmmr_jax import prototypes as prototypes_lib
 from fedmmr_jax.config import ClientConfig, RunConfig
-from fedmmr_jax.data.dataset import ClientData
+from fedmmr_jax.data.dataset import ClientData, HELD_OUT
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.feddmmr import (
@@ -96,6 +96,11 @@ class StepScores(NamedTuple):
 def window_stride(config: ClientConfig, max_seq_len: int) -> int:
   """Distance between window ends: each target belongs to one window."""
   return max_seq_len if config.objective == 'all_positions' else 1
+
+
+def num_targets(num_items) -> int:
+  """Positives of an epoch over clients with [C] interactions (NumPy)."""
+  return int((num_items - HELD_OUT - 1).clip(0).sum())
 
 
 def num_windows(num_train, stride: int):

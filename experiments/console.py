@@ -1,0 +1,124 @@
+"""What the binaries print: banner, data report, round lines, tables."""
+
+from typing import Any, Sequence
+
+import jax
+
+from fedmmr_jax import client
+from fedmmr_jax import federation
+from fedmmr_jax.data.load import Loaded
+from fedmmr_jax.metrics import CUTOFFS
+from fedmmr_jax.simulation import Simulation
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """A plain table; the first column left-aligned, the others right."""
+  cells = [list(map(str, row)) for row in (header, *rows)]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  lines = []
+  for row in cells:
+    first, *others = (
+        cell.rjust(width) for cell, width in zip(row, widths))
+    lines.append('  '.join([first.strip().ljust(widths[0]), *others]).rstrip())
+  lines.insert(1, '  '.join('-' * width for width in widths))
+  return '\n'.join(lines)
+
+
+def data_report(loaded: Loaded) -> str:
+  """Size of the data set, what was left out, integrity of the features."""
+  dataset = loaded.dataset
+  lengths = dataset.lengths
+  lines = [
+      f'{dataset.name}: {dataset.num_clients} clients, {dataset.num_items} '
+      f'items, {len(dataset.items)} interactions '
+      f'({lengths.min()} to {lengths.max()} a client)']
+  if loaded.dropped_users:
+    shown = ', '.join(map(str, loaded.dropped_users[:5]))
+    more = ', …' if len(loaded.dropped_users) > 5 else ''
+    lines.append(
+        f'left out {len(loaded.dropped_users)} users with fewer than 3 '
+        f'interactions (training, validation and test need one each): '
+        f'{shown}{more}')
+  lines += map(str, loaded.integrity)
+  for kind in ('visual', 'text'):
+    if not getattr(dataset, kind).shape[1]:
+      lines.append(f'{kind:6} features  none: this expert is left out')
+  return '\n'.join(lines)
+
+
+def banner(simulation: Simulation) -> str:
+  """How the model works, in this configuration."""
+  config, model = simulation.config, simulation.model
+  c, s = config.client, config.server
+  size = federation.cohort_size(config, len(simulation.lengths))
+  steps = client.num_steps(simulation.lengths - 2, config).mean()
+  return '\n'.join([
+      f'FedDMMR on {jax.default_backend()} ({jax.device_count()} device)',
+      f'  backbone   SASRec, {config.model.num_blocks} blocks, D='
+      f'{config.model.hidden_dim}, window {config.model.max_seq_len}',
+      *(f'  {line}' for line in _fusion_lines(simulation)),
+      f'  loss       cross-entropy against {c.num_negatives} negatives '
+      f'({c.negatives}), {c.objective}; drift: {config.loss.drift}',
+      f'  client     {c.client_optimizer} {c.client_learning_rate:g}, '
+      f'{c.local_epochs} epoch, batch {c.batch_size} '
+      f'({steps:.0f} steps on average)',
+      f'  server     {s.server_optimizer} {s.server_learning_rate:g}, '
+      f'{size} of {len(simulation.lengths)} clients a round, '
+      f'{s.num_rounds} rounds, seed {config.seed}',
+  ])
+
+
+def _fusion_lines(simulation: Simulation) -> list[str]:
+  model, config = simulation.model, simulation.config
+  if model.is_backbone_only:
+    return ['fusion     none: no features, the plain backbone ⟨s, e⟩']
+  experts = [name for name, width in (('visual', model.visual_dim),
+                                      ('semantic', model.text_dim)) if width]
+  parts = ' + '.join(f'w_{e[:3]}·LN({e})' for e in experts)
+  lines = [f'experts    {", ".join(experts)}, over {config.memory.retrieval_size}'
+           f' of {config.memory.memory_capacity} entries of the client\'s own '
+           'memory']
+  if config.model.fusion == 'gated':
+    return lines + [
+        f'fusion     LN(s) + g·({parts}), GATED: g starts at '
+        f'{config.model.gating_init:g} and scales the experts\' gradient']
+  return lines + [
+      f'fusion     LN(s) + {parts}; no gate stands before the experts, '
+      'their gradient is full']
+
+
+def round_line(record: dict[str, Any], num_rounds: int) -> str:
+  """One line for one finished round."""
+  train = record['train']
+  parts = [f'round {record["round"]:>{len(str(num_rounds))}}/{num_rounds}',
+           f'loss {train["loss"]:.4f}' if train['loss'] is not None else '']
+  if train['w_visual'] is not None:
+    parts.append(f'router vis {train["w_visual"]:.2f} '
+                 f'sem {train["w_semantic"]:.2f}')
+  if train['instance_weight'] is not None:
+    parts.append(f'inst.weight {train["instance_weight"]:.3f}')
+  if train['memory_fill'] is not None:
+    parts.append(f'memory {train["memory_fill"]:.0%}')
+  if 'val' in record:
+    sampled, full = record['val']['sampled'], record['val']['full']
+    parts.append(f'val HR@10 {sampled["HR@10"]:.4f} sampled '
+                 f'{full["HR@10"]:.4f} full')
+  parts.append(f'{record["seconds"]:.1f} s')
+  return '  '.join(part for part in parts if part)
+
+
+def final_table(summary: dict[str, Any]) -> str:
+  """Both protocols of validation and test at the best round."""
+  names = [f'{metric}@{n}' for metric in ('HR', 'NDCG') for n in CUTOFFS]
+  names.append('MRR')
+  rows = [
+      [f'{split}, {protocol}',
+       *(f'{summary[split][protocol][name]:.4f}' for name in names)]
+      for split in ('val', 'test') for protocol in ('sampled', 'full')]
+  return '\n'.join([
+      f'\nbest round {summary["best_round"]} of {summary["rounds"]}',
+      table(['', *names], rows),
+      f'\n{summary["wall_seconds"]:.1f} s in all, '
+      f'{summary["round_seconds_median"]:.2f} s training a round (median), '
+      f'{summary["targets_per_second"]:,.0f} targets/s, '
+      f'{summary["peak_rss_mb"]:,.0f} MB'])

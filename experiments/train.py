@@ -1,0 +1,76 @@
+"""Trains FedDMMR by simulated federated learning.
+
+    python -m experiments.train --flagfile=experiments/presets/synthetic.flags
+    python -m experiments.train --flagfile=experiments/presets/paper.flags \\
+        --data_dir=path/to/ml-1m
+
+Any flag after the preset overrides it; `--helpfull` lists them all.
+"""
+
+import sys
+import time
+
+from absl import flags
+import jax
+from tqdm import tqdm
+
+from experiments import app
+from experiments import console
+from fedmmr_jax import report
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax import training
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data import load
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.run_folder import RunFolder
+
+_WORKDIR = flags.DEFINE_string(
+    'workdir', '', 'folder of the run; default checkpoints/<data set>-<time>')
+_RESUME = flags.DEFINE_boolean(
+    'resume', False, 'continue the run in --workdir; starts afresh where '
+    'there is none')
+
+app.define_config_flags()
+
+
+def main() -> None:
+  config = app.config_from_flags()
+  run = RunFolder(_workdir(config))
+  run.check_free(_RESUME.value)
+
+  loaded = load.load(config.data, config.seed)
+  print(console.data_report(loaded))
+  simulation = simulation_lib.build(config, loaded.dataset)
+  print(console.banner(simulation))
+  run.start(config, loaded.dataset.fingerprint())
+  print(f'\nrun folder  {run.path}\n', flush=True)
+
+  done = len(run.records())
+  with tqdm(total=config.server.num_rounds, initial=done, unit='round',
+            disable=None, file=sys.stdout) as bar:
+    def on_round(record):
+      tqdm.write(console.round_line(record, config.server.num_rounds),
+                 file=sys.stdout)
+      sys.stdout.flush()
+      bar.update()
+    try:
+      summary = training.train(simulation, run, on_round)
+    except KeyboardInterrupt:
+      print(f'\ninterrupted; continue with --resume --workdir={run.path}',
+            file=sys.stderr)
+      sys.exit(app.INTERRUPTED)
+  report.write(run, loaded.integrity)
+  print(console.final_table(summary))
+  print(f'\nrun folder  {run.path}   report  {run.path / "report.html"}')
+
+
+def _workdir(config: RunConfig) -> str:
+  if _WORKDIR.value:
+    return _WORKDIR.value
+  if _RESUME.value:
+    raise UserError('--resume needs --workdir, the folder of the run')
+  return f'checkpoints/{config.data.dataset}-{time.strftime("%Y%m%d-%H%M%S")}'
+
+
+if __name__ == '__main__':
+  app.run(main)

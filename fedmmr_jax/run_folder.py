@@ -1,0 +1,156 @@
+"""The files of a run: `config.json`, `metrics.jsonl`, `summary.json`.
+
+JSON is strict: a value that is not a number is null, never NaN.
+"""
+
+import importlib.metadata
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.errors import UserError
+
+CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.jsonl', 'summary.json'
+ROUNDS, REPORT = 'rounds', 'report.html'
+# Settings that may change when a run is continued.
+MAY_CHANGE = ('num_rounds', 'patience', 'eval_every', 'clients_per_eval_chunk')
+_PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
+             'orbax-checkpoint', 'numpy', 'absl-py')
+
+
+class RunFolder:
+  """One run's folder; creating the object touches nothing."""
+
+  def __init__(self, path: epath.PathLike):
+    self.path = epath.Path(path)
+
+  def holds_run(self) -> bool:
+    return any((self.path / name).exists()
+               for name in (CONFIG, METRICS, SUMMARY, ROUNDS))
+
+  def check_free(self, resume: bool) -> None:
+    """Refuses a folder that holds a run, unless it is to be continued.
+
+    Raises:
+      UserError: see above, or `path` is no folder.
+    """
+    if self.path.exists() and not self.path.is_dir():
+      raise UserError(f'--workdir={self.path} is a file; name a folder')
+    if self.holds_run() and not resume:
+      raise UserError(
+          f'--workdir={self.path} already holds a run; continue it with '
+          '--resume or name another folder')
+
+  def start(self, config: RunConfig, fingerprint: str) -> None:
+    """Writes `config.json`, or checks that it fits when a run is continued.
+
+    Raises:
+      UserError: the folder's run had other settings or other data, or the
+        folder cannot be written.
+    """
+    if (self.path / CONFIG).exists():
+      self._check_same(config, fingerprint)
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._write(CONFIG, {
+          'flags': config.as_flat_dict(),
+          'versions': {name: importlib.metadata.version(name)
+                       for name in _PACKAGES},
+          'data_fingerprint': fingerprint})
+    except OSError as error:
+      raise UserError(
+          f'--workdir={self.path}: cannot be written ({error.strerror})'
+      ) from None
+
+  def config(self) -> RunConfig:
+    """The settings of the run in this folder.
+
+    Raises:
+      UserError: no run here, or its config.json is damaged.
+    """
+    return RunConfig.from_flat_dict(self._read(CONFIG)['flags'])
+
+  def records(self) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, or nothing if there is none."""
+    path = self.path / METRICS
+    if not path.exists():
+      return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+  def append(self, record: dict[str, Any]) -> None:
+    """Adds one round's line to `metrics.jsonl`."""
+    with (self.path / METRICS).open('a') as file:
+      file.write(_dumps(record) + '\n')
+
+  def rewind(self, last: dict[str, Any] | None) -> None:
+    """Makes `metrics.jsonl` end with the record of the last saved round.
+
+    A killed process may have written a line whose checkpoint was not
+    completed, or completed a checkpoint without its line.
+    """
+    kept = []
+    if last is not None:
+      for line in self._complete_lines():
+        if line['round'] < last['round']:
+          kept.append(line)
+      kept.append(last)
+    self._replace(METRICS, ''.join(_dumps(r) + '\n' for r in kept))
+
+  def write_summary(self, summary: dict[str, Any]) -> None:
+    self._write(SUMMARY, summary)
+
+  def summary(self) -> dict[str, Any] | None:
+    """`summary.json`, or None while the run has not finished."""
+    return self._read(SUMMARY) if (self.path / SUMMARY).exists() else None
+
+  def _complete_lines(self) -> list[dict[str, Any]]:
+    path = self.path / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    complete = []
+    for line in lines:
+      try:
+        complete.append(json.loads(line))
+      except json.JSONDecodeError:
+        break  # the line a killed process was writing
+    return complete
+
+  def _check_same(self, config: RunConfig, fingerprint: str) -> None:
+    saved = self._read(CONFIG)
+    before, now = saved['flags'], config.as_flat_dict()
+    changed = [name for name in now
+               if name not in MAY_CHANGE and before.get(name) != now[name]]
+    if changed:
+      name = changed[0]
+      raise UserError(
+          f'--workdir={self.path} holds a run with --{name}='
+          f'{before.get(name)}, not {now[name]}; a run is continued with its '
+          f'own settings (differing: {", ".join(changed)})')
+    if saved['data_fingerprint'] != fingerprint:
+      raise UserError(
+          f'--workdir={self.path} holds a run on other data: the files of '
+          f'--data_dir have changed since; name another folder')
+
+  def _read(self, name: str) -> dict[str, Any]:
+    path = self.path / name
+    if not path.exists():
+      raise UserError(f'{path}: no such file; is this a run folder?')
+    try:
+      return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+      raise UserError(f'{path}: damaged, not JSON ({error})') from None
+
+  def _write(self, name: str, content: dict[str, Any]) -> None:
+    self._replace(name, _dumps(content, indent=2) + '\n')
+
+  def _replace(self, name: str, text: str) -> None:
+    # A reader, or a kill, sees the old file or the new one, never half a file.
+    temporary = self.path / f'.{name}.tmp'
+    temporary.write_text(text)
+    os.replace(temporary, self.path / name)
+
+
+def _dumps(value: Any, indent: int | None = None) -> str:
+  return json.dumps(value, indent=indent, allow_nan=False)

@@ -1,0 +1,103 @@
+"""A config and a data set bound to the jitted functions that use them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from fedmmr_jax import evaluation, federation, metrics
+from fedmmr_jax.client import num_targets
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data import dataset as dataset_lib
+from fedmmr_jax.data.dataset import Dataset, FederatedData
+from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.federation import FederationState
+from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulation:
+  """Federated learning over one data set.
+
+  Attributes:
+    config: all settings.
+    model: the architecture, fitted to the data set's widths.
+    catalogue: item features on the device.
+    data: the clients' data on the device.
+    lengths: [K] interactions of each client, on the host.
+  """
+
+  config: RunConfig
+  model: FedDMMR
+  catalogue: Catalogue
+  data: FederatedData
+  lengths: np.ndarray
+
+  @property
+  def max_items(self) -> int:
+    """H, the longest client's number of interactions."""
+    return int(self.lengths.max())
+
+  def init_state(self) -> FederationState:
+    """State before round 1, drawn from the seed."""
+    return federation.init(
+        self.model, self.catalogue, self.config, len(self.lengths))
+
+  def sample_cohort(self, round_number: int) -> np.ndarray:
+    """[G, C/G] int32 clients of a round (1-based)."""
+    return federation.sample_cohort(self.config, round_number, self.lengths)
+
+  def count_targets(self, cohort: np.ndarray) -> int:
+    """Positives that a round over this cohort trains on."""
+    epochs = self.config.client.local_epochs
+    return epochs * num_targets(self.lengths[cohort[cohort >= 0]])
+
+  def run_round(self, state: FederationState, round_number: int,
+                cohort: np.ndarray
+                ) -> tuple[FederationState, dict[str, float | None]]:
+    """Trains one round; `state` is donated."""
+    state, means = federation.run_round(
+        self.model, self.config, self.max_items, state, cohort,
+        federation.round_key(self.config.seed, round_number), self.catalogue,
+        self.data)
+    return state, metrics.finish(jax.device_get(means))
+
+  def evaluate(self, state: FederationState, split: str
+               ) -> tuple[dict[str, dict[str, float]], Ranks]:
+    """Ranks the targets of 'val' or 'test' for all clients.
+
+    Raises:
+      UserError: a score is NaN or infinite.
+    """
+    memories = state.memories
+    if self.config.memory.warm_memory:
+      clients = federation.chunked(
+          np.arange(len(self.lengths)), self.lengths,
+          self.config.server.clients_per_chunk)
+      memories = federation.warm_memories(
+          self.model, self.config, self.max_items, state, clients,
+          federation.round_key(self.config.seed, 0), self.catalogue, self.data)
+    return evaluation.evaluate(
+        self.model, self.config, self.max_items, state.server, memories, split,
+        self.catalogue, self.data)
+
+
+def build(config: RunConfig, dataset: Dataset) -> Simulation:
+  """Puts a data set on the device and fits the model to it.
+
+  Raises:
+    UserError: a client with too few unseen items for the negatives.
+  """
+  data = dataset_lib.to_device(
+      dataset,
+      num_negatives=config.client.num_negatives,
+      sampled_negatives=config.data.sampled_negatives,
+      leaky_negatives=config.client.leaky_negatives,
+      seed=config.seed)
+  return Simulation(
+      config=config,
+      model=FedDMMR(config.model, dataset.num_rows, dataset.visual.shape[1],
+                    dataset.text.shape[1]),
+      catalogue=Catalogue.from_features(dataset.visual, dataset.text),
+      data=data,
+      lengths=dataset.lengths)
