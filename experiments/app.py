@@ -50,9 +50,20 @@ def config_from_flags() -> RunConfig:
       {name: flags.FLAGS[name].value for name in names}).validate()
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses flags, runs `main`, and turns a user's errors into one line."""
-  app.run(lambda _: _guarded(main), flags_parser=_parse)
+def run(main: Callable[..., None], commands: bool = False) -> None:
+  """Parses flags, runs `main`, and turns a user's errors into one line.
+
+  Args:
+    main: the binary; called with the command words, if it takes any.
+    commands: whether it takes words beside flags.
+  """
+  def parse(argv):
+    rest = _parse(argv)
+    if rest[1:] and not commands:
+      _fail(f'unexpected argument {rest[1]!r}; flags start with --')
+    return rest
+
+  app.run(lambda argv: _guarded(lambda: main(*argv[1:])), flags_parser=parse)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -65,8 +76,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
       presets = ', '.join(sorted(p.name for p in PRESETS.glob('*.flags')))
       line += f'; presets in {PRESETS}: {presets}'
     _fail(line)
-  if rest[1:]:
-    _fail(f'unexpected argument {rest[1]!r}; flags start with --')
   return rest
 
 

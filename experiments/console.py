@@ -12,14 +12,16 @@ from fedmmr_jax.simulation import Simulation
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A plain table; the first column left-aligned, the others right."""
+  """A plain table; numbers right-aligned, the first column and words left."""
   cells = [list(map(str, row)) for row in (header, *rows)]
   widths = [max(map(len, column)) for column in zip(*cells)]
+  left = [i == 0 or not any(c[:1].isdigit() or c == '-' for c in column[1:])
+          for i, column in enumerate(zip(*cells))]
   lines = []
   for row in cells:
-    first, *others = (
-        cell.rjust(width) for cell, width in zip(row, widths))
-    lines.append('  '.join([first.strip().ljust(widths[0]), *others]).rstrip())
+    lines.append('  '.join(
+        cell.ljust(width) if is_left else cell.rjust(width)
+        for cell, width, is_left in zip(row, widths, left)).rstrip())
   lines.insert(1, '  '.join('-' * width for width in widths))
   return '\n'.join(lines)
 
@@ -107,17 +109,21 @@ def round_line(record: dict[str, Any], num_rounds: int) -> str:
   return '  '.join(part for part in parts if part)
 
 
-def final_table(summary: dict[str, Any]) -> str:
-  """Both protocols of validation and test at the best round."""
+def ranking_table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
+  """Rows: split and protocol; columns: HR, NDCG and MRR."""
   names = [f'{metric}@{n}' for metric in ('HR', 'NDCG') for n in CUTOFFS]
   names.append('MRR')
-  rows = [
-      [f'{split}, {protocol}',
-       *(f'{summary[split][protocol][name]:.4f}' for name in names)]
-      for split in ('val', 'test') for protocol in ('sampled', 'full')]
+  return table(['', *names], [
+      [f'{split}, {protocol}', *(f'{values[name]:.4f}' for name in names)]
+      for split, protocols in metrics.items()
+      for protocol, values in protocols.items()])
+
+
+def final_table(summary: dict[str, Any]) -> str:
+  """Both protocols of validation and test at the best round, and costs."""
   return '\n'.join([
-      f'\nbest round {summary["best_round"]} of {summary["rounds"]}',
-      table(['', *names], rows),
+      f'\nbest round {summary["best_round"]} of {summary["rounds"]}\n',
+      ranking_table({split: summary[split] for split in ('val', 'test')}),
       f'\n{summary["wall_seconds"]:.1f} s in all, '
       f'{summary["round_seconds_median"]:.2f} s training a round (median), '
       f'{summary["targets_per_second"]:,.0f} targets/s, '

@@ -42,7 +42,7 @@ def main() -> None:
   print(console.data_report(loaded))
   simulation = simulation_lib.build(config, loaded.dataset)
   print(console.banner(simulation))
-  run.start(config, loaded.dataset.fingerprint())
+  run.start(config, loaded.dataset)
   print(f'\nrun folder  {run.path}\n', flush=True)
 
   done = len(run.records())

@@ -6,10 +6,10 @@ place when it is complete, so a half-written one never has a round's name.
 """
 
 import contextlib
+import pathlib
 from typing import Any, Iterator, NamedTuple
 import warnings
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,8 +60,8 @@ class Rounds:
     UserError: there is no `rounds/` and `create` is False.
   """
 
-  def __init__(self, workdir: epath.PathLike, create: bool = False):
-    self.folder = epath.Path(workdir) / 'rounds'
+  def __init__(self, workdir: str | pathlib.Path, create: bool = False):
+    self.folder = pathlib.Path(workdir) / 'rounds'
     if not create and not self.folder.exists():
       raise UserError(
           f'{self.folder}: no such folder; name a run folder that '
@@ -111,6 +111,12 @@ class Rounds:
     """
     with self._reading(round_number):
       return self._checkpointer.metadata(round_number).custom_metadata
+
+  def size(self, round_number: int) -> int:
+    """Bytes a saved round takes on disk."""
+    return sum(path.stat().st_size
+               for path in (self.folder / str(round_number)).rglob('*')
+               if path.is_file())
 
   def close(self) -> None:
     self._checkpointer.close()

@@ -1,4 +1,5 @@
-"""The files of a run: `config.json`, `metrics.jsonl`, `summary.json`.
+"""The JSON files of a run: `config.json`, `ids.json`, `metrics.jsonl`,
+`summary.json`.
 
 JSON is strict: a value that is not a number is null, never NaN.
 """
@@ -6,15 +7,15 @@ JSON is strict: a value that is not a number is null, never NaN.
 import importlib.metadata
 import json
 import os
+import pathlib
 from typing import Any
 
-from etils import epath
-
 from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
 
-CONFIG, METRICS, SUMMARY = 'config.json', 'metrics.jsonl', 'summary.json'
-ROUNDS, REPORT = 'rounds', 'report.html'
+CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
+SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
 # Settings that may change when a run is continued.
 MAY_CHANGE = ('num_rounds', 'patience', 'eval_every', 'clients_per_eval_chunk')
 _PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
@@ -24,8 +25,8 @@ _PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
 class RunFolder:
   """One run's folder; creating the object touches nothing."""
 
-  def __init__(self, path: epath.PathLike):
-    self.path = epath.Path(path)
+  def __init__(self, path: str | pathlib.Path):
+    self.path = pathlib.Path(path)
 
   def holds_run(self) -> bool:
     return any((self.path / name).exists()
@@ -44,22 +45,28 @@ class RunFolder:
           f'--workdir={self.path} already holds a run; continue it with '
           '--resume or name another folder')
 
-  def start(self, config: RunConfig, fingerprint: str) -> None:
-    """Writes `config.json`, or checks that it fits when a run is continued.
+  def start(self, config: RunConfig, dataset: Dataset) -> None:
+    """Writes `config.json` and `ids.json` (what the rows of the checkpoints
+    mean), or checks that they fit when a run is continued.
 
     Raises:
       UserError: the folder's run had other settings or other data, or the
         folder cannot be written.
     """
     if (self.path / CONFIG).exists():
-      self._check_same(config, fingerprint)
+      self._check_same(config)
+      self.check_data(dataset)
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._write(CONFIG, {
           'flags': config.as_flat_dict(),
           'versions': {name: importlib.metadata.version(name)
                        for name in _PACKAGES},
-          'data_fingerprint': fingerprint})
+          'data_fingerprint': dataset.fingerprint()})
+      self._write(IDS, {
+          'user_ids': dataset.user_ids.tolist(),
+          'item_ids': dataset.item_ids.tolist(),
+          'titles': dataset.titles}, indent=None)
     except OSError as error:
       raise UserError(
           f'--workdir={self.path}: cannot be written ({error.strerror})'
@@ -73,12 +80,29 @@ class RunFolder:
     """
     return RunConfig.from_flat_dict(self._read(CONFIG)['flags'])
 
+  def check_data(self, dataset: Dataset) -> None:
+    """Raises UserError if this is not the data the run was trained on."""
+    if self._read(CONFIG)['data_fingerprint'] != dataset.fingerprint():
+      raise UserError(
+          f'{self.path}: the run was trained on other data; the files of '
+          '--data_dir have changed since')
+
+  def ids(self) -> dict[str, list]:
+    """'user_ids' [K], 'item_ids' [V] and 'titles' [V] (or empty)."""
+    return self._read(IDS)
+
   def records(self) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, or nothing if there is none."""
+    """The lines of `metrics.jsonl`, nothing if there is none; a half-written
+    last line, left by a killed process, is passed over."""
     path = self.path / METRICS
-    if not path.exists():
-      return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines() if path.exists() else []
+    complete = []
+    for line in lines:
+      try:
+        complete.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+    return complete
 
   def append(self, record: dict[str, Any]) -> None:
     """Adds one round's line to `metrics.jsonl`."""
@@ -93,10 +117,7 @@ class RunFolder:
     """
     kept = []
     if last is not None:
-      for line in self._complete_lines():
-        if line['round'] < last['round']:
-          kept.append(line)
-      kept.append(last)
+      kept = [r for r in self.records() if r['round'] < last['round']] + [last]
     self._replace(METRICS, ''.join(_dumps(r) + '\n' for r in kept))
 
   def write_summary(self, summary: dict[str, Any]) -> None:
@@ -106,20 +127,8 @@ class RunFolder:
     """`summary.json`, or None while the run has not finished."""
     return self._read(SUMMARY) if (self.path / SUMMARY).exists() else None
 
-  def _complete_lines(self) -> list[dict[str, Any]]:
-    path = self.path / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    complete = []
-    for line in lines:
-      try:
-        complete.append(json.loads(line))
-      except json.JSONDecodeError:
-        break  # the line a killed process was writing
-    return complete
-
-  def _check_same(self, config: RunConfig, fingerprint: str) -> None:
-    saved = self._read(CONFIG)
-    before, now = saved['flags'], config.as_flat_dict()
+  def _check_same(self, config: RunConfig) -> None:
+    before, now = self._read(CONFIG)['flags'], config.as_flat_dict()
     changed = [name for name in now
                if name not in MAY_CHANGE and before.get(name) != now[name]]
     if changed:
@@ -128,10 +137,6 @@ class RunFolder:
           f'--workdir={self.path} holds a run with --{name}='
           f'{before.get(name)}, not {now[name]}; a run is continued with its '
           f'own settings (differing: {", ".join(changed)})')
-    if saved['data_fingerprint'] != fingerprint:
-      raise UserError(
-          f'--workdir={self.path} holds a run on other data: the files of '
-          f'--data_dir have changed since; name another folder')
 
   def _read(self, name: str) -> dict[str, Any]:
     path = self.path / name
@@ -142,8 +147,9 @@ class RunFolder:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise UserError(f'{path}: damaged, not JSON ({error})') from None
 
-  def _write(self, name: str, content: dict[str, Any]) -> None:
-    self._replace(name, _dumps(content, indent=2) + '\n')
+  def _write(self, name: str, content: dict[str, Any],
+             indent: int | None = 2) -> None:
+    self._replace(name, _dumps(content, indent) + '\n')
 
   def _replace(self, name: str, text: str) -> None:
     # A reader, or a kill, sees the old file or the new one, never half a file.

@@ -5,9 +5,9 @@ an all-zero row is a missing feature. Nothing is ever replaced: a matrix that
 fails a check stops the run.
 """
 
+import pathlib
 from typing import NamedTuple
 
-from etils import epath
 import numpy as np
 
 from fedmmr_jax.errors import UserError
@@ -51,7 +51,7 @@ class IntegrityReport(NamedTuple):
         f'{self.catalogue} items ({self.covered / self.catalogue:.1%})')
 
 
-def resolve(flag: str, kind: str, folder: epath.Path) -> epath.Path | None:
+def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
   """Which file `--{kind}_features` means.
 
   Args:
@@ -68,7 +68,7 @@ def resolve(flag: str, kind: str, folder: epath.Path) -> epath.Path | None:
   if flag == AUTO:
     path = folder / f'{kind}_features.npy'
     return path if path.exists() else None
-  path = epath.Path(flag)
+  path = pathlib.Path(flag)
   if not path.exists():
     raise UserError(
         f'--{kind}_features={flag}: no such file; name a .npy matrix, or say '
@@ -76,7 +76,7 @@ def resolve(flag: str, kind: str, folder: epath.Path) -> epath.Path | None:
   return path
 
 
-def load(path: epath.Path, kind: str, num_rows: int,
+def load(path: pathlib.Path, kind: str, num_rows: int,
          item_ids: np.ndarray) -> tuple[np.ndarray, IntegrityReport]:
   """Reads and checks a matrix and picks the rows of the catalogue.
 

@@ -1,9 +1,8 @@
 """`DataConfig` -> `Dataset` and what there is to say about it."""
 
 import dataclasses
+import pathlib
 from typing import NamedTuple
-
-from etils import epath
 
 from fedmmr_jax.config import DataConfig
 from fedmmr_jax.data import features, movielens, synthetic
@@ -50,14 +49,14 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
       matrices[kind] = matrix[dataset.item_ids]
     elif flag != features.NONE:
       matrices[kind], report = features.load(
-          features.resolve(flag, kind, epath.Path()), kind, num_rows,
+          features.resolve(flag, kind, pathlib.Path()), kind, num_rows,
           dataset.item_ids)
       reports.append(report)
   return Loaded(dataclasses.replace(dataset, **matrices), tuple(reports), [])
 
 
 def _load_movielens(config: DataConfig) -> Loaded:
-  folder = epath.Path(config.data_dir)
+  folder = pathlib.Path(config.data_dir)
   # Resolved first: a wrong path should not cost the reading of the ratings.
   paths = {kind: features.resolve(
       getattr(config, f'{kind}_features'), kind, folder)

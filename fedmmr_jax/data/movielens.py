@@ -8,9 +8,9 @@
 Every rating is an interaction, whatever its value (implicit feedback).
 """
 
+import pathlib
 from typing import NamedTuple
 
-from etils import epath
 import numpy as np
 
 from fedmmr_jax.errors import UserError
@@ -46,7 +46,7 @@ class RawInteractions(NamedTuple):
   times: np.ndarray
 
 
-def read_ratings(name: str, folder: epath.Path) -> RawInteractions:
+def read_ratings(name: str, folder: pathlib.Path) -> RawInteractions:
   """Reads the interactions of `name` ('ml-1m' or 'ml-100k').
 
   Raises:
@@ -77,7 +77,7 @@ def read_ratings(name: str, folder: epath.Path) -> RawInteractions:
   return RawInteractions(users.astype(np.int64), items.astype(np.int64), times)
 
 
-def read_titles(name: str, folder: epath.Path) -> dict[int, str]:
+def read_titles(name: str, folder: pathlib.Path) -> dict[int, str]:
   """Item id -> title; empty if the set has no item file.
 
   Raises:

@@ -1,0 +1,208 @@
+"""Looks into the checkpoints of a run, without its flags or its data.
+
+    python -m experiments.inspect_checkpoint --workdir=RUN list
+    python -m experiments.inspect_checkpoint --workdir=RUN show ROUND
+    python -m experiments.inspect_checkpoint --workdir=RUN memory ROUND USER
+
+ROUND is a number, `best` or `last`; USER is the id in the data set. `--json`
+prints the same for programs.
+"""
+
+import json
+from typing import Any
+
+from absl import flags
+import jax
+import numpy as np
+
+from experiments import app
+from experiments import console
+from fedmmr_jax import memory as memory_lib
+from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.run_folder import RunFolder
+
+_WORKDIR = flags.DEFINE_string('workdir', '', 'folder of the run')
+_JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
+
+USAGE = 'list | show ROUND | memory ROUND USER'
+
+
+def main(*words: str) -> None:
+  if not _WORKDIR.value:
+    raise UserError('name a run folder with --workdir')
+  run = RunFolder(_WORKDIR.value)
+  rounds = Rounds(run.path)
+  match words:
+    case ['list']:
+      content, text = list_rounds(run, rounds)
+    case ['show', which]:
+      content, text = show(rounds, find_round(run, rounds, which))
+    case ['memory', which, user]:
+      content, text = show_memory(
+          run, rounds, find_round(run, rounds, which), user)
+    case _:
+      raise UserError(
+          f'unknown command {" ".join(words)!r}; say one of: {USAGE}')
+  print(json.dumps(content, indent=2, allow_nan=False) if _JSON.value
+        else text)
+
+
+def find_round(run: RunFolder, rounds: Rounds, which: str) -> int:
+  """The number that ROUND means.
+
+  Raises:
+    UserError: no number, or nothing saved or validated yet.
+  """
+  saved = rounds.numbers()
+  if which.isdecimal():
+    return int(which)
+  if which == 'last' and saved:
+    return saved[-1]
+  if which == 'best' and saved:
+    best = best_round(run)
+    if best:
+      return best
+    raise UserError(f'{run.path}: no round has been validated yet')
+  raise UserError(
+      f'{which!r} is no round; say a number, best or last (saved: '
+      f'{len(saved)} rounds)')
+
+
+def best_round(run: RunFolder) -> int:
+  """Round of the best validation HR@10 (sampled), the first of equals; 0 =
+  none."""
+  best, value = 0, -1.0
+  for record in run.records():
+    if 'val' in record and record['val']['sampled']['HR@10'] > value:
+      best, value = record['round'], record['val']['sampled']['HR@10']
+  return best
+
+
+def list_rounds(run: RunFolder, rounds: Rounds) -> tuple[Any, str]:
+  """Saved rounds with size, loss and validation."""
+  best = best_round(run)
+  content, rows = [], []
+  for number in rounds.numbers():
+    record = rounds.metadata(number)['record']
+    val = record.get('val', {})
+    entry = {
+        'round': number, 'best': number == best, 'bytes': rounds.size(number),
+        'loss': record['train']['loss'],
+        **{f'val {protocol} {metric}': values[metric]
+           for protocol, values in val.items()
+           for metric in ('HR@10', 'NDCG@10')}}
+    content.append(entry)
+    metrics = [val[p][m] if val else None for p in ('sampled', 'full')
+               for m in ('HR@10', 'NDCG@10')]
+    rows.append([number, f'{entry["bytes"] / 1e6:.1f} MB',
+                 *(map(_number, [entry['loss'], *metrics])),
+                 '<- best' if entry['best'] else ''])
+  header = ['round', 'size', 'loss', 'HR@10 sampled', 'NDCG@10 sampled',
+            'HR@10 full', 'NDCG@10 full', '']
+  return content, console.table(header, rows)
+
+
+def show(rounds: Rounds, number: int) -> tuple[Any, str]:
+  """Parameters with shapes and norms, by group, and the state beside them."""
+  saved = rounds.load_as_saved(number)
+  server, memories = saved['state']['server'], saved['state']['memories']
+  leaves = jax.tree_util.tree_leaves_with_path(server['params'])
+  content = {'round': number, 'parameters': [], 'groups': {}}
+  for path, value in leaves:
+    name = '/'.join(key.key for key in path)
+    finite = bool(np.isfinite(value).all())
+    entry = {'name': name, 'shape': list(value.shape), 'count': value.size,
+             'norm': float(np.linalg.norm(value)) if finite else None,
+             'finite': finite}
+    content['parameters'].append(entry)
+    group = content['groups'].setdefault(
+        path[0].key, {'count': 0, 'squared': 0.0, 'finite': True})
+    group['count'] += value.size
+    group['finite'] &= finite
+    group['squared'] += float(np.sum(np.square(value, dtype=np.float64)))
+  for group in content['groups'].values():
+    squared = group.pop('squared')
+    group['norm'] = squared ** 0.5 if group['finite'] else None
+  sampled = memories['clock'] > 0
+  fill = (memories['item'] > 0).mean(axis=1)
+  content['memories'] = {
+      'clients': len(sampled), 'sampled': int(sampled.sum()),
+      'mean_fill_of_sampled': float(fill[sampled].mean()) if sampled.any()
+      else None}
+  content['prototype_sizes'] = server['prototypes']['size'].tolist()
+  content['record'] = rounds.metadata(number)['record']
+  return content, _show_text(content)
+
+
+def _show_text(content: dict[str, Any]) -> str:
+  def row(name, shape, entry):
+    return [name, shape, f'{entry["count"]:,}', _number(entry['norm']),
+            '' if entry['finite'] else 'NOT FINITE']
+
+  header = ['parameter', 'shape', 'count', 'norm', '']
+  parameters = [row(p['name'], ' x '.join(map(str, p['shape'])) or 'scalar', p)
+                for p in content['parameters']]
+  groups = [row(name, '', g) for name, g in content['groups'].items()]
+  total = sum(g['count'] for g in content['groups'].values())
+  memories = content['memories']
+  fill = memories['mean_fill_of_sampled']
+  return '\n'.join([
+      f'round {content["round"]}', '', console.table(header, parameters), '',
+      console.table(['group', '', 'count', 'norm', ''], groups), '',
+      f'{total:,} parameters; memories of {memories["sampled"]} of '
+      f'{memories["clients"]} clients in use'
+      + (f', {fill:.0%} full on average' if fill is not None else ''),
+      'prototypes, stored items each: '
+      + ', '.join(f'{size:.0f}' for size in content['prototype_sizes'])])
+
+
+def show_memory(run: RunFolder, rounds: Rounds, number: int,
+                user: str) -> tuple[Any, str]:
+  """One client's memory, most useful entry first.
+
+  Raises:
+    UserError: no such user.
+  """
+  ids = run.ids()
+  users = {str(u): k for k, u in enumerate(ids['user_ids'])}
+  if user not in users:
+    raise UserError(
+        f'{run.path}: there is no user {user!r}; ids go from '
+        f'{ids["user_ids"][0]} to {ids["user_ids"][-1]}')
+  memories = rounds.load_as_saved(number)['state']['memories']
+  memory = memory_lib.Memory(
+      **{name: value[users[user]] for name, value in memories.items()})
+  utility = np.asarray(
+      memory_lib.utility(memory, memory.clock, run.config().memory))
+  entries = []
+  for slot in np.lexsort((memory.inserted, -utility)):
+    row = int(memory.item[slot])
+    if row:
+      entries.append({
+          'item_id': ids['item_ids'][row],
+          'title': ids['titles'][row] if ids['titles'] else '',
+          'last_update': int(memory.last_update[slot]),
+          'frequency': int(memory.frequency[slot]),
+          'surprise': float(memory.surprise[slot]),
+          'utility': float(utility[slot])})
+  content = {'round': number, 'user_id': int(user),
+             'clock': int(memory.clock), 'entries': entries}
+  rows = [[e['item_id'], e['last_update'], e['frequency'],
+           f'{e["surprise"]:.3f}', f'{e["utility"]:.4f}', e['title'].ljust(1)]
+          for e in entries]
+  head = (f'round {number}, user {user}: {len(entries)} of '
+          f'{len(memory.item)} slots, clock {content["clock"]} samples')
+  if not entries:
+    return content, head + ('' if content['clock'] else ', never sampled')
+  return content, head + '\n\n' + console.table(
+      ['item', 'last update', 'frequency', 'surprise', 'utility', 'title'],
+      rows)
+
+
+def _number(value: float | None) -> str:
+  return '-' if value is None else f'{value:.4f}'
+
+
+if __name__ == '__main__':
+  app.run(main, commands=True)
