@@ -1,0 +1,67 @@
+"""A small data set and model that most tests share."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.dataset import Dataset, from_interactions
+
+NUM_ITEMS = 60
+
+
+def config(**changes) -> RunConfig:
+  """Flag values over a configuration small enough to compile quickly."""
+  small = dict(
+      hidden_dim=16, num_blocks=1, num_heads=2, semantic_heads=2,
+      visual_projection_dim=8, router_hidden_dim=8, max_seq_len=6, dropout=0.1,
+      memory_capacity=8, retrieval_size=4, num_prototypes=2,
+      prototype_iterations=3, batch_size=4, num_negatives=5,
+      sampled_negatives=10, clients_per_chunk=2, clients_per_eval_chunk=4,
+      client_fraction=0.5, num_rounds=2)
+  return RunConfig.from_flat_dict({**small, **changes}).validate()
+
+
+def dataset(num_users: int = 8, seed: int = 0) -> Dataset:
+  """Clients of 5 to 20 interactions over items with random features."""
+  rng = np.random.default_rng(seed)
+  users, items = [], []
+  for user in range(1, num_users + 1):
+    length = rng.integers(5, 21)
+    users += [user] * length
+    items += rng.permutation(np.arange(1, NUM_ITEMS + 1))[:length].tolist()
+  # One more client consumes everything the others might not, so that the
+  # catalogue does not depend on the draw.
+  users += [num_users + 1] * 30
+  items += list(range(1, 31))
+  users, items = np.array(users), np.array(items)
+  found, _ = from_interactions('small', users, items, np.arange(len(users)), 0)
+  visual = rng.normal(size=(found.num_rows, 12)).astype(np.float32)
+  text = rng.normal(size=(found.num_rows, 10)).astype(np.float32)
+  visual[[0, 3, 7]] = 0
+  text[[0, 5]] = 0
+  return dataclasses.replace(found, visual=visual, text=text)
+
+
+def simulation(**changes) -> simulation_lib.Simulation:
+  return simulation_lib.build(config(**changes), dataset())
+
+
+def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+          np.asarray(a), np.asarray(b), rtol=rtol, atol=atol),
+      actual, expected)
+
+
+def assert_trees_equal(actual, expected):
+  jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+      actual, expected)
+
+
+def copy(tree):
+  """Arrays that survive the donation of the original."""
+  return jax.tree.map(lambda x: x.copy(), tree)

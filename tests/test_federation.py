@@ -1,0 +1,209 @@
+"""The round: vmapped = looped, other clients change nothing, one compile."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmmr_jax import client as client_lib
+from fedmmr_jax import federation
+from fedmmr_jax import server as server_lib
+from fedmmr_jax.data.dataset import client_view
+from tests import small
+
+COHORT = np.array([[8, 5], [2, 0]], np.int32)
+
+
+@pytest.fixture(scope='module')
+def simulation():
+  # SGD: Adam's first steps are the gradient's sign, which is noise where the
+  # gradient is 0 but for rounding (the bias of the attention keys).
+  return small.simulation(client_optimizer='sgd', client_learning_rate=0.1)
+
+
+@pytest.fixture(scope='module')
+def update_alone(simulation):
+  """Round 1 of one client, on its own."""
+  start = simulation.init_state()
+  key = federation.round_key(simulation.config.seed, 1)
+
+  @jax.jit
+  def update(index):
+    view = client_view(simulation.data, index, simulation.max_items)
+    return client_lib.local_update(
+        simulation.model, simulation.config,
+        start.server.broadcast(simulation.catalogue), view,
+        jax.tree.map(lambda x: x[index], start.memories),
+        jax.random.fold_in(key, index),
+        client_lib.num_steps(view.num_train, simulation.config))
+  return update
+
+
+def run(simulation, cohort, state=None, number=1):
+  state = simulation.init_state() if state is None else small.copy(state)
+  return simulation.run_round(state, number, np.asarray(cohort, np.int32))
+
+
+def test_vmapped_round_equals_a_loop_over_clients(simulation, update_alone):
+  got, means = run(simulation, COHORT)
+  start = simulation.init_state()
+  updates = [update_alone(index) for index in COHORT.ravel()]
+  weights = [float(u.weight) for u in updates]
+  mean = jax.tree.map(
+      lambda *d: sum(w * x for w, x in zip(weights, d)) / sum(weights),
+      *(u.delta for u in updates))
+  small.assert_trees_close(
+      jax.tree.map(jnp.subtract, got.server.params, start.server.params),
+      mean, rtol=1e-3, atol=2e-6)
+  for index, update in zip(COHORT.ravel(), updates):
+    memory = jax.tree.map(lambda x: x[index], got.memories)
+    np.testing.assert_array_equal(memory.item, update.memory.item)
+    np.testing.assert_array_equal(memory.frequency, update.memory.frequency)
+  total = sum(float(u.metrics['loss'].total) for u in updates)
+  np.testing.assert_allclose(means['loss'], total / sum(weights), rtol=1e-4)
+
+
+def test_order_of_the_cohort_changes_nothing(simulation):
+  lengths = simulation.lengths
+  clients = COHORT.ravel()
+  first = federation.chunked(clients, lengths, 2)
+  second = federation.chunked(clients[::-1], lengths, 2)
+  np.testing.assert_array_equal(first, second)
+
+
+def test_chunking_changes_only_rounding(simulation):
+  small.assert_trees_close(
+      run(simulation, COHORT)[0].server.params,
+      run(simulation, COHORT.reshape(1, 4))[0].server.params,
+      rtol=1e-3, atol=2e-6)
+
+
+def test_padding_clients_change_nothing(simulation):
+  padded = np.array([[8, 5], [2, 0], [-1, -1]])
+  small.assert_trees_equal(run(simulation, COHORT), run(simulation, padded))
+
+
+def test_a_client_is_not_touched_by_its_neighbours(simulation):
+  """Its memory after the round is the same whoever else is in the chunk."""
+  with_8 = run(simulation, [[8, 5]])[0].memories
+  with_2 = run(simulation, [[2, 5]])[0].memories
+  for a, b in zip(with_8, with_2):
+    np.testing.assert_allclose(a[5], b[5], rtol=1e-4)
+
+
+def test_clients_outside_the_cohort_keep_their_memory(simulation):
+  start = simulation.init_state()
+  after, _ = run(simulation, COHORT)
+  outside = [1, 3, 4, 6, 7]
+  small.assert_trees_equal(
+      jax.tree.map(lambda x: x[np.array(outside)], start.memories),
+      jax.tree.map(lambda x: x[np.array(outside)], after.memories))
+  assert (np.asarray(after.memories.clock)[COHORT.ravel()] > 0).all()
+
+
+def test_a_lone_client_makes_fedavg_take_its_parameters(
+    simulation, update_alone):
+  start = simulation.init_state()
+  after, _ = run(simulation, [[3]])
+  small.assert_trees_close(
+      after.server.params,
+      jax.tree.map(jnp.add, start.server.params, update_alone(3).delta),
+      atol=2e-6)
+
+
+def test_the_second_round_compiles_nothing(simulation):
+  state, _ = run(simulation, COHORT)
+  compiled = federation.run_round._cache_size()
+  # Other clients, other lengths, other steps: the same program.
+  run(simulation, [[7, 1], [6, 4]], state, 2)
+  assert federation.run_round._cache_size() == compiled
+
+
+def test_the_same_seed_gives_the_same_bits(simulation):
+  small.assert_trees_equal(run(simulation, COHORT), run(simulation, COHORT))
+
+
+def test_cohort_sampling():
+  config = small.config(client_fraction=0.5, clients_per_chunk=4)
+  lengths = np.random.default_rng(0).integers(5, 50, 21)
+  cohort = federation.sample_cohort(config, 1, lengths)
+  chosen = cohort[cohort >= 0]
+  # round(0.5 * 21) = 10 clients in chunks of 4: 2 padding clients.
+  assert cohort.shape == (3, 4) and len(set(chosen)) == len(chosen) == 10
+  assert (np.diff(lengths[chosen]) <= 0).all()  # longest first
+  np.testing.assert_array_equal(
+      cohort, federation.sample_cohort(config, 1, lengths))
+  assert (cohort != federation.sample_cohort(config, 2, lengths)).any()
+
+
+def test_masked_fraction_by_hand():
+  # Lengths 12 and 8 -> 10 and 6 training items -> 9 and 5 positives, batch 4:
+  # 3 steps for both, 24 slots executed, 14 used.
+  config = small.config(batch_size=4)
+  got = federation.masked_fraction(
+      np.array([[0, 1]]), np.array([12, 8]), config)
+  assert got == pytest.approx(1 - 14 / 24)
+
+
+@pytest.mark.parametrize('name, expected', [
+    # Adam's first step is lr · sign(g); yogi likewise. Delta is 0.5.
+    ('fedavg', 0.1 * 0.5), ('fedavgm', 0.1 * 0.5), ('fedadam', 0.1),
+    ('fedyogi', 0.1)])
+def test_server_optimizers_first_step(name, expected):
+  config = small.config(server_optimizer=name, server_learning_rate=0.1)
+  params = {'item_embedding': jnp.zeros(3), 'router': jnp.zeros(3)}
+  state = server_lib.init(params, config, text_dim=4)
+  delta_sum = jax.tree.map(lambda x: x + 2.0, params)  # Σ w·d with Σ w = 4
+  after = server_lib.aggregate(
+      state, delta_sum, jnp.float32(4.0), no_prototypes(), config)
+  np.testing.assert_allclose(
+      after.params['router'], expected, rtol=5e-3)
+  assert after.round == 1
+
+
+def test_nobody_trained_leaves_the_parameters(simulation):
+  start = simulation.init_state()
+  after, means = run(simulation, [[-1, -1]])
+  small.assert_trees_equal(after.server.params, start.server.params)
+  assert all(value is None for value in means.values())
+
+
+def test_partial_aggregation_holds_the_experts_back():
+  config = small.config(partial_aggregation_warmup_rounds=1)
+  params = {'item_embedding': jnp.zeros(3), 'backbone': {'w': jnp.zeros(3)},
+            'router': jnp.zeros(3)}
+  state = server_lib.init(params, config, text_dim=4)
+  delta = jax.tree.map(lambda x: x + 1.0, params)
+  first = server_lib.aggregate(
+      state, delta, jnp.float32(1.0), no_prototypes(), config)
+  assert first.params['item_embedding'].all()
+  assert first.params['backbone']['w'].all()
+  assert not first.params['router'].any()
+  second = server_lib.aggregate(
+      first, delta, jnp.float32(1.0), no_prototypes(), config)
+  assert second.params['router'].all()
+
+
+def no_prototypes():
+  return server_lib.Prototypes(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2)))
+
+
+def test_prototypes_reach_the_server(simulation):
+  after, _ = run(simulation, COHORT)
+  stored = np.asarray(after.memories.item)[COHORT.ravel()]
+  with_text = (stored > 0) & np.asarray(simulation.catalogue.has_text)[stored]
+  assert after.server.prototypes.size.sum() == with_text.sum()
+
+
+@pytest.mark.parametrize('changes', [
+    dict(fusion='gated'), dict(global_memory=True),
+    dict(drift='adaptive_temperature'), dict(drift='none'),
+    dict(server_optimizer='fedyogi', proximal_mu=0.1),
+    dict(objective='all_positions', negatives='per_sample'),
+    dict(objective='last', negatives='shared'), dict(local_epochs=2)])
+def test_every_variant_trains(changes):
+  simulation = small.simulation(**changes)
+  state, means = run(simulation, COHORT)
+  assert np.isfinite(list(means.values())).all()
+  assert all(np.isfinite(x).all()
+             for x in jax.tree.leaves(state.server.params))

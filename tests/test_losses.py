@@ -1,0 +1,274 @@
+"""Loss terms by hand, repair 2 and what padding must not do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmmr_jax import losses
+from fedmmr_jax.config import LossConfig
+
+LN2, LN3, LN4 = np.log([2, 3, 4])
+# ln(1 + 1/e): an InfoNCE of 2 whose match has similarity 1, the other 0.
+SOFT = np.log1p(np.exp(-1))  # 0.313262
+BOTH = jnp.array([True, True])
+# sigmoid(ln(3/7)) = 0.3 and sigmoid(ln 4) = 0.8
+REC_OF_SURPRISE = {0.3: np.log(3 / 7), 0.8: np.log(4)}
+
+
+def close(value, rel=1e-5):
+  return pytest.approx(value, rel=rel, abs=1e-6)
+
+
+def test_weighted_mean_by_hand():
+  # (1·1 + 3·3) / (1 + 3) = 2.5
+  values, weights = jnp.array([1.0, 3.0]), jnp.array([1.0, 3.0])
+  assert float(losses.weighted_mean(values, weights)) == 2.5
+
+
+def test_weighted_mean_of_nothing_is_0():
+  assert float(losses.weighted_mean(jnp.ones(3), jnp.zeros(3))) == 0.0
+
+
+def test_weighted_mean_ignores_anything_of_weight_0():
+  values = jnp.array([2.0, jnp.nan, jnp.inf, 4.0])
+  counted = jnp.array([True, False, False, True])
+  assert float(losses.weighted_mean(values, counted)) == 3.0
+  gradient = jax.grad(losses.weighted_mean)(values, counted)
+  assert gradient.tolist() == [0.5, 0.0, 0.0, 0.5]
+
+
+def test_weighted_mean_broadcasts_its_weights():
+  # Rows of weight 1 and 0: (1 + 2) / 2.
+  values = jnp.array([[1.0, 2.0], [5.0, 6.0]])
+  assert float(losses.weighted_mean(values, jnp.array([[1.0], [0.0]]))) == 1.5
+
+
+def test_recommendation_loss_by_hand():
+  positive = jnp.asarray([0.0, LN2])
+  negatives = jnp.asarray([[0.0, 0.0, 0.0], [0.0, 0.0, LN4]])
+  # ln(1 + 3) − 0 and ln(2 + 1 + 1 + 4) − ln 2 = ln 4
+  assert losses.recommendation_loss(positive, negatives) == close([LN4, LN4])
+
+
+def test_recommendation_loss_of_large_scores_is_finite():
+  loss = losses.recommendation_loss(
+      jnp.array([-1e3, 1e3]), jnp.array([[1e3], [-1e3]]))
+  assert loss == close([2e3, 0])
+
+
+def test_pairwise_surprise_by_hand():
+  # −ln σ(0) = ln 2; −ln σ(ln 3) = ln(4/3); the mean over the negatives.
+  surprise = losses.pairwise_surprise(
+      jnp.asarray([0.0, LN3]), jnp.asarray([[0.0, 0.0], [0.0, LN3]]))
+  assert surprise == close([LN2, (np.log(4 / 3) + LN2) / 2])
+
+
+def test_surprise_is_the_sigmoid_of_the_loss():
+  assert losses.surprise_of(jnp.asarray([0.0, LN4])) == close([0.5, 0.8])
+
+
+def test_surprise_carries_no_gradient():
+  rec = jnp.array([0.5, 2.0])
+  gradient = jax.grad(lambda x: jnp.sum(losses.surprise_of(x)))(rec)
+  assert gradient.tolist() == [0, 0]
+  gradient = jax.grad(
+      lambda p, n: jnp.sum(losses.pairwise_surprise(p, n)), (0, 1))(
+          rec, jnp.ones((2, 3)))
+  assert all((g == 0).all() for g in gradient)
+
+
+def test_instance_weights_by_hand():
+  weights = losses.instance_weights(jnp.array([0.3, 0.8]), 0.5)
+  assert weights == close([1.15, 1.40])
+
+
+def test_infonce_of_two_aligned_samples():
+  # Similarity = I at temperature 1: rows and columns ln(e + 1) − 1. The
+  # lengths 3 and 2 of the vectors do not matter.
+  loss = losses.symmetric_infonce(3 * jnp.eye(2), 2 * jnp.eye(2), BOTH, 1.0)
+  assert loss == close([SOFT, SOFT])
+
+
+def test_infonce_of_two_samples_is_symmetric_by_hand():
+  # Similarity [[1, 1], [0, 0]]. Rows: ln 2e − 1 = ln 2 and ln 2. Columns:
+  # ln(e + 1) − 1 and ln(e + 1) − 0 = 1 + SOFT.
+  semantic = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+  expected = close([(LN2 + SOFT) / 2, (LN2 + 1 + SOFT) / 2])
+  assert losses.symmetric_infonce(jnp.eye(2), semantic, BOTH, 1.0) == expected
+  assert losses.symmetric_infonce(semantic, jnp.eye(2), BOTH, 1.0) == expected
+
+
+def test_infonce_temperature_divides_the_similarity():
+  # 1 / 0.5 = 2: ln(e² + 1) − 2
+  loss = losses.symmetric_infonce(jnp.eye(2), jnp.eye(2), BOTH, 0.5)
+  assert loss == close([np.log1p(np.exp(-2))] * 2)
+
+
+def test_infonce_takes_a_temperature_for_each_sample():
+  loss = losses.symmetric_infonce(
+      jnp.eye(2), jnp.eye(2), BOTH, jnp.array([1.0, 0.5]))
+  assert loss == close([SOFT, np.log1p(np.exp(-2))])
+
+
+def test_infonce_of_one_sample_is_0():
+  assert losses.symmetric_infonce(
+      jnp.eye(2), jnp.eye(2), jnp.array([True, False]), 1.0)[0] == close(0)
+
+
+def views(seed, size, width=8):
+  visual, semantic = np.random.default_rng(seed).normal(size=(2, size, width))
+  return jnp.asarray(visual, jnp.float32), jnp.asarray(semantic, jnp.float32)
+
+
+@pytest.mark.parametrize('garbage', [0.0, 1.0, -1e6])
+def test_infonce_of_invalid_samples_changes_nothing(garbage):
+  visual, semantic = views(0, 4)
+  valid = jnp.array([True, False, True, True])
+  rest = np.array([0, 2, 3])
+  expected = losses.symmetric_infonce(
+      visual[rest], semantic[rest], valid[rest], 0.07)
+  spoilt = (x.at[1].set(garbage) for x in (visual, semantic))
+  loss = losses.symmetric_infonce(*spoilt, valid, 0.07)
+  assert loss[rest] == close(np.asarray(expected))
+  assert np.isfinite(loss).all()
+
+
+def test_load_balance_by_hand():
+  # Mean usage (0.7, 0.3): 0.2² + 0.2² = 0.08
+  weights = jnp.array([[0.8, 0.2], [0.6, 0.4]])
+  assert losses.load_balance_loss(weights, jnp.ones(2)) == close(0.08)
+
+
+def test_load_balance_of_opposite_choices_is_0():
+  assert losses.load_balance_loss(jnp.eye(2), jnp.ones(2)) == close(0)
+
+
+def test_load_balance_counts_what_is_counted():
+  weights = jnp.array([[1.0, 0.0], [0.8, 0.2], [0.6, 0.4]])
+  counted = jnp.array([False, True, True])
+  assert losses.load_balance_loss(weights, counted) == close(0.08)
+
+
+def test_load_balance_of_nothing_is_0_with_a_zero_gradient():
+  value, gradient = jax.value_and_grad(losses.load_balance_loss)(
+      jnp.eye(2), jnp.zeros(2))
+  assert float(value) == 0.0
+  assert (gradient == 0).all()
+
+
+def combined(rec, visual, semantic, valid=None, has_both=None,
+             load_balance=0.0, **config):
+  """`combine` of samples that count, unless said otherwise."""
+  everyone = jnp.ones(len(rec), bool)
+  return losses.combine(
+      LossConfig(**config), jnp.asarray(rec, jnp.float32),
+      everyone if valid is None else valid, visual, semantic,
+      everyone if has_both is None else has_both, load_balance)
+
+
+@pytest.mark.parametrize('drift, contrastive, instance_weight', [
+    ('none', SOFT, 1.0),
+    ('instance_weight', (1.15 + 1.40) / 2 * SOFT, (1.15 + 1.40) / 2),
+    ('adaptive_temperature', (np.log1p(np.exp(-1 / 1.15))
+                              + np.log1p(np.exp(-1 / 1.40))) / 2, 1.0),
+])
+def test_combine_by_hand(drift, contrastive, instance_weight):
+  terms = combined(
+      [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]], jnp.eye(2), jnp.eye(2),
+      load_balance=0.08, drift=drift, temperature=1.0)
+  rec = (np.log(3 / 7) + np.log(4)) / 2
+  assert terms.rec == close(rec)
+  assert terms.contrastive == close(contrastive)
+  assert terms.instance_weight == close(instance_weight)
+  assert terms.load_balance == close(0.08)
+  assert terms.total == close(rec + 0.1 * contrastive + 0.01 * 0.08)
+
+
+def gradient_shares(drift):
+  """Share of the easy and of the hard sample in the pull of their pairs."""
+  # Visual and semantic views are four orthogonal unit vectors, so every
+  # similarity is 0 and every softmax 1/2, and ∂loss_i/∂similarity_ii is
+  # −(1/2)·weight_i/temperature_i. View i of one kind points along axis i (or
+  # 2 + i), so that derivative can be read off the gradient.
+  visual, semantic = jnp.eye(2, 4), jnp.eye(2, 4, 2)
+  rec = [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]]
+  gradient = jax.grad(
+      lambda v: combined(rec, v, semantic, drift=drift).contrastive)(visual)
+  pull = -gradient[jnp.arange(2), 2 + jnp.arange(2)]
+  return np.asarray(pull / pull.sum()).tolist()
+
+
+@pytest.mark.parametrize('drift, easy, hard', [
+    ('none', 0.5, 0.5),
+    ('instance_weight', 1.15 / 2.55, 1.40 / 2.55),       # 0.451, 0.549
+    ('adaptive_temperature', 1.40 / 2.55, 1.15 / 2.55),  # 1/1.15 : 1/1.40
+])
+def test_hard_samples_count_more_only_with_instance_weights(drift, easy, hard):
+  assert gradient_shares(drift) == close([easy, hard])
+
+
+@pytest.mark.parametrize('drift', LossConfig.__dataclass_fields__[
+    'drift'].metadata['choices'])
+def test_surprise_sends_no_gradient_into_the_recommendation(drift):
+  visual, semantic = views(1, 4)
+  rec = jnp.array([0.1, 1.0, 2.0, 4.0])
+  gradient = jax.grad(lambda r: combined(
+      r, visual, semantic, drift=drift).total)(rec)
+  # Only the mean of the cross-entropies is left: 1/4 each.
+  assert gradient == close([0.25] * 4)
+
+
+@pytest.mark.parametrize('garbage', [0.0, 1.0, -1e6])
+def test_combine_ignores_padded_samples(garbage):
+  visual, semantic = views(2, 4)
+  rec, valid = jnp.array([0.1, 5.0, 2.0, 4.0]), jnp.arange(4) != 1
+  rest = np.array([0, 2, 3])
+
+  def total(rec, visual, semantic, valid):
+    return combined(rec, visual, semantic, valid).total
+
+  grad = jax.value_and_grad(total, (0, 1, 2))
+  expected, wanted = grad(rec[rest], visual[rest], semantic[rest], valid[rest])
+  spoilt = (x.at[1].set(garbage) for x in (rec, visual, semantic))
+  value, gradient = grad(*spoilt, valid)
+  assert value == close(float(expected))
+  for got, want in zip(gradient, wanted, strict=True):
+    np.testing.assert_allclose(got[rest], want, rtol=1e-5, atol=1e-6)
+    assert (got[1] == 0).all()
+
+
+def test_a_sample_without_both_views_counts_for_rec_alone():
+  visual, semantic = views(3, 3)
+  rec = jnp.array([1.0, 2.0, 6.0])
+  terms = combined(rec, visual, semantic,
+                   has_both=jnp.array([True, True, False]))
+  pair = combined(rec[:2], visual[:2], semantic[:2])
+  assert terms.rec == close(3.0)
+  assert terms.contrastive == close(float(pair.contrastive))
+
+
+@pytest.mark.parametrize('valid, has_both', [
+    (jnp.zeros(3, bool), jnp.ones(3, bool)),
+    (jnp.ones(3, bool), jnp.zeros(3, bool)),
+    (jnp.zeros(3, bool), jnp.zeros(3, bool)),
+])
+def test_nothing_valid_gives_0_and_a_finite_gradient(valid, has_both):
+  visual, semantic = views(4, 3)
+  rec = jnp.array([1.0, 2.0, 6.0])
+  terms = combined(rec, visual, semantic, valid, has_both)
+  assert terms.contrastive == close(0)
+  assert terms.rec == close(3.0 if valid.all() else 0)
+  assert all(np.isfinite(t) for t in terms)
+  gradient = jax.grad(lambda *views: combined(
+      rec, *views, valid, has_both).total, (0, 1))(visual, semantic)
+  assert all((g == 0).all() for g in gradient)
+
+
+def test_zero_vectors_have_a_finite_gradient():
+  visual, semantic = views(5, 3)
+  visual, semantic = visual.at[0].set(0), semantic.at[0].set(0).at[2].set(0)
+  value, gradient = jax.value_and_grad(lambda *views: combined(
+      [1.0, 2.0, 6.0], *views).total, (0, 1))(visual, semantic)
+  assert np.isfinite(value)
+  assert all(np.isfinite(g).all() for g in gradient)

@@ -1,0 +1,227 @@
+"""The composed model: causality, padding, masks, exactness of factoring."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.models import feddmmr, layers
+from tests import small
+
+CONFIG = small.config(dropout=0.0).model
+V = 20
+
+
+def build(config: ModelConfig = CONFIG, visual_dim=12, text_dim=10):
+  rng = np.random.default_rng(1)
+  visual, text = rng.normal(size=(V, visual_dim)), rng.normal(size=(V, text_dim))
+  visual[[0, 3]] = 0
+  text[[0, 5]] = 0
+  catalogue = feddmmr.Catalogue.from_features(visual, text)
+  model = feddmmr.FedDMMR(config, V, visual_dim, text_dim)
+  params = model.init(
+      jax.random.key(0), catalogue, method='initialise')['params']
+  return model, catalogue, partial(model.apply, {'params': params}), params
+
+
+def test_masked_softmax_of_nothing_is_zero_with_finite_gradient():
+  def total(x):
+    return jnp.sum(layers.masked_softmax(x, jnp.zeros((2, 3), bool)) ** 2)
+  x = jnp.ones((2, 3))
+  assert total(x) == 0
+  assert np.isfinite(jax.grad(total)(x)).all()
+
+
+def test_masked_softmax_by_hand():
+  x = jnp.log(jnp.array([1.0, 3.0, 5.0]))
+  got = layers.masked_softmax(x, jnp.array([True, True, False]))
+  np.testing.assert_allclose(got, [0.25, 0.75, 0.0], rtol=1e-6)
+
+
+def test_backbone_is_causal():
+  _, _, apply, _ = build()
+  window = jnp.array([1, 2, 3, 4, 5, 6])
+  before = apply(window, method='encode')
+  after = apply(window.at[4].set(9), method='encode')
+  np.testing.assert_array_equal(before[:4], after[:4])
+  assert np.abs(before[4:] - after[4:]).max(axis=1).min() > 1e-4
+
+
+def test_padding_is_never_attended_to():
+  model, catalogue, apply, params = build()
+  window = jnp.array([0, 0, 0, 4, 5, 6])
+  before = apply(window, method='encode')[3:]
+  # What lies in the padding's positions cannot matter.
+  loud = jax.tree.map(lambda x: x, params)
+  loud['backbone'] = dict(loud['backbone'])
+  loud['backbone']['position_embedding'] = (
+      params['backbone']['position_embedding'].at[:3].set(100.0))
+  after = model.apply({'params': loud}, window, method='encode')[3:]
+  np.testing.assert_array_equal(before, after)
+
+
+def test_last_only_is_the_last_position():
+  _, _, apply, _ = build()
+  window = jnp.array([0, 2, 3, 4, 5, 6])
+  np.testing.assert_allclose(
+      apply(window, last_only=True, method='encode')[0],
+      apply(window, method='encode')[-1], rtol=1e-5, atol=1e-6)
+
+
+def test_factored_scores_and_gradients_equal_the_naive_form():
+  """score() against forming the fused [T, J, D] tensor."""
+  model, _, _, _ = build()
+  rng = np.random.default_rng(2)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  states, e, a = draw(7, 16), draw(9, 16), draw(9, 16)
+
+  def candidates(e, a):
+    nothing = jnp.zeros((9, 2))
+    return feddmmr.Candidates(e, a, e, e, nothing, nothing > 0)
+
+  def factored(states, e, a):
+    return jax.vmap(model.score, (0, None))(states, candidates(e, a))
+
+  def naive(states, e, a):
+    fused = states[:, None] + a
+    cosine = jnp.sum(fused * e, -1) / (
+        jnp.linalg.norm(fused, axis=-1) * jnp.linalg.norm(e, axis=-1))
+    return 4.0 * cosine  # sqrt(16)
+
+  np.testing.assert_allclose(
+      factored(states, e, a), naive(states, e, a), rtol=1e-5, atol=1e-5)
+  weight = draw(7, 9)
+  for got, want in zip(*(
+      jax.grad(lambda *x: jnp.sum(f(*x) * weight), (0, 1, 2))(states, e, a)
+      for f in (factored, naive))):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_folded_experts_equal_the_plain_attention():
+  """The experts project R memory rows and fold queries; written out plainly
+  they give the same."""
+  _, catalogue, apply, params = build()
+  items, stored = jnp.arange(1, 9), jnp.array([2, 4, 6, 3])
+  view = feddmmr.view_memory(catalogue, stored)
+  got = apply(items, catalogue, view, method='candidates')
+
+  def linear(p, x):
+    return x @ p['kernel'] + p['bias']
+
+  p = params['visual_expert']
+  query = linear(p['query'], catalogue.visual[items])
+  key = linear(p['key'], catalogue.visual[stored])
+  attention = layers.masked_softmax(
+      query @ key.T / np.sqrt(8), catalogue.has_visual[stored])
+  x = linear(p['output'], attention @ catalogue.visual[stored])
+  x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(
+      x.var(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(got.visual, jax.nn.relu(x), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_without_input_get_weight_zero_and_the_rest_is_renormalised():
+  _, catalogue, apply, _ = build()
+  items = jnp.array([1, 3, 5])  # 3 has no image, 5 no text
+  both = feddmmr.view_memory(catalogue, jnp.array([2, 4, 0]))
+  got = apply(items, catalogue, both, method='candidates')
+  np.testing.assert_array_equal(
+      got.available, [[True, True], [False, True], [True, True]])
+  np.testing.assert_allclose(got.weights.sum(-1), 1.0, rtol=1e-6)
+  np.testing.assert_array_equal(got.weights[1], [0.0, 1.0])
+  # A memory that holds only an item without image leaves the text expert.
+  no_image = feddmmr.view_memory(catalogue, jnp.array([3, 0, 0]))
+  got = apply(items, catalogue, no_image, method='candidates')
+  np.testing.assert_array_equal(got.weights, [[0.0, 1.0]] * 3)
+
+
+def test_an_empty_memory_scores_with_the_sequence_alone():
+  model, catalogue, apply, params = build()
+  items = jnp.array([1, 2, 3])
+  empty = feddmmr.view_memory(catalogue, jnp.zeros(4, jnp.int32))
+  got = apply(items, catalogue, empty, method='candidates')
+  assert not got.weights.any() and not got.auxiliary.any()
+  state = apply(jnp.array([0, 0, 0, 1, 2, 3]), last_only=True,
+                method='encode')[0]
+  e = params['item_embedding'][items]
+  want = 4.0 * (e @ state) / (
+      jnp.linalg.norm(e, axis=-1) * jnp.linalg.norm(state))
+  np.testing.assert_allclose(model.score(state, got), want, rtol=1e-5)
+
+
+def test_empty_slots_and_missing_features_change_nothing():
+  _, catalogue, apply, _ = build()
+  items = jnp.arange(1, 9)
+  few = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
+  padded = feddmmr.view_memory(catalogue, jnp.array([2, 0, 4, 0]))
+  small.assert_trees_close(
+      apply(items, catalogue, few, method='candidates'),
+      apply(items, catalogue, padded, method='candidates'))
+
+
+def test_gate_scales_the_experts_and_residual_has_none():
+  gated = small.config(dropout=0.0, fusion='gated', gating_init=0.25).model
+  _, catalogue, apply, params = build(gated)
+  assert params['fusion_gate'] == 0.25
+  _, _, residual, plain = build()
+  assert 'fusion_gate' not in plain
+  items, view = jnp.arange(1, 5), feddmmr.view_memory(
+      catalogue, jnp.array([2, 4]))
+  got = apply(items, catalogue, view, method='candidates').auxiliary
+  shared = {k: v for k, v in params.items() if k != 'fusion_gate'}
+  model = feddmmr.FedDMMR(CONFIG, V, 12, 10)
+  full = model.apply({'params': shared}, items, catalogue, view,
+                     method='candidates').auxiliary
+  np.testing.assert_allclose(got, 0.25 * full, rtol=1e-6)
+
+
+def test_global_prototypes_are_further_text_entries():
+  _, catalogue, apply, _ = build()
+  items = jnp.arange(1, 5)
+  as_memory = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
+  one_each = feddmmr.view_memory(
+      catalogue, jnp.array([2]), catalogue.text[jnp.array([4, 9])],
+      jnp.array([True, False]))
+  np.testing.assert_allclose(
+      apply(items, catalogue, as_memory, method='candidates').semantic,
+      apply(items, catalogue, one_each, method='candidates').semantic,
+      rtol=1e-5, atol=1e-6)
+
+
+def test_score_of_a_zero_vector_is_zero_with_finite_gradient():
+  model, catalogue, apply, _ = build()
+  empty = feddmmr.view_memory(catalogue, jnp.zeros(4, jnp.int32))
+  padding = apply(jnp.array([0]), catalogue, empty, method='candidates')
+  state = jnp.ones(16)
+  assert model.score(state, padding)[0] == 0
+  for value in jax.tree.leaves(jax.grad(
+      lambda s, e: jnp.sum(model.score(s, padding._replace(embedding=e))),
+      (0, 1))(state, padding.embedding)):
+    assert np.isfinite(value).all()
+
+
+@pytest.mark.parametrize('dims', [(0, 0), (12, 0), (0, 10)])
+def test_models_without_a_modality_have_no_parameters_for_it(dims):
+  _, catalogue, apply, params = build(visual_dim=dims[0], text_dim=dims[1])
+  assert ('visual_expert' in params) == bool(dims[0])
+  assert ('semantic_expert' in params) == bool(dims[1])
+  assert ('router' in params) == any(dims)
+
+
+def test_plain_backbone_scores_by_inner_product():
+  model, catalogue, apply, params = build(visual_dim=0, text_dim=0)
+  view = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
+  items = jnp.array([1, 2])
+  candidates = apply(items, catalogue, view, method='candidates')
+  state = apply(jnp.arange(6), last_only=True, method='encode')[0]
+  np.testing.assert_allclose(model.score(state, candidates),
+                             params['item_embedding'][items] @ state,
+                             rtol=1e-6)
+
+
+def test_row_zero_starts_at_zero():
+  *_, params = build()
+  assert not params['item_embedding'][0].any()
+  assert params['item_embedding'][1:].any(axis=1).all()
