@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax import client as client_lib
+from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.client import Broadcast
 from fedmmr_jax.config import RunConfig
@@ -94,16 +95,17 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
   broadcast = server.broadcast(catalogue)
   max_seq_len = config.model.max_seq_len
 
-  def rank_one(index):
+  def rank_one(index, memory):
     client = client_view(data, index, max_items)
     target_at = jnp.maximum(client.num_items - from_end, 0)
     position = target_at + jnp.arange(-max_seq_len, 0)
     window = jnp.where(position >= 0, client.history[position], 0)
-    memory = jax.tree.map(lambda x: x[index], memories)
     scores = score_catalogue(model, config, broadcast, window, memory)
     return rank_client(scores, client, target_at)
 
-  return jax.lax.map(jax.vmap(rank_one), clients)
+  return jax.lax.map(
+      lambda chunk: jax.vmap(rank_one)(
+          chunk, memory_lib.fetch(memories, chunk)), clients)
 
 
 def evaluate(model: FedDMMR, config: RunConfig, max_items: int,

@@ -137,12 +137,12 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
         lambda view, memory, client: client_lib.local_update(
             model, config, broadcast, view, memory,
             jax.random.fold_in(key, client), max_steps)
-    )(views, jax.tree.map(lambda x: x[clients], memories), clients)
+    )(views, memory_lib.fetch(memories, clients), clients)
     delta_sum = jax.tree.map(
         lambda total, d: total + jnp.tensordot(updates.weight, d, 1),
         delta_sum, updates.delta)
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
-    carry = (store(memories, clients, updates.memory), delta_sum,
+    carry = (memory_lib.store(memories, clients, updates.memory), delta_sum,
              weight_sum + jnp.sum(updates.weight),
              metrics_lib.merge(metrics, chunk_metrics))
     return carry, updates.prototypes
@@ -156,14 +156,6 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
   server = server_lib.aggregate(
       state.server, delta_sum, weight_sum, uploaded, config)
   return FederationState(server, memories), metrics
-
-
-def store(memories: Memory, clients: jax.Array, updated: Memory) -> Memory:
-  """Writes a chunk's memories back; padding clients are dropped."""
-  return jax.tree.map(
-      lambda all_, new: all_.at[jnp.where(
-          clients >= 0, clients, all_.shape[0])].set(new, mode='drop'),
-      memories, updated)
 
 
 @partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
@@ -187,7 +179,7 @@ def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
         lambda view, memory, client: client_lib.fill_memory(
             model, config, broadcast, view, memory,
             jax.random.fold_in(key, client), max_steps)
-    )(views, jax.tree.map(lambda x: x[clients], memories), clients)
-    return store(memories, clients, filled), None
+    )(views, memory_lib.fetch(memories, clients), clients)
+    return memory_lib.store(memories, clients, filled), None
 
   return jax.lax.scan(warm_chunk, state.memories, clients)[0]

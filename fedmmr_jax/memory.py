@@ -119,3 +119,21 @@ def retrieve(memory: Memory, config: MemoryConfig) -> jax.Array:
 def fill(memory: Memory) -> jax.Array:
   """[] float32 share of the slots in use."""
   return jnp.mean((memory.item > 0).astype(jnp.float32))
+
+
+def fetch(memories: Memory, clients: jax.Array) -> Memory:
+  """Takes [C] clients out of memories stacked over all clients, [K].
+
+  A padding client (−1) gets an empty memory, never somebody else's.
+  """
+  return jax.tree.map(
+      lambda x: x.at[jnp.where(clients >= 0, clients, x.shape[0])].get(
+          mode='fill', fill_value=0), memories)
+
+
+def store(memories: Memory, clients: jax.Array, updated: Memory) -> Memory:
+  """Inverse of `fetch`; what padding clients hold is dropped."""
+  return jax.tree.map(
+      lambda all_, new: all_.at[jnp.where(
+          clients >= 0, clients, all_.shape[0])].set(new, mode='drop'),
+      memories, updated)

@@ -245,6 +245,24 @@ def test_vmapped_clients_are_looped_clients():
   assert_same(jax.tree.map(lambda x: x[3], together), empty)
 
 
+def stacked(*memories):
+  return jax.tree.map(lambda *x: jnp.stack(x), *memories)
+
+
+def test_fetch_takes_the_clients_and_an_empty_memory_for_padding():
+  clients = remembering(5, 6), remembering(7), remembering(8, 9, 8)
+  cohort = memory_lib.fetch(stacked(*clients), jnp.array([2, -1, 0]))
+  assert_same(cohort, stacked(clients[2], memory_lib.init(3), clients[0]))
+
+
+def test_store_writes_the_clients_back_and_drops_padding():
+  before = stacked(remembering(5, 6), remembering(7), remembering(8, 9, 8))
+  cohort = stacked(remembering(1), remembering(2), remembering(3))
+  after_round = memory_lib.store(before, jnp.array([1, -1, 0]), cohort)
+  assert_same(after_round, stacked(
+      remembering(3), remembering(1), remembering(8, 9, 8)))
+
+
 def contents(memory, config):
   """Item -> its entry, in the form of the reference."""
   value = memory_lib.utility(memory, memory.clock - 1, config)

@@ -64,7 +64,8 @@ def test_over_counts_only_what_is_counted():
 
 def test_merged_means_are_the_mean_of_all():
   # Mean 2 of 3 samples with the mean 5 of 1 sample: (2·3 + 5·1) / 4 = 2.75.
-  merged = metrics.merge({'x': metrics.mean(2.0, 3)}, {'x': metrics.mean(5.0, 1)})
+  merged = metrics.merge({'x': metrics.mean(2.0, 3)},
+                         {'x': metrics.mean(5.0, 1)})
   assert metrics.finish(merged) == {'x': 2.75}
 
 

@@ -1,4 +1,4 @@
-"""The embedded data set: seeded, drifting, with features that tell something."""
+"""The embedded data set: seeded, drifting, with features that tell."""
 
 import re
 
