@@ -6,6 +6,7 @@ and `maximum` of a field are enforced by `RunConfig.validate`.
 """
 
 import dataclasses
+import math
 from typing import Any, Iterator
 
 from fedmmr_jax.errors import UserError
@@ -254,10 +255,11 @@ def _validate_field(field: dataclasses.Field, value: Any) -> None:
     raise UserError(
         f'--{field.name}={value} is unknown; choose from '
         + ', '.join(meta['choices']))
-  # Written so that NaN fails too.
-  if 'minimum' in meta and not value >= meta['minimum']:
+  if 'minimum' in meta and value < meta['minimum']:
     raise UserError(
         f'--{field.name}={value} is below its minimum {meta["minimum"]}')
-  if 'maximum' in meta and not value <= meta['maximum']:
+  if 'maximum' in meta and value > meta['maximum']:
     raise UserError(
         f'--{field.name}={value} is above its maximum {meta["maximum"]}')
+  if isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f'--{field.name}={value} is not a finite number')

@@ -167,6 +167,6 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
 def _unit(x: jax.Array) -> jax.Array:
   """Rows of unit length; a zero row stays zero, with a finite gradient."""
   squared = jnp.sum(x * x, axis=-1, keepdims=True)
-  has_direction = squared > _MIN_SQUARED_NORM
+  has_direction = ~(squared <= _MIN_SQUARED_NORM)  # a NaN stays NaN
   squared = jnp.where(has_direction, squared, 1.0)
   return jnp.where(has_direction, x * jax.lax.rsqrt(squared), 0.0)

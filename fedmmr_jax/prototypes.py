@@ -89,7 +89,13 @@ def _farthest_first(points, weights, num_prototypes):
     distance = jnp.where(weights > 0, jnp.minimum(distance, nearest), -1.0)
     return centres.at[p].set(centre), distance
 
-  first = jnp.argmax(weights)
+  # Among equally heavy points the one farthest from the mean, so that the
+  # order of the points (of the clients, at the server) does not matter.
+  total = jnp.sum(weights)
+  mean = weights @ points / jnp.where(total > 0, total, 1.0)
+  heaviest = weights == jnp.max(weights)
+  first = jnp.argmax(jnp.where(
+      heaviest, _squared_distance(points, mean[None])[:, 0], -1.0))
   nearest = _squared_distance(points, points[first][None])[:, 0]
   distance = jnp.where(weights > 0, nearest, -1.0)
   centres = jnp.zeros((num_prototypes, points.shape[1]), points.dtype)

@@ -272,3 +272,21 @@ def test_zero_vectors_have_a_finite_gradient():
       [1.0, 2.0, 6.0], *views).total, (0, 1))(visual, semantic)
   assert np.isfinite(value)
   assert all(np.isfinite(g).all() for g in gradient)
+
+
+def test_padding_does_not_move_the_mean_instance_weight():
+  terms = combined([REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8], 50.0],
+                   jnp.eye(3), jnp.eye(3), jnp.array([True, True, False]))
+  assert terms.instance_weight == close(1.275)
+
+
+def test_the_scale_of_surprise_comes_from_the_config():
+  # Weights 1.3 and 1.8.
+  terms = combined([REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]],
+                   jnp.eye(2), jnp.eye(2), surprise_scale=1.0)
+  assert terms.instance_weight == close(1.55)
+
+
+def test_infonce_is_finite_where_nothing_is_valid():
+  loss = losses.symmetric_infonce(jnp.eye(2), jnp.eye(2), ~BOTH, 0.07)
+  assert np.isfinite(loss).all()

@@ -235,8 +235,9 @@ def client_view(data: FederatedData, client: jax.Array,
   history, num_items = cut(data.items, data.offset, data.length)
   avoided, num_avoided = cut(
       data.avoided, data.avoided_offset, data.avoided_length)
-  return ClientData(history, num_items, avoided, num_avoided,
-                    data.sampled_negatives[client])
+  return ClientData(
+      history, num_items, avoided, num_avoided,
+      jnp.where(real, data.sampled_negatives[client], 0))
 
 
 def _check_unseen(dataset, client, num_consumed, num_negatives,

@@ -96,8 +96,10 @@ def load(path: pathlib.Path, kind: str, num_rows: int,
   try:
     with path.open('rb') as file:
       matrix = np.load(file, allow_pickle=False)
-  except (ValueError, EOFError, OSError) as error:
+  except Exception as error:  # NumPy raises what the broken header leads to
     raise UserError(f'{path}: not a readable .npy matrix ({error})') from None
+  if not isinstance(matrix, np.ndarray):
+    raise UserError(f'{path}: an archive; save one matrix with numpy.save')
   report = check(matrix, kind, str(path), num_rows, item_ids)
   return matrix[item_ids].astype(np.float32), report
 
@@ -113,23 +115,24 @@ def check(matrix: np.ndarray, kind: str, source: str, num_rows: int,
     raise UserError(
         f'{source}: {matrix.shape[0]} rows, but the data set needs {num_rows}: '
         f'one for each item id from 0 (padding) to {num_rows - 1}')
-  bad = np.argwhere(~np.isfinite(matrix))
+  # Written so that NaN and what overflows in float32 fail too.
+  bad = np.argwhere(~(np.abs(matrix) <= np.finfo(np.float32).max))
   if len(bad):
     row, column = bad[0]
     raise UserError(
         f'{source}, row {row}, column {column}: {matrix[row, column]} '
-        f'({len(bad)} such values); every value must be finite, a missing '
-        'feature is an all-zero row')
-  if matrix.min() == matrix.max():
+        f'({len(bad)} such values); every value must be finite, in float32 '
+        'too, and a missing feature is an all-zero row')
+  present = np.any(matrix != 0, axis=1)
+  values = matrix[present] if present.any() else matrix
+  if values.min() == values.max():
     raise UserError(
-        f'{source}: every value is {matrix.min():g}, a constant matrix tells '
+        f'{source}: every value is {values.min():g}, a constant matrix tells '
         f'items apart in nothing; rebuild it or say --{kind}_features=none')
   if np.any(matrix[0]):
     raise UserError(
         f'{source}, row 0: not zero, but row 0 is padding; is the matrix '
         'shifted by one row? Row i must belong to item id i')
-  present = np.any(matrix != 0, axis=1)
-  values = matrix[present]
   return IntegrityReport(
       kind=kind, source=source, shape=matrix.shape, dtype=str(matrix.dtype),
       minimum=float(values.min()), maximum=float(values.max()),

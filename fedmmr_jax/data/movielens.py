@@ -29,6 +29,8 @@ LAYOUTS = {
     'ml-1m': Layout('ratings.dat', b'::', 'movies.dat', '::'),
     'ml-100k': Layout('u.data', b'\t', 'u.item', '|'),
 }
+# Feature matrices have a row for each id up to the largest.
+MAX_ID = 2 ** 31 - 1
 _FIELDS = ('user id', 'item id', 'rating', 'timestamp')
 
 
@@ -61,19 +63,19 @@ def read_ratings(name: str, folder: pathlib.Path) -> RawInteractions:
   content = path.read_bytes()
   if not content.strip():
     raise UserError(f'{path}: the file is empty')
+  lines = content.replace(layout.separator, b'\t').splitlines()
   try:
     table = np.loadtxt(
-        content.replace(layout.separator, b'\t').decode('ascii').splitlines(),
+        [line.decode('ascii') for line in lines if line.strip()],
         delimiter='\t', comments=None, ndmin=2)
-    if table.shape[1] != len(_FIELDS):
-      raise ValueError('wrong number of fields')
+    ids = table[:, :2]
+    if not (table.shape[1] == len(_FIELDS) and np.isfinite(table).all()
+            and (ids == np.floor(ids)).all() and (ids > 0).all()
+            and (ids <= MAX_ID).all()):
+      raise ValueError('not lines of _FIELDS')
   except ValueError:
     raise _first_bad_line(path, content, layout.separator) from None
   users, items, _, times = table.T
-  ids = table[:, :2]
-  if not (np.isfinite(table).all() and (ids == ids.astype(np.int64)).all()
-          and (ids > 0).all()):
-    raise _first_bad_line(path, content, layout.separator)
   return RawInteractions(users.astype(np.int64), items.astype(np.int64), times)
 
 
@@ -123,9 +125,12 @@ def _problem_of(fields: list[bytes]) -> str:
     if name.endswith('id'):
       if not field.strip().isdigit() or int(field) == 0:
         return f'{name} is not a positive whole number'
+      if int(field) > MAX_ID:
+        return f'{name} is larger than {MAX_ID}'
       continue
     try:
-      if not np.isfinite(float(field)):
+      # float() also takes '10_00', which the fast parser does not.
+      if b'_' in field or not np.isfinite(float(field)):
         raise ValueError
     except ValueError:
       return f'{name} is not a number'

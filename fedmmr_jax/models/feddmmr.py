@@ -234,8 +234,8 @@ class FedDMMR(nn.Module):
         jnp.sum(state * state) + 2 * (a @ state) + jnp.sum(a * a, axis=-1))
     squared_norm *= jnp.sum(e * e, axis=-1)
     # Both branches of the select must be finite, or a zero vector's gradient
-    # is NaN.
-    has_direction = squared_norm > _MIN_SQUARED_NORM
+    # is NaN. "Not too small" rather than "large enough": a NaN stays NaN.
+    has_direction = ~(squared_norm <= _MIN_SQUARED_NORM)
     squared_norm = jnp.where(has_direction, squared_norm, 1.0)
     cosine = jnp.where(has_direction, dot * jax.lax.rsqrt(squared_norm), 0.0)
     return self.config.hidden_dim ** 0.5 * cosine

@@ -1,0 +1,154 @@
+"""The binaries as a user runs them: output, exit status, bad input."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PRESETS = ROOT / 'experiments' / 'presets'
+TINY = ('--dataset=ml-1m', '--num_rounds=2', '--hidden_dim=16',
+        '--num_blocks=1', '--num_heads=2', '--semantic_heads=2',
+        '--max_seq_len=5', '--batch_size=4', '--num_negatives=3',
+        '--sampled_negatives=5', '--client_fraction=0.5',
+        '--memory_capacity=6', '--retrieval_size=3')
+
+
+def run(binary, *flags, status=0):
+  """Runs a binary; returns (stdout, stderr)."""
+  done = subprocess.run(
+      [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)],
+      cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == status, done.stdout + done.stderr
+  return done.stdout, done.stderr
+
+
+def refused(*flags, binary='train') -> str:
+  """The one line of an error; checks status 2 and that it is one line."""
+  _, stderr = run(binary, *flags, status=2)
+  lines = stderr.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith('error: '), stderr
+  return lines[0]
+
+
+@pytest.fixture
+def ml_1m(tmp_path):
+  """A tiny set in MovieLens-1M's own format, with features."""
+  folder = tmp_path / 'ml-1m'
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  lines = [f'{user}::{item}::5::{1000 + t}'
+           for user in range(1, 7)
+           for t, item in enumerate(rng.permutation(np.arange(1, 31))[:9])]
+  (folder / 'ratings.dat').write_text('\n'.join(lines) + '\n')
+  (folder / 'movies.dat').write_bytes('\n'.join(
+      f'{i}::Amélie {i} (2001)::Drama' for i in range(1, 31)
+  ).encode('latin-1'))
+  for kind, width in (('visual', 8), ('text', 6)):
+    matrix = rng.normal(size=(31, width)).astype(np.float32)
+    matrix[0] = 0
+    np.save(folder / f'{kind}_features.npy', matrix)
+  return folder
+
+
+def test_train_evaluate_inspect(ml_1m, tmp_path):
+  workdir = tmp_path / 'run'
+  out, _ = run('train', *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')
+  assert 'coverage 27 of 27' in out
+  assert 'no gate stands before the experts' in out
+  assert 'round 2/2' in out and 'test, full' in out
+  for name in ('config.json', 'metrics.jsonl', 'summary.json', 'report.html',
+               'rounds/1', 'rounds/2'):
+    assert (workdir / name).exists(), name
+
+  # Without --resume the folder is refused, with it nothing is left to do.
+  before = {p.name: p.read_bytes() for p in workdir.glob('*.json*')}
+  assert 'already holds a run' in refused(
+      *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')
+  assert before == {p.name: p.read_bytes() for p in workdir.glob('*.json*')}
+  assert '--num_negatives=3, not 4' in refused(
+      *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}', '--resume',
+      '--num_negatives=4')
+
+  # evaluate repeats the summary's numbers.
+  summary = json.loads((workdir / 'summary.json').read_text())
+  out, _ = run('evaluate', f'--workdir={workdir}', '--json')
+  assert json.loads(out)['test'] == summary['test']
+
+  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'list')
+  assert '<- best' in out
+  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'show', 'last')
+  assert 'visual_expert/query/kernel' in out and '8 x 8' in out
+  out, _ = run(
+      'inspect_checkpoint', f'--workdir={workdir}', '--json', 'show', '1')
+  shown = json.loads(out)
+  assert sum(g['count'] for g in shown['groups'].values()) == sum(
+      p['count'] for p in shown['parameters'])
+  user = next(u for u in range(1, 7) if json.loads(run(
+      'inspect_checkpoint', f'--workdir={workdir}', '--json', 'memory', 'last',
+      u)[0])['entries'])
+  out, _ = run(
+      'inspect_checkpoint', f'--workdir={workdir}', 'memory', 'last', user)
+  assert 'Amélie' in out
+  for words, expected in ((('show', 9), 'no round 9; saved: 1, 2'),
+                          (('memory', 1, 99), "no user '99'"),
+                          (('bogus',), 'unknown command')):
+    assert expected in refused(
+        f'--workdir={workdir}', *words, binary='inspect_checkpoint')
+
+
+def test_bad_data_is_refused_and_nothing_is_written(ml_1m, tmp_path):
+  workdir = tmp_path / 'run'
+  flags = (*TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')
+  ratings = (ml_1m / 'ratings.dat').read_text()
+  lines = ratings.splitlines()
+  lines[16] = '3::twelve::5::1000'
+  (ml_1m / 'ratings.dat').write_text('\n'.join(lines))
+  message = refused(*flags)
+  assert 'ratings.dat, line 17' in message and 'item id' in message
+  (ml_1m / 'ratings.dat').write_text(ratings)
+
+  good = np.load(ml_1m / 'text_features.npy')
+  np.save(ml_1m / 'text_features.npy', good[:-1])
+  assert 'text_features.npy: 30 rows, but the data set needs 31' in refused(
+      *flags)
+  bad = good.copy()
+  bad[12, 3] = np.nan
+  np.save(ml_1m / 'text_features.npy', bad)
+  assert 'text_features.npy, row 12, column 3: nan' in refused(*flags)
+  np.save(ml_1m / 'text_features.npy', good)
+
+  assert '--visual_features=nowhere.npy: no such file' in refused(
+      *flags, '--visual_features=nowhere.npy')
+  # 27 items were consumed by somebody, 9 of them by each user.
+  assert 'only 18 unseen items; lower --num_negatives=19' in refused(
+      *flags, '--num_negatives=19')
+  assert not workdir.exists()
+
+
+def test_bad_flags_are_refused(tmp_path):
+  assert 'no such file' in refused('--dataset=ml-1m', f'--data_dir={tmp_path}')
+  assert 'needs --data_dir' in refused('--dataset=ml-1m')
+  message = refused('--flagfile=experiments/presets/papper.flags')
+  assert 'papper.flags' in message and 'paper.flags' in message
+  assert 'fusion' in refused('--fusion=concat')
+  assert 'dropout=1.5 is above' in refused('--dropout=1.5')
+  assert 'numrounds' in refused('--numrounds=3')
+  assert 'unexpected argument' in refused('num_rounds=3')
+  assert '--resume needs --workdir' in refused('--resume')
+  assert 'no such folder' in refused(
+      f'--workdir={tmp_path}', 'list', binary='inspect_checkpoint')
+
+
+@pytest.mark.parametrize('preset', sorted(p.name for p in PRESETS.iterdir()))
+def test_presets_are_valid(preset):
+  """Every flag of a preset exists and is within its bounds."""
+  code = ('from experiments import app; from absl import flags; '
+          'app.define_config_flags(); import sys; flags.FLAGS(sys.argv); '
+          'app.config_from_flags()')
+  subprocess.run(
+      [sys.executable, '-c', code, f'--flagfile={PRESETS / preset}',
+       '--data_dir=somewhere'], cwd=ROOT, check=True)

@@ -1,0 +1,103 @@
+"""Ranks: ties against the target, NaN is an error, both protocols."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmmr_jax import evaluation
+from fedmmr_jax.data.dataset import ClientData
+from fedmmr_jax.errors import UserError
+from tests import small
+
+
+def client(history, num_items, negatives) -> ClientData:
+  return ClientData(jnp.array(history), jnp.int32(num_items),
+                    jnp.zeros(1, int), jnp.int32(0), jnp.array(negatives))
+
+
+# Items 1..7; the client consumed 1, 2, 3 (3 is the test target). Unconsumed:
+# 4, 5, 6, 7.
+CLIENT = client([1, 2, 3, 0], 3, [4, 5])
+
+
+def rank(scores):
+  return evaluation.rank_client(
+      jnp.array(scores, jnp.float32), CLIENT, jnp.int32(2))
+
+
+def test_rank_by_hand():
+  # Target scores 5; of 4..7 only item 6 scores more; items 1 and 2 are
+  # consumed and row 0 is no item, however high their scores.
+  got = rank([9, 9, 9, 5, 1, 2, 8, 0])
+  assert (got.full, got.sampled, got.bad_scores) == (1, 0, 0)
+
+
+def test_a_tie_counts_against_the_target():
+  got = rank([0, 0, 0, 5, 5, 5, 1, 5])
+  assert (got.full, got.sampled) == (3, 2)
+
+
+def test_equal_scores_everywhere_rank_last():
+  got = rank([1] * 8)
+  assert (got.full, got.sampled) == (4, 2)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_bad_scores_are_counted(bad):
+  assert rank([0, 0, 0, 5, bad, 5, 1, bad]).bad_scores == 2
+
+
+@pytest.fixture(scope='module')
+def simulation():
+  return small.simulation()
+
+
+def test_nan_parameters_are_an_error_not_a_hit(simulation):
+  state = simulation.init_state()
+  broken = jax.tree.map(lambda x: x * np.nan, state.server.params)
+  with pytest.raises(UserError, match='val: 9 of 9 clients.*NaN'):
+    simulation.evaluate(
+        state._replace(server=state.server._replace(params=broken)), 'val')
+
+
+def test_chunks_change_nothing(simulation):
+  state = simulation.init_state()
+  _, ranks = simulation.evaluate(state, 'test')
+  config = dataclasses.replace(
+      simulation.config, evaluation=dataclasses.replace(
+          simulation.config.evaluation, clients_per_eval_chunk=9))
+  other = dataclasses.replace(simulation, config=config)
+  small.assert_trees_equal(ranks, other.evaluate(state, 'test')[1])
+  assert ranks.full.shape == (9,)
+
+
+def test_scores_use_the_items_before_the_target(simulation):
+  """The rank follows from the model applied by hand."""
+  state = simulation.init_state()
+  _, ranks = simulation.evaluate(state, 'val')
+  broadcast = state.server.broadcast(simulation.catalogue)
+  data = small.dataset()
+  for index in (0, 8):
+    history = data.sequence(index)
+    window = np.zeros(6, np.int32)
+    known = history[:-2][-6:]
+    window[-len(known):] = known
+    scores = np.asarray(evaluation.score_catalogue(
+        simulation.model, simulation.config, broadcast, jnp.asarray(window),
+        jax.tree.map(lambda x: x[index], state.memories)))
+    unseen = np.setdiff1d(np.arange(1, data.num_rows), history)
+    margin = scores[unseen] - scores[history[-2]]
+    assert abs(int((margin >= 0).sum()) - int(ranks.full[index])) <= 1
+
+
+def test_warm_memory_fills_every_client_without_touching_the_state():
+  simulation = small.simulation(warm_memory=True)
+  state = simulation.init_state()
+  warmed, _ = simulation.evaluate(state, 'val')
+  cold, _ = dataclasses.replace(
+      simulation, config=small.config()).evaluate(state, 'val')
+  assert not np.asarray(state.memories.clock).any()
+  assert warmed != cold

@@ -1,0 +1,184 @@
+"""The host loop: resume = straight run, files of the contract, stopping."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from fedmmr_jax import checkpoint as checkpoint_lib
+from fedmmr_jax import report
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax import training
+from fedmmr_jax.checkpoint import Progress, Rounds
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.run_folder import RunFolder
+from tests import small
+
+ROUNDS = 4
+
+
+def train(path, num_rounds=ROUNDS, **changes):
+  simulation = simulation_lib.build(
+      small.config(num_rounds=num_rounds, **changes), small.dataset())
+  run = RunFolder(path)
+  run.start(simulation.config, small.dataset())
+  return training.train(simulation, run, lambda record: None)
+
+
+def final_state(path, number=ROUNDS):
+  return Rounds(path).load_as_saved(number)['state']
+
+
+def without_times(records):
+  return [{k: v for k, v in r.items() if not k.endswith('seconds')}
+          for r in records]
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  path = tmp_path_factory.mktemp('runs') / 'straight'
+  return path, train(path)
+
+
+def test_writes_every_file_of_the_contract(straight):
+  path, summary = straight
+  assert json.loads((path / 'summary.json').read_text()) == summary
+  lines = [json.loads(x) for x in
+           (path / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['round'] for line in lines] == [1, 2, 3, 4]
+  for line in lines:
+    assert set(line['train']) == {
+        'loss', 'rec_loss', 'contrastive_loss', 'load_balance_loss',
+        'w_visual', 'w_semantic', 'instance_weight', 'memory_fill'}
+    assert 1 <= line['train']['instance_weight'] <= 1.5
+    assert line['train']['w_visual'] + line['train']['w_semantic'] == (
+        pytest.approx(1, abs=1e-5))
+    assert set(line['val']) == {'sampled', 'full'}
+    assert line['seconds'] > 0
+  config = json.loads((path / 'config.json').read_text())
+  assert config['flags']['num_rounds'] == 4
+  assert config['data_fingerprint'] == small.dataset().fingerprint()
+  assert config['versions']['jax'] == jax.__version__
+  assert Rounds(path).numbers() == [1, 2, 3, 4]
+  assert set(summary['test']['full']) == {
+      'HR@5', 'HR@10', 'HR@20', 'NDCG@5', 'NDCG@10', 'NDCG@20', 'MRR'}
+  assert summary['num_clients'] == 9 and summary['rounds'] == 4
+
+
+def test_the_best_round_is_the_first_with_the_best_validation(straight):
+  path, summary = straight
+  values = [r['val']['sampled']['HR@10'] for r in RunFolder(path).records()]
+  assert summary['best_round'] == 1 + values.index(max(values))
+  assert summary['val']['sampled']['HR@10'] == max(values)
+
+
+def test_the_same_seed_gives_the_same_run(straight, tmp_path):
+  path, summary = straight
+  train(tmp_path / 'again')
+  assert without_times(RunFolder(tmp_path / 'again').records()) == (
+      without_times(RunFolder(path).records()))
+
+
+def test_resumed_run_equals_the_straight_one(straight, tmp_path):
+  path, _ = straight
+  train(tmp_path / 'run', num_rounds=2)
+  train(tmp_path / 'run')
+  small.assert_trees_equal(
+      final_state(tmp_path / 'run'), final_state(path))
+  assert without_times(RunFolder(tmp_path / 'run').records()) == (
+      without_times(RunFolder(path).records()))
+
+
+def test_resume_repairs_a_torn_metrics_file(straight, tmp_path):
+  """Killed while writing: half a line, or a line whose round is not saved."""
+  path, _ = straight
+  run = RunFolder(tmp_path / 'run')
+  train(run.path, num_rounds=2)
+  metrics = run.path / 'metrics.jsonl'
+  lines = metrics.read_text().splitlines()
+  metrics.write_text(lines[0] + '\n' + lines[1][:40])
+  train(run.path)
+  assert without_times(run.records()) == (
+      without_times(RunFolder(path).records()))
+
+
+def test_a_finished_run_resumed_trains_nothing(straight, tmp_path):
+  summary = train(tmp_path / 'run', num_rounds=2)
+  again = train(tmp_path / 'run', num_rounds=2)
+  assert again['test'] == summary['test'] and again['rounds'] == 2
+
+
+def test_early_stopping():
+  config = small.config(patience=3)
+  progress = Progress.start().updated(2, 0.5).updated(4, 0.5)
+  assert int(progress.best_round) == 2  # the first of equals
+  assert not training.out_of_patience(4, progress, config)
+  assert training.out_of_patience(5, progress, config)
+  assert not training.out_of_patience(9, progress, small.config(patience=0))
+  assert not training.out_of_patience(9, Progress.start(), config)
+
+
+def test_validation_is_due_every_nth_round_and_at_the_end():
+  config = small.config(num_rounds=5, eval_every=2)
+  assert [training.due(r, config) for r in range(1, 6)] == [
+      False, True, False, True, True]
+
+
+def test_divergence_is_one_clear_line(tmp_path):
+  with pytest.raises(UserError, match='diverged'):
+    train(tmp_path / 'run', client_optimizer='sgd',
+          client_learning_rate=1e30)
+
+
+def test_a_run_is_continued_with_its_own_settings_only(straight):
+  path, _ = straight
+  with pytest.raises(UserError, match='--num_negatives=5, not 6'):
+    RunFolder(path).start(small.config(num_negatives=6), small.dataset())
+  with pytest.raises(UserError, match='other data'):
+    RunFolder(path).start(
+        small.config(), small.dataset(seed=1))
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(straight):
+  path, _ = straight
+  before = (path / 'config.json').read_bytes()
+  with pytest.raises(UserError, match='already holds a run.*--resume'):
+    RunFolder(path).check_free(resume=False)
+  RunFolder(path).check_free(resume=True)
+  assert (path / 'config.json').read_bytes() == before
+
+
+def test_checkpoint_round_trip(tmp_path):
+  simulation = small.simulation()
+  state = simulation.init_state()
+  rounds = Rounds(tmp_path, create=True)
+  saved = checkpoint_lib.Checkpoint(state, Progress.start().updated(3, 0.1))
+  rounds.save(3, saved, {'round': 3, 'loss': None}, 1.5)
+  loaded = Rounds(tmp_path).load(3, saved)
+  small.assert_trees_equal(loaded, saved)
+  assert jax.tree.structure(loaded) == jax.tree.structure(saved)
+  assert rounds.metadata(3) == {
+      'record': {'round': 3, 'loss': None}, 'wall_seconds': 1.5}
+  # What was saved as 0.1 is not beaten by 0.1.
+  assert int(loaded.progress.updated(4, 0.1).best_round) == 3
+  with pytest.raises(UserError, match='no round 4; saved: 3'):
+    rounds.load(4, saved)
+
+
+def test_report_draws_every_figure_and_escapes(straight):
+  path, _ = straight
+  run = RunFolder(path)
+  report.write(run, ())
+  page = (path / 'report.html').read_text()
+  for title in ('Validation, HR@10', 'Router', 'Contrastive loss', 'Time'):
+    assert title in page
+  assert 'nan' not in page.lower().replace('nanos', '')
+  assert '://' not in page.replace('http://www.w3.org', '')  # opens offline
+
+
+def test_chart_scales_by_hand():
+  chart = report.draw('t', 'u', [report.Series('a', [(1, 0.0), (3, 1.0)])])
+  (x0, y0, _), (x1, y1, tip) = chart.curves[0]['dots']
+  assert x0 == 52 and x1 == report.WIDTH - 12 and y0 > y1
+  assert tip == 'a, round 3: 1'
