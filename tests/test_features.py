@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedmmr_jax.config import DataConfig
-from fedmmr_jax.data import features, load
+from fedmmr_jax.data import features, load, synthetic
 from fedmmr_jax.errors import UserError
 
 ITEM_IDS = np.array([0, 1, 3, 4])  # the catalogue; item 2 is nobody's
@@ -86,13 +86,15 @@ def test_rows_are_those_of_the_catalogue(tmp_path):
   assert report.source == str(tmp_path / 'v.npy')
 
 
-def test_a_report_of_half_precision_does_not_overflow():
+def test_a_report_on_half_precision_is_computed_in_double():
   # 300 rows of 60000 sum to more than float16's 65504.
   array = np.full((301, 1), 60000, np.float16)
   array[0], array[1] = 0, 59904  # not constant
   report = check(array, num_rows=301, item_ids=np.arange(301))
-  assert report.mean == pytest.approx(60000, rel=1e-3)
-  assert np.isfinite(report.std)
+  # (299·60000 + 59904) / 300, which float16 would round to 60000; the spread
+  # is that of one value 96 below 299 others: 96·√299/300.
+  assert report.mean == pytest.approx(59999.68, rel=1e-9)
+  assert report.std == pytest.approx(96 * 299 ** 0.5 / 300, rel=1e-9)
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
@@ -306,6 +308,16 @@ def test_the_synthetic_set_brings_its_own_features():
     assert report.source == 'generated from seed 0'
     assert report.covered == np.any(rows != 0, axis=1).sum()
     assert rows.shape[0] == loaded.dataset.num_rows
+
+
+def test_generated_features_are_those_of_the_catalogue_s_rows():
+  # One user consumes at most 30 of 60 items: many are not in the catalogue.
+  dataset = load.load(
+      DataConfig(synthetic_users=1, synthetic_items=60), 0).dataset
+  _, matrices = synthetic.generate(1, 60, seed=0)
+  assert dataset.num_items <= 30
+  for kind, rows in (('visual', dataset.visual), ('text', dataset.text)):
+    np.testing.assert_array_equal(rows, matrices[kind][dataset.item_ids])
 
 
 def test_the_synthetic_set_takes_the_features_that_are_named(tmp_path):

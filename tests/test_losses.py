@@ -30,6 +30,11 @@ def test_weighted_mean_of_nothing_is_0():
   assert float(losses.weighted_mean(jnp.ones(3), jnp.zeros(3))) == 0.0
 
 
+def test_weighted_mean_of_tiny_weights_is_a_mean():
+  values, weights = jnp.array([1.0, 3.0]), jnp.full(2, 1e-20)
+  assert losses.weighted_mean(values, weights) == close(2.0)
+
+
 def test_weighted_mean_ignores_anything_of_weight_0():
   values = jnp.array([2.0, jnp.nan, jnp.inf, 4.0])
   counted = jnp.array([True, False, False, True])
@@ -131,6 +136,11 @@ def test_infonce_of_invalid_samples_changes_nothing(garbage):
   spoilt = (x.at[1].set(garbage) for x in (visual, semantic))
   loss = losses.symmetric_infonce(*spoilt, valid, 0.07)
   assert loss[rest] == close(np.asarray(expected))
+  assert np.isfinite(loss).all()
+
+
+def test_infonce_is_finite_where_nothing_is_valid():
+  loss = losses.symmetric_infonce(*views(6, 3), jnp.zeros(3, bool), 0.07)
   assert np.isfinite(loss).all()
 
 

@@ -258,9 +258,9 @@ def test_fetch_takes_the_clients_and_an_empty_memory_for_padding():
 def test_store_writes_the_clients_back_and_drops_padding():
   before = stacked(remembering(5, 6), remembering(7), remembering(8, 9, 8))
   cohort = stacked(remembering(1), remembering(2), remembering(3))
-  after_round = memory_lib.store(before, jnp.array([1, -1, 0]), cohort)
+  after_round = memory_lib.store(before, jnp.array([2, 1, -1]), cohort)
   assert_same(after_round, stacked(
-      remembering(3), remembering(1), remembering(8, 9, 8)))
+      remembering(5, 6), remembering(2), remembering(1)))
 
 
 def contents(memory, config):

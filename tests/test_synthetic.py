@@ -72,8 +72,9 @@ def test_items_are_those_of_the_catalogue(generated):
   assert len(dataset.titles) == dataset.num_rows
 
 
-def test_titles_name_the_item_of_their_row(generated):
-  dataset, _ = generated
+@pytest.mark.parametrize('users', [1, USERS])
+def test_titles_name_the_item_of_their_row(users):
+  dataset, _ = synthetic.generate(users, ITEMS, seed=0)
   assert dataset.titles[0] == ''
   for item, title in zip(dataset.item_ids[1:], dataset.titles[1:]):
     assert title.startswith(f'item {item} of cluster ')
