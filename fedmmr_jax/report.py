@@ -81,7 +81,8 @@ def draw(title: str, unit: str, series: Sequence[Series]) -> Chart:
   values = [y for s in series for _, y in s.points]
   low, high = min(values), max(values)
   margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-  low, high = low - margin, high + margin
+  # No axis below zero for what cannot be negative.
+  low, high = max(low - margin, min(low, 0.0)), high + margin
   first, last = min(rounds), max(rounds)
 
   def x(value):

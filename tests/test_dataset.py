@@ -228,6 +228,7 @@ def test_a_view_cuts_exactly_one_client():
 def test_the_padding_client_is_empty():
   view = cut(to_device(toy(SEQUENCES)), -1, 6)
   assert view.history.tolist() == view.avoided.tolist() == [0] * 6
+  assert view.sampled_negatives.tolist() == [0] * 6
   assert int(view.num_items) == int(view.num_avoided) == 0
   assert int(view.num_train) == 0
 

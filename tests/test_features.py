@@ -107,7 +107,6 @@ def test_a_value_that_is_not_finite_is_named(bad, tmp_path):
   assert '2 such values' in message and 'must be finite' in message
 
 
-@pytest.mark.filterwarnings('ignore:overflow encountered in cast')
 def test_a_value_beyond_float32_is_not_finite_either(tmp_path):
   array = matrix(np.float64)
   array[4, 1] = 1e39

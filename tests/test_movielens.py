@@ -78,6 +78,12 @@ def test_a_single_line_is_a_file(name, tmp_path):
   assert (raw.users.tolist(), raw.items.tolist()) == ([1], [10])
 
 
+def test_the_largest_id_is_read(tmp_path):
+  write(tmp_path, 'ratings.dat', [f'{2 ** 31 - 1}::2::5::1000'])
+  assert movielens.read_ratings('ml-1m', tmp_path).users.tolist() == [
+      2 ** 31 - 1]
+
+
 def test_half_stars_and_fractions_of_a_second_are_read(tmp_path):
   write(tmp_path, 'ratings.dat', ['1::2::3.5::1000.5'])
   assert movielens.read_ratings('ml-1m', tmp_path).times.tolist() == [1000.5]
@@ -97,6 +103,7 @@ MALFORMED = [
     (('nan', 2, 5, 1000), 'user id is not a positive whole number'),
     ((1, 'inf', 5, 1000), 'item id is not a positive whole number'),
     ((1, 'é', 5, 1000), 'item id is not a positive whole number'),
+    ((1, 2 ** 31, 5, 1000), 'item id is larger than 2147483647'),
     ((1, 2, 'five', 1000), 'rating is not a number'),
     ((1, 2, 'nan', 1000), 'rating is not a number'),
     ((1, 2, 5, 'inf'), 'timestamp is not a number'),
@@ -119,7 +126,6 @@ def test_a_malformed_line_is_named(name, bad, problem, end, tmp_path):
   assert '<user id>' in message  # the mend: what a line should look like
 
 
-@pytest.mark.filterwarnings('ignore:invalid value encountered in cast')
 @pytest.mark.parametrize('bad', [
     ('9' * 20, 2, 5, 1000),  # beyond 64 bits
     (1, 2, 5, '10_00'),      # a number in Python, not in a file
