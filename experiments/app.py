@@ -5,18 +5,22 @@ A user's error is one line on stderr and exit status 2, without a traceback.
 
 import pathlib
 import sys
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 from absl import app
 from absl import flags
 from absl import logging
 import jax
 
+from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.config import RunConfig, walk_fields
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.run_folder import RunFolder
 
 USER_ERROR, INTERRUPTED = 2, 130
 PRESETS = pathlib.Path(__file__).parent / 'presets'
+
+WORKDIR = flags.DEFINE_string('workdir', '', 'folder of the run')
 
 _COMPILATION_CACHE = flags.DEFINE_string(
     'compilation_cache', '~/.cache/fedmmr_jax',
@@ -39,15 +43,46 @@ _DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer,
            float: flags.DEFINE_float, str: flags.DEFINE_string}
 
 
-def config_from_flags() -> RunConfig:
+def config_from_flags(before: dict[str, Any] | None = None) -> RunConfig:
   """The validated settings of this command line.
+
+  Args:
+    before: settings of the run that is continued; they stand for the flags
+      that the command line leaves out.
 
   Raises:
     UserError: a value out of bounds.
   """
-  names = RunConfig().as_flat_dict()
-  return RunConfig.from_flat_dict(
-      {name: flags.FLAGS[name].value for name in names}).validate()
+  values = RunConfig().as_flat_dict() | (before or {})
+  for name in values:
+    if name in flags.FLAGS and flags.FLAGS[name].present:
+      values[name] = flags.FLAGS[name].value
+  return RunConfig.from_flat_dict(values).validate()
+
+
+def open_run() -> RunFolder:
+  """The run folder that --workdir names, for the binaries that read one.
+
+  Raises:
+    UserError: --workdir is missing.
+  """
+  if not WORKDIR.value:
+    raise UserError('name a run folder with --workdir')
+  return RunFolder(WORKDIR.value)
+
+
+def find_round(rounds: Rounds, which: str) -> int:
+  """The number of a round given as a number, 'best' or 'last'.
+
+  Raises:
+    UserError: none of these, or nothing is saved.
+  """
+  named = {'best': rounds.best, 'last': rounds.last}
+  if which in named:
+    return named[which]()
+  if not which.isdecimal():
+    raise UserError(f'{which!r} is no round; say a number, best or last')
+  return int(which)
 
 
 def run(main: Callable[..., None], commands: bool = False) -> None:
@@ -89,6 +124,8 @@ def _guarded(main: Callable[[], None]) -> None:
     main()
   except UserError as error:
     _fail(str(error))
+  except OSError as error:  # a full disk, a folder without permission
+    _fail(f'{error.filename or "file system"}: {error.strerror or error}')
 
 
 def _fail(line: str) -> None:

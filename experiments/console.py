@@ -6,6 +6,7 @@ import jax
 
 from fedmmr_jax import client
 from fedmmr_jax import federation
+from fedmmr_jax.data.dataset import HELD_OUT
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.metrics import CUTOFFS
 from fedmmr_jax.simulation import Simulation
@@ -15,7 +16,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """A plain table; numbers right-aligned, the first column and words left."""
   cells = [list(map(str, row)) for row in (header, *rows)]
   widths = [max(map(len, column)) for column in zip(*cells)]
-  left = [i == 0 or not any(c[:1].isdigit() or c == '-' for c in column[1:])
+  left = [i == 0 or not all(c[:1].isdigit() or c == '-' for c in column[1:])
           for i, column in enumerate(zip(*cells))]
   lines = []
   for row in cells:
@@ -38,7 +39,7 @@ def data_report(loaded: Loaded) -> str:
     shown = ', '.join(map(str, loaded.dropped_users[:5]))
     more = ', …' if len(loaded.dropped_users) > 5 else ''
     lines.append(
-        f'left out {len(loaded.dropped_users)} users with fewer than 3 '
+        f'left out {len(loaded.dropped_users)} user(s) with fewer than 3 '
         f'interactions (training, validation and test need one each): '
         f'{shown}{more}')
   lines += map(str, loaded.integrity)
@@ -50,23 +51,26 @@ def data_report(loaded: Loaded) -> str:
 
 def banner(simulation: Simulation) -> str:
   """How the model works, in this configuration."""
-  config, model = simulation.config, simulation.model
+  config = simulation.config
   c, s = config.client, config.server
   size = federation.cohort_size(config, len(simulation.lengths))
-  steps = client.num_steps(simulation.lengths - 2, config).mean()
+  steps = client.num_steps(simulation.lengths - HELD_OUT, config).mean()
+  devices = simulation.data.items.devices()
+  drift = (config.loss.drift if simulation.model.has_both_experts
+           else 'none, it needs both experts')
   return '\n'.join([
-      f'FedDMMR on {jax.default_backend()} ({jax.device_count()} device)',
+      f'FedDMMR on {jax.default_backend()} ({len(devices)} device{"s"[:len(devices) > 1]})',
       f'  backbone   SASRec, {config.model.num_blocks} blocks, D='
       f'{config.model.hidden_dim}, window {config.model.max_seq_len}',
       *(f'  {line}' for line in _fusion_lines(simulation)),
       f'  loss       cross-entropy against {c.num_negatives} negatives '
-      f'({c.negatives}), {c.objective}; drift: {config.loss.drift}',
+      f'({c.negatives}), {c.objective}; drift: {drift}',
       f'  client     {c.client_optimizer} {c.client_learning_rate:g}, '
-      f'{c.local_epochs} epoch, batch {c.batch_size} '
+      f'epochs {c.local_epochs}, batch {c.batch_size} '
       f'({steps:.0f} steps on average)',
       f'  server     {s.server_optimizer} {s.server_learning_rate:g}, '
       f'{size} of {len(simulation.lengths)} clients a round, '
-      f'{s.num_rounds} rounds, seed {config.seed}',
+      f'rounds {s.num_rounds}, seed {config.seed}',
   ])
 
 

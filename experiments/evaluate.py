@@ -2,25 +2,23 @@
 
     python -m experiments.evaluate --workdir=RUN --round=best --split=test
 
-The run's own settings are used; `--data_dir` may name the place where the
-data lies now, and `--warm_memory` fills the memories of clients that were
+The run's own settings are used; `--data_dir`, `--visual_features` and
+`--text_features` may name the places where the data lies now, and `--warm_memory` fills the memories of clients that were
 never sampled.
 """
 
-import dataclasses
 import json
+import sys
 
 from absl import flags
 
 from experiments import app
 from experiments import console
-from experiments.inspect_checkpoint import find_round
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
+from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
-from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import SPLITS
-from fedmmr_jax.run_folder import RunFolder
 
 _ROUND = flags.DEFINE_string('round', 'best', 'a number, best or last')
 _SPLIT = flags.DEFINE_enum('split', 'test', [*SPLITS], 'held-out item to rank')
@@ -29,34 +27,35 @@ _PROTOCOL = flags.DEFINE_enum(
     'against')
 _DATA_DIR = flags.DEFINE_string(
     'data_dir', None, 'folder of the data set, if it has moved')
+_VISUAL = flags.DEFINE_string(
+    'visual_features', None, 'the visual feature matrix, if it has moved')
+_TEXT = flags.DEFINE_string(
+    'text_features', None, 'the text feature matrix, if it has moved')
+_JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of a table')
 _WARM_MEMORY = flags.DEFINE_boolean(
     'warm_memory', None, 'fill the memories of clients that were never '
     'sampled; default: as the run')
 
 
 def main() -> None:
-  workdir = flags.FLAGS.workdir
-  if not workdir:
-    raise UserError('name a run folder with --workdir')
-  run = RunFolder(workdir)
+  run = app.open_run()
   rounds = Rounds(run.path)
-  number = find_round(run, rounds, _ROUND.value)
-  config = run.config()
-  if _DATA_DIR.value is not None:
-    config = dataclasses.replace(config, data=dataclasses.replace(
-        config.data, data_dir=_DATA_DIR.value))
-  if _WARM_MEMORY.value is not None:
-    config = dataclasses.replace(config, memory=dataclasses.replace(
-        config.memory, warm_memory=_WARM_MEMORY.value))
-  dataset = load.load(config.data, config.seed).dataset
-  run.check_data(dataset)
-  simulation = simulation_lib.build(config, dataset)
+  number = app.find_round(rounds, _ROUND.value)
+  given = {flag.name: flag.value
+           for flag in (_DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY)
+           if flag.value is not None}
+  config = RunConfig.from_flat_dict(
+      run.config().as_flat_dict() | given).validate()
+  loaded = load.load(config.data, config.seed)
+  print(console.data_report(loaded) + '\n', file=sys.stderr)
+  run.check_data(loaded.dataset)
+  simulation = simulation_lib.build(config, loaded.dataset)
   like = Checkpoint(simulation.init_state(), Progress.start())
   state = rounds.load(number, like).state
   metrics, _ = simulation.evaluate(state, _SPLIT.value)
   if _PROTOCOL.value != 'both':
     metrics = {_PROTOCOL.value: metrics[_PROTOCOL.value]}
-  if flags.FLAGS.json:
+  if _JSON.value:
     print(json.dumps({'round': number, _SPLIT.value: metrics}, indent=2,
                      allow_nan=False))
   else:

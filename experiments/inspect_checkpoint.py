@@ -2,6 +2,7 @@
 
     python -m experiments.inspect_checkpoint --workdir=RUN list
     python -m experiments.inspect_checkpoint --workdir=RUN show ROUND
+    python -m experiments.inspect_checkpoint --workdir=RUN compare ROUND ROUND
     python -m experiments.inspect_checkpoint --workdir=RUN memory ROUND USER
 
 ROUND is a number, `best` or `last`; USER is the id in the data set. `--json`
@@ -22,25 +23,25 @@ from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
 
-_WORKDIR = flags.DEFINE_string('workdir', '', 'folder of the run')
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 
-USAGE = 'list | show ROUND | memory ROUND USER'
+USAGE = 'list | show ROUND | compare ROUND ROUND | memory ROUND USER'
 
 
 def main(*words: str) -> None:
-  if not _WORKDIR.value:
-    raise UserError('name a run folder with --workdir')
-  run = RunFolder(_WORKDIR.value)
+  run = app.open_run()
   rounds = Rounds(run.path)
   match words:
     case ['list']:
-      content, text = list_rounds(run, rounds)
+      content, text = list_rounds(rounds)
     case ['show', which]:
-      content, text = show(rounds, find_round(run, rounds, which))
+      content, text = show(rounds, app.find_round(rounds, which))
     case ['memory', which, user]:
       content, text = show_memory(
-          run, rounds, find_round(run, rounds, which), user)
+          run, rounds, app.find_round(rounds, which), user)
+    case ['compare', first, second]:
+      content, text = compare(rounds, app.find_round(rounds, first),
+                              app.find_round(rounds, second))
     case _:
       raise UserError(
           f'unknown command {" ".join(words)!r}; say one of: {USAGE}')
@@ -48,40 +49,9 @@ def main(*words: str) -> None:
         else text)
 
 
-def find_round(run: RunFolder, rounds: Rounds, which: str) -> int:
-  """The number that ROUND means.
-
-  Raises:
-    UserError: no number, or nothing saved or validated yet.
-  """
-  saved = rounds.numbers()
-  if which.isdecimal():
-    return int(which)
-  if which == 'last' and saved:
-    return saved[-1]
-  if which == 'best' and saved:
-    best = best_round(run)
-    if best:
-      return best
-    raise UserError(f'{run.path}: no round has been validated yet')
-  raise UserError(
-      f'{which!r} is no round; say a number, best or last (saved: '
-      f'{len(saved)} rounds)')
-
-
-def best_round(run: RunFolder) -> int:
-  """Round of the best validation HR@10 (sampled), the first of equals; 0 =
-  none."""
-  best, value = 0, -1.0
-  for record in run.records():
-    if 'val' in record and record['val']['sampled']['HR@10'] > value:
-      best, value = record['round'], record['val']['sampled']['HR@10']
-  return best
-
-
-def list_rounds(run: RunFolder, rounds: Rounds) -> tuple[Any, str]:
+def list_rounds(rounds: Rounds) -> tuple[Any, str]:
   """Saved rounds with size, loss and validation."""
-  best = best_round(run)
+  best = rounds.best()
   content, rows = [], []
   for number in rounds.numbers():
     record = rounds.metadata(number)['record']
@@ -157,6 +127,30 @@ def _show_text(content: dict[str, Any]) -> str:
       + ', '.join(f'{size:.0f}' for size in content['prototype_sizes'])])
 
 
+def compare(rounds: Rounds, first: int, second: int) -> tuple[Any, str]:
+  """How far each parameter group moved from one round to another."""
+  before, after = (
+      rounds.load_as_saved(number)['state']['server']['params']
+      for number in (first, second))
+  content = {'rounds': [first, second], 'groups': {}}
+  for group in before:
+    a, b = (np.concatenate([np.ravel(x).astype(np.float64)
+                            for x in jax.tree.leaves(tree[group])])
+            for tree in (before, after))
+    norms = np.linalg.norm(a), np.linalg.norm(b)
+    content['groups'][group] = {
+        'count': a.size, 'distance': _finite(np.linalg.norm(b - a)),
+        'relative_change': _finite(
+            np.linalg.norm(b - a) / norms[0] if norms[0] else 0.0),
+        'cosine': _finite(a @ b / (norms[0] * norms[1])
+                          if norms[0] and norms[1] else 0.0)}
+  rows = [[name, f'{g["count"]:,}', *map(
+      _number, (g['distance'], g['relative_change'], g['cosine']))]
+          for name, g in content['groups'].items()]
+  return content, f'round {first} -> round {second}\n\n' + console.table(
+      ['group', 'count', 'distance', 'relative change', 'cosine'], rows)
+
+
 def show_memory(run: RunFolder, rounds: Rounds, number: int,
                 user: str) -> tuple[Any, str]:
   """One client's memory, most useful entry first.
@@ -198,6 +192,10 @@ def show_memory(run: RunFolder, rounds: Rounds, number: int,
   return content, head + '\n\n' + console.table(
       ['item', 'last update', 'frequency', 'surprise', 'utility', 'title'],
       rows)
+
+
+def _finite(value: float) -> float | None:
+  return float(value) if np.isfinite(value) else None
 
 
 def _number(value: float | None) -> str:

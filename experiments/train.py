@@ -11,7 +11,6 @@ import sys
 import time
 
 from absl import flags
-import jax
 from tqdm import tqdm
 
 from experiments import app
@@ -19,31 +18,29 @@ from experiments import console
 from fedmmr_jax import report
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
-from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
 
-_WORKDIR = flags.DEFINE_string(
-    'workdir', '', 'folder of the run; default checkpoints/<data set>-<time>')
 _RESUME = flags.DEFINE_boolean(
-    'resume', False, 'continue the run in --workdir; starts afresh where '
-    'there is none')
+    'resume', False, 'continue the run in --workdir with its settings; starts '
+    'afresh where there is none')
 
 app.define_config_flags()
 
 
 def main() -> None:
-  config = app.config_from_flags()
-  run = RunFolder(_workdir(config))
+  run = RunFolder(_workdir())
   run.check_free(_RESUME.value)
+  config = app.config_from_flags(run.flags() if run.holds_run() else None)
 
   loaded = load.load(config.data, config.seed)
   print(console.data_report(loaded))
   simulation = simulation_lib.build(config, loaded.dataset)
   print(console.banner(simulation))
   run.start(config, loaded.dataset)
-  print(f'\nrun folder  {run.path}\n', flush=True)
+  print(f'\nrun folder  {run.path}\ncompiling, the first round takes longer\n',
+        flush=True)
 
   done = len(run.records())
   with tqdm(total=config.server.num_rounds, initial=done, unit='round',
@@ -56,20 +53,20 @@ def main() -> None:
     try:
       summary = training.train(simulation, run, on_round)
     except KeyboardInterrupt:
-      print(f'\ninterrupted; continue with --resume --workdir={run.path}',
-            file=sys.stderr)
+      print('\ninterrupted; continue with python -m experiments.train '
+            f'--resume --workdir={run.path}', file=sys.stderr)
       sys.exit(app.INTERRUPTED)
   report.write(run, loaded.integrity)
   print(console.final_table(summary))
   print(f'\nrun folder  {run.path}   report  {run.path / "report.html"}')
 
 
-def _workdir(config: RunConfig) -> str:
-  if _WORKDIR.value:
-    return _WORKDIR.value
+def _workdir() -> str:
+  if app.WORKDIR.value:
+    return app.WORKDIR.value
   if _RESUME.value:
     raise UserError('--resume needs --workdir, the folder of the run')
-  return f'checkpoints/{config.data.dataset}-{time.strftime("%Y%m%d-%H%M%S")}'
+  return time.strftime(f'checkpoints/{flags.FLAGS.dataset}-%Y%m%d-%H%M%S')
 
 
 if __name__ == '__main__':

@@ -75,12 +75,33 @@ class Rounds:
     """Saved rounds, ascending."""
     return sorted(c.step for c in self._checkpointer.checkpoints)
 
+  def best(self) -> int:
+    """The round with the best validation; the last one if none had any.
+
+    Raises:
+      UserError: nothing is saved.
+    """
+    last = self.last()
+    return self.metadata(last)['best_round'] or last
+
+  def last(self) -> int:
+    """The last saved round.
+
+    Raises:
+      UserError: nothing is saved.
+    """
+    saved = self.numbers()
+    if not saved:
+      raise UserError(f'{self.folder}: no round is saved yet')
+    return saved[-1]
+
   def save(self, round_number: int, checkpoint: Checkpoint,
            record: dict[str, Any], wall_seconds: float) -> None:
     """Writes one round; returns when it is complete."""
     self._checkpointer.save(
-        round_number, checkpoint,
-        custom_metadata={'record': record, 'wall_seconds': wall_seconds})
+        round_number, checkpoint, custom_metadata={
+            'record': record, 'wall_seconds': wall_seconds,
+            'best_round': int(checkpoint.progress.best_round)})
 
   def load(self, round_number: int, like: Checkpoint) -> Checkpoint:
     """Reads one round into the structure of `like`.
@@ -104,7 +125,8 @@ class Rounds:
       return jax.tree.map(np.asarray, self._checkpointer.load(round_number))
 
   def metadata(self, round_number: int) -> dict[str, Any]:
-    """{'record': the round's line of metrics.jsonl, 'wall_seconds': …}.
+    """{'record': the round's line of metrics.jsonl, 'wall_seconds': spent so
+    far, 'best_round': by then, 0 = none validated}.
 
     Raises:
       UserError: no such round, or one that cannot be read.

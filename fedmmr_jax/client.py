@@ -239,7 +239,7 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
       'load_balance_loss': metrics_lib.mean(balance, pairs),
       'w_visual': metrics_lib.over(weights[:, VISUAL], usable),
       'w_semantic': metrics_lib.over(weights[:, SEMANTIC], usable),
-      'instance_weight': metrics_lib.mean(terms.instance_weight, count),
+      'instance_weight': metrics_lib.mean(terms.instance_weight, pairs),
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
   return terms.total, (surprise, step_metrics)
@@ -287,7 +287,8 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
 
   def epoch(number, state):
     epoch_key = jax.random.fold_in(key, number)
-    order = _shuffled(epoch_key, own_windows, most_windows)
+    order = _shuffled(
+        jax.random.fold_in(epoch_key, 0), own_windows, most_windows)
 
     def step(i, state):
       rank = i * batch_size + jnp.arange(batch_size)

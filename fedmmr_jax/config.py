@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses, validated on the host.
 
-Every field is also a command-line flag of the same name (`experiments/flags`)
+Every field is also a command-line flag of the same name (`experiments/app.py`)
 and a line of `config.json`; its help text lives here once. `choices`, `minimum`
 and `maximum` of a field are enforced by `RunConfig.validate`.
 """
@@ -157,7 +157,8 @@ class ServerConfig:
       0.99, 'beta 2 of fedadam and fedyogi', minimum=0.0, maximum=0.99999)
   server_epsilon: float = _field(
       1e-8, 'epsilon of fedadam and fedyogi; small, because it is compared '
-      'with deltas, which shrink with the client learning rate', minimum=0.0)
+      'with deltas, which shrink with the client learning rate',
+      minimum=1e-30)
   partial_aggregation_warmup_rounds: int = _field(
       0, 'for so many rounds only backbone and embeddings are aggregated',
       minimum=0)
@@ -174,8 +175,8 @@ class EvaluationConfig:
       1, 'rounds between validations (the last round is always validated)',
       minimum=1)
   patience: int = _field(
-      10, 'stop after so many rounds without a better validation '
-      'HR@10 (sampled); 0 = never', minimum=0)
+      10, 'stop at a validation that lies so many rounds after the one with '
+      'the best HR@10 (sampled); 0 = never', minimum=0)
   clients_per_eval_chunk: int = _field(
       20, 'clients ranked side by side', minimum=1)
 
@@ -184,7 +185,9 @@ class EvaluationConfig:
 class RunConfig:
   """Everything that determines a run's numbers."""
 
-  seed: int = _field(0, 'seed of every random draw of the run', minimum=0)
+  seed: int = _field(
+      0, 'seed of every random draw of the run', minimum=0,
+      maximum=2 ** 32 - 1)
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
   loss: LossConfig = LossConfig()

@@ -110,7 +110,8 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
 
 def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
              server: ServerState, memories: Memory, split: str,
-             catalogue: Catalogue, data: FederatedData
+             clients_per_chunk: int, catalogue: Catalogue,
+             data: FederatedData
              ) -> tuple[dict[str, dict[str, float]], Ranks]:
   """Metrics of one split under both protocols.
 
@@ -121,7 +122,7 @@ def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
     UserError: a score is NaN or infinite.
   """
   num_clients = data.length.shape[0]
-  per_chunk = min(config.evaluation.clients_per_eval_chunk, num_clients)
+  per_chunk = min(clients_per_chunk, num_clients)
   clients = np.full(-(-num_clients // per_chunk) * per_chunk, -1, np.int32)
   clients[:num_clients] = np.arange(num_clients)
   ranks = rank_all(model, config, max_items, server, memories,

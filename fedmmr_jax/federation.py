@@ -28,6 +28,7 @@ from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.server import ServerState
 
 PADDING_CLIENT = -1
+COHORT_STREAM = 1  # NumPy seeds are (run seed, stream, number)
 
 
 class FederationState(NamedTuple):
@@ -60,6 +61,11 @@ def round_key(seed: int, round_number: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), round_number)
 
 
+def warm_key(seed: int) -> jax.Array:
+  """Key of `warm_memories`; rounds never get so far."""
+  return jax.random.fold_in(jax.random.key(seed), 2 ** 32 - 1)
+
+
 def cohort_size(config: RunConfig, num_clients: int) -> int:
   """C: client_fraction · K, at least one."""
   return max(1, round(config.server.client_fraction * num_clients))
@@ -78,7 +84,7 @@ def sample_cohort(config: RunConfig, round_number: int,
     [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the last chunk.
   """
   size = cohort_size(config, len(lengths))
-  rng = np.random.default_rng([config.seed, round_number])
+  rng = np.random.default_rng([config.seed, COHORT_STREAM, round_number])
   return chunked(rng.choice(len(lengths), size, replace=False), lengths,
                  config.server.clients_per_chunk)
 
@@ -139,7 +145,8 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
             jax.random.fold_in(key, client), max_steps)
     )(views, memory_lib.fetch(memories, clients), clients)
     delta_sum = jax.tree.map(
-        lambda total, d: total + jnp.tensordot(updates.weight, d, 1),
+        lambda total, d: total + jnp.tensordot(
+            updates.weight, d, 1, precision=jax.lax.Precision.HIGHEST),
         delta_sum, updates.delta)
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
     carry = (memory_lib.store(memories, clients, updates.memory), delta_sum,

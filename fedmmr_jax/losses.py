@@ -113,11 +113,11 @@ class LossTerms(NamedTuple):
   """Scalars of one step; `total` is what is minimised.
 
   Attributes:
-    total: rec + 0.1 · contrastive + 0.01 · load_balance.
+    total: rec + λ · contrastive + μ · load_balance (0.1 and 0.01).
     rec: mean cross-entropy of the positives.
     contrastive: mean of weight · InfoNCE over positives with both views.
     load_balance: router's imbalance.
-    instance_weight: mean instance weight of the positives.
+    instance_weight: mean instance weight of positives with both views.
   """
 
   total: jax.Array
@@ -161,7 +161,7 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
   total = (rec + config.contrastive_weight * contrastive
            + config.load_balance_weight * load_balance)
   return LossTerms(
-      total, rec, contrastive, load_balance, weighted_mean(weights, valid))
+      total, rec, contrastive, load_balance, weighted_mean(weights, pairs))
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -76,8 +76,9 @@ def recluster(uploaded: Prototypes, previous: Prototypes,
 def _squared_distance(points: jax.Array, centres: jax.Array) -> jax.Array:
   """[M, P]; clipped, since rounding can make the expansion negative."""
   return jnp.maximum(
-      jnp.sum(points ** 2, -1)[:, None] - 2 * points @ centres.T
-      + jnp.sum(centres ** 2, -1), 0.0)
+      jnp.sum(points ** 2, -1)[:, None] + jnp.sum(centres ** 2, -1)
+      - 2 * jnp.matmul(points, centres.T,
+                       precision=jax.lax.Precision.HIGHEST), 0.0)
 
 
 def _farthest_first(points, weights, num_prototypes):

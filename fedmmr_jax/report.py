@@ -42,11 +42,11 @@ def write(run: RunFolder, integrity: Sequence[IntegrityReport]) -> None:
       loader=jinja2.PackageLoader('fedmmr_jax'), autoescape=True,
       trim_blocks=True, lstrip_blocks=True)
   page = environment.get_template('report.html.j2').render(
-      name=run.path.name, summary=run.summary(), charts=charts(run.records()),
+      name=run.path.resolve().name, summary=run.summary(), charts=charts(run.records()),
       integrity=integrity, flags=run.config().as_flat_dict(),
       width=WIDTH, height=HEIGHT, left=_LEFT, right=WIDTH - _RIGHT,
       top=_TOP, bottom=HEIGHT - _BOTTOM)
-  (run.path / REPORT).write_text(page)
+  (run.path / REPORT).write_text(page, 'utf-8')
 
 
 def charts(records: Sequence[dict[str, Any]]) -> list[Chart]:

@@ -16,8 +16,11 @@ from fedmmr_jax.errors import UserError
 
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
 SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
-# Settings that may change when a run is continued.
-MAY_CHANGE = ('num_rounds', 'patience', 'eval_every', 'clients_per_eval_chunk')
+# Settings that may change when a run is continued
+# (that the data is the same is checked by its fingerprint).
+MAY_CHANGE = (
+    'num_rounds', 'patience', 'eval_every', 'clients_per_eval_chunk',
+    'data_dir', 'visual_features', 'text_features')
 _PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
              'orbax-checkpoint', 'numpy', 'absl-py')
 
@@ -53,15 +56,16 @@ class RunFolder:
       UserError: the folder's run had other settings or other data, or the
         folder cannot be written.
     """
+    versions = _versions()
     if (self.path / CONFIG).exists():
       self._check_same(config)
       self.check_data(dataset)
+      versions = self._read(CONFIG, 'versions')
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._write(CONFIG, {
           'flags': config.as_flat_dict(),
-          'versions': {name: importlib.metadata.version(name)
-                       for name in _PACKAGES},
+          'versions': versions,
           'data_fingerprint': dataset.fingerprint()})
       self._write(IDS, {
           'user_ids': dataset.user_ids.tolist(),
@@ -78,11 +82,18 @@ class RunFolder:
     Raises:
       UserError: no run here, or its config.json is damaged.
     """
-    return RunConfig.from_flat_dict(self._read(CONFIG)['flags'])
+    try:
+      return RunConfig.from_flat_dict(self.flags()).validate()
+    except UserError as error:
+      raise UserError(f'{self.path / CONFIG}: {error}') from None
+
+  def flags(self) -> dict[str, Any]:
+    """Flag name -> value of the run in this folder; raises as `config`."""
+    return self._read(CONFIG, 'flags')
 
   def check_data(self, dataset: Dataset) -> None:
     """Raises UserError if this is not the data the run was trained on."""
-    if self._read(CONFIG)['data_fingerprint'] != dataset.fingerprint():
+    if self._read(CONFIG, 'data_fingerprint') != dataset.fingerprint():
       raise UserError(
           f'{self.path}: the run was trained on other data; the files of '
           '--data_dir have changed since')
@@ -93,15 +104,23 @@ class RunFolder:
 
   def records(self) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, nothing if there is none; a half-written
-    last line, left by a killed process, is passed over."""
+    last line, left by a killed process, is passed over.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     path = self.path / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
+    if not path.exists():
+      return []
+    lines = path.read_text('utf-8', errors='replace').splitlines()
     complete = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
       try:
         complete.append(json.loads(line))
-      except json.JSONDecodeError:
-        break
+      except json.JSONDecodeError as error:
+        if number < len(lines):
+          raise UserError(
+              f'{path}, line {number}: damaged, not JSON ({error})') from None
     return complete
 
   def append(self, record: dict[str, Any]) -> None:
@@ -109,16 +128,19 @@ class RunFolder:
     with (self.path / METRICS).open('a') as file:
       file.write(_dumps(record) + '\n')
 
-  def rewind(self, last: dict[str, Any] | None) -> None:
+  def rewind(self, last: dict[str, Any]) -> None:
     """Makes `metrics.jsonl` end with the record of the last saved round.
 
-    A killed process may have written a line whose checkpoint was not
-    completed, or completed a checkpoint without its line.
+    A process killed after saving leaves that line out, or half of it; and
+    somebody may have moved later, unreadable rounds away.
     """
-    kept = []
-    if last is not None:
-      kept = [r for r in self.records() if r['round'] < last['round']] + [last]
+    kept = [r for r in self.records() if r['round'] < last['round']] + [last]
     self._replace(METRICS, ''.join(_dumps(r) + '\n' for r in kept))
+
+  def remove_results(self) -> None:
+    """Removes what tells of a finished run, because it goes on."""
+    for name in (SUMMARY, REPORT):
+      (self.path / name).unlink(missing_ok=True)
 
   def write_summary(self, summary: dict[str, Any]) -> None:
     self._write(SUMMARY, summary)
@@ -128,7 +150,7 @@ class RunFolder:
     return self._read(SUMMARY) if (self.path / SUMMARY).exists() else None
 
   def _check_same(self, config: RunConfig) -> None:
-    before, now = self._read(CONFIG)['flags'], config.as_flat_dict()
+    before, now = self.flags(), config.as_flat_dict()
     changed = [name for name in now
                if name not in MAY_CHANGE and before.get(name) != now[name]]
     if changed:
@@ -138,14 +160,19 @@ class RunFolder:
           f'{before.get(name)}, not {now[name]}; a run is continued with its '
           f'own settings (differing: {", ".join(changed)})')
 
-  def _read(self, name: str) -> dict[str, Any]:
+  def _read(self, name: str, key: str | None = None) -> Any:
     path = self.path / name
     if not path.exists():
       raise UserError(f'{path}: no such file; is this a run folder?')
     try:
-      return json.loads(path.read_text())
+      content = json.loads(path.read_text('utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise UserError(f'{path}: damaged, not JSON ({error})') from None
+    if key is None:
+      return content
+    if not isinstance(content, dict) or key not in content:
+      raise UserError(f'{path}: damaged, it has no {key!r}')
+    return content[key]
 
   def _write(self, name: str, content: dict[str, Any],
              indent: int | None = 2) -> None:
@@ -154,8 +181,12 @@ class RunFolder:
   def _replace(self, name: str, text: str) -> None:
     # A reader, or a kill, sees the old file or the new one, never half a file.
     temporary = self.path / f'.{name}.tmp'
-    temporary.write_text(text)
+    temporary.write_text(text, 'utf-8')
     os.replace(temporary, self.path / name)
+
+
+def _versions() -> dict[str, str]:
+  return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:

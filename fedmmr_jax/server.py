@@ -46,7 +46,11 @@ def make_optimizer(config: ServerConfig) -> optax.GradientTransformation:
       'fedavg': lambda: optax.sgd(rate),
       'fedavgm': lambda: optax.sgd(rate, momentum=config.server_momentum),
       'fedadam': lambda: optax.adam(rate, **adaptive),
-      'fedyogi': lambda: optax.yogi(rate, **adaptive),
+      # optax.yogi starts its moments at 1e-6, which would swamp the deltas of
+      # small client steps and move parameters that got none.
+      'fedyogi': lambda: optax.chain(
+          optax.scale_by_yogi(**adaptive, initial_accumulator_value=0.0),
+          optax.scale_by_learning_rate(rate)),
   }[config.server_optimizer]()
 
 

@@ -7,9 +7,10 @@ import numpy as np
 
 from fedmmr_jax import evaluation, federation, metrics
 from fedmmr_jax.client import num_targets
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.config import DataConfig, EvaluationConfig, RunConfig
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.dataset import Dataset, FederatedData
+from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
@@ -38,6 +39,16 @@ class Simulation:
     """H, the longest client's number of interactions."""
     return int(self.lengths.max())
 
+  @property
+  def compiled_config(self) -> RunConfig:
+    """The config without what no compiled function reads, so that another
+    seed, length of the run or place of the data compiles nothing anew."""
+    server = dataclasses.replace(
+        self.config.server, num_rounds=1, client_fraction=1.0)
+    return dataclasses.replace(
+        self.config, seed=0, data=DataConfig(), evaluation=EvaluationConfig(),
+        server=server)
+
   def init_state(self) -> FederationState:
     """State before round 1, drawn from the seed."""
     return federation.init(
@@ -57,7 +68,7 @@ class Simulation:
                 ) -> tuple[FederationState, dict[str, float | None]]:
     """Trains one round; `state` is donated."""
     state, means = federation.run_round(
-        self.model, self.config, self.max_items, state, cohort,
+        self.model, self.compiled_config, self.max_items, state, cohort,
         federation.round_key(self.config.seed, round_number), self.catalogue,
         self.data)
     return state, metrics.finish(jax.device_get(means))
@@ -69,25 +80,30 @@ class Simulation:
     Raises:
       UserError: a score is NaN or infinite.
     """
-    memories = state.memories
+    memories, config = state.memories, self.compiled_config
     if self.config.memory.warm_memory:
       clients = federation.chunked(
           np.arange(len(self.lengths)), self.lengths,
           self.config.server.clients_per_chunk)
       memories = federation.warm_memories(
-          self.model, self.config, self.max_items, state, clients,
-          federation.round_key(self.config.seed, 0), self.catalogue, self.data)
+          self.model, config, self.max_items, state, clients,
+          federation.warm_key(self.config.seed), self.catalogue, self.data)
     return evaluation.evaluate(
-        self.model, self.config, self.max_items, state.server, memories, split,
-        self.catalogue, self.data)
+        self.model, config, self.max_items, state.server, memories, split,
+        self.config.evaluation.clients_per_eval_chunk, self.catalogue,
+        self.data)
 
 
 def build(config: RunConfig, dataset: Dataset) -> Simulation:
   """Puts a data set on the device and fits the model to it.
 
   Raises:
-    UserError: a client with too few unseen items for the negatives.
+    UserError: a client with too few unseen items for the negatives, or
+      global prototypes without texts.
   """
+  if config.model.global_memory and not dataset.text.shape[1]:
+    raise UserError('--global_memory needs text features: the prototypes are '
+                    'clusters of texts')
   data = dataset_lib.to_device(
       dataset,
       num_negatives=config.client.num_negatives,

@@ -7,8 +7,11 @@ import time
 from typing import Any, Callable
 
 import jax
+import jax.numpy as jnp
 
+from fedmmr_jax import federation
 from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
+from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
 from fedmmr_jax.simulation import Simulation
@@ -43,13 +46,13 @@ def train(simulation: Simulation, run: RunFolder,
   while (last_round < config.server.num_rounds
          and not out_of_patience(last_round, checkpoint.progress, config)):
     last_round += 1
+    run.remove_results()  # of an earlier, shorter run
     checkpoint, record = train_round(simulation, checkpoint, last_round)
     rounds.save(last_round, checkpoint, record, wall_seconds())
     run.append(record)
     on_round(record)
 
-  # 0 if a continued run ends before its first validation.
-  best_round = int(checkpoint.progress.best_round) or last_round
+  best_round = rounds.best()
   best = rounds.load(best_round, checkpoint)
   summary = {
       split: simulation.evaluate(best.state, split)[0]
@@ -64,14 +67,17 @@ def restore(simulation: Simulation, run: RunFolder,
             rounds: Rounds) -> tuple[Checkpoint, int, float]:
   """(state, its round, seconds spent so far): the last saved, or the start."""
   start = Checkpoint(simulation.init_state(), Progress.start())
-  saved = rounds.numbers()
-  if not saved:
-    run.rewind(None)
+  if not rounds.numbers():
+    if run.records():
+      raise UserError(
+          f'{run.path}: there are metrics but no saved round to continue from; '
+          'name another --workdir')
     return start, 0, 0.0
-  metadata = rounds.metadata(saved[-1])
-  checkpoint = rounds.load(saved[-1], start)
+  last = rounds.last()
+  metadata = rounds.metadata(last)
+  checkpoint = rounds.load(last, start)
   run.rewind(metadata['record'])
-  return checkpoint, saved[-1], metadata['wall_seconds']
+  return checkpoint, last, metadata['wall_seconds']
 
 
 def train_round(simulation: Simulation, checkpoint: Checkpoint,
@@ -86,9 +92,15 @@ def train_round(simulation: Simulation, checkpoint: Checkpoint,
   cohort = simulation.sample_cohort(round_number)
   state, means = simulation.run_round(
       checkpoint.state, round_number, cohort)
-  jax.block_until_ready(state)
+  finite = jax.device_get(_all_finite(state.server))
   seconds = time.perf_counter() - start
-  _check_finite(means, round_number)
+  if not finite:
+    saved = (f'round {round_number - 1} is the last good one'
+             if round_number > 1 else 'nothing is saved')
+    raise UserError(
+        f'round {round_number}: parameters are NaN or infinite, the training '
+        f'diverged ({saved}); start anew with a lower --client_learning_rate '
+        'or --server_learning_rate')
   record = {'round': round_number, 'train': means}
   progress = checkpoint.progress
   if due(round_number, config):
@@ -98,20 +110,23 @@ def train_round(simulation: Simulation, checkpoint: Checkpoint,
     progress = progress.updated(
         round_number, record['val']['sampled']['HR@10'])
   record['targets'] = simulation.count_targets(cohort)
+  record['masked_fraction'] = federation.masked_fraction(
+      cohort, simulation.lengths, config)
   record['seconds'] = seconds
   return Checkpoint(state, progress), record
 
 
-def due(round_number: int, config) -> bool:
+def due(round_number: int, config: RunConfig) -> bool:
   """Is this round validated?"""
   return (round_number % config.evaluation.eval_every == 0
           or round_number == config.server.num_rounds)
 
 
-def out_of_patience(last_round: int, progress: Progress, config) -> bool:
-  """Has validation not improved for `patience` rounds?"""
+def out_of_patience(last_round: int, progress: Progress,
+                    config: RunConfig) -> bool:
+  """Was this round validated, `patience` or more rounds after the best?"""
   patience = config.evaluation.patience
-  return bool(patience and progress.best_round
+  return bool(patience and progress.best_round and due(last_round, config)
               and last_round - progress.best_round >= patience)
 
 
@@ -131,7 +146,7 @@ def describe(simulation: Simulation, records: list[Record], best_round: int,
       'num_items': simulation.model.num_rows - 1,
       'num_interactions': int(simulation.lengths.sum()),
       'backend': jax.default_backend(),
-      'devices': [str(device) for device in jax.devices()],
+      'devices': sorted(map(str, simulation.data.items.devices())),
   }
 
 
@@ -141,11 +156,8 @@ def peak_rss_mb() -> float:
   return peak * (1 if sys.platform == 'darwin' else 1024) / 1e6
 
 
-def _check_finite(means: dict[str, float | None], round_number: int) -> None:
-  for name, value in means.items():
-    # NaN is the only value that differs from itself.
-    if value is not None and (value != value or abs(value) == float('inf')):
-      raise UserError(
-          f'round {round_number}: {name} is {value}, the training diverged; '
-          'lower --client_learning_rate or --server_learning_rate (the last '
-          'good round is saved)')
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+  """[] bool: is no parameter and no moment NaN or infinite?"""
+  return jnp.all(jnp.stack(
+      [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -70,8 +70,10 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
       *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')
   assert before == {p.name: p.read_bytes() for p in workdir.glob('*.json*')}
   assert '--num_negatives=3, not 4' in refused(
-      *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}', '--resume',
-      '--num_negatives=4')
+      f'--workdir={workdir}', '--resume', '--num_negatives=4')
+  # A run is continued with its own settings: none need be repeated.
+  out, _ = run('train', f'--workdir={workdir}', '--resume', '--num_rounds=3')
+  assert 'round 3/3' in out and 'round 2/3' not in out
 
   # evaluate repeats the summary's numbers.
   summary = json.loads((workdir / 'summary.json').read_text())
@@ -82,6 +84,10 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   assert '<- best' in out
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'show', 'last')
   assert 'visual_expert/query/kernel' in out and '8 x 8' in out
+  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--json',
+               'compare', '1', '1')
+  assert all(g['distance'] == 0 and abs(g['cosine'] - 1) < 1e-9
+             for g in json.loads(out)['groups'].values())
   out, _ = run(
       'inspect_checkpoint', f'--workdir={workdir}', '--json', 'show', '1')
   shown = json.loads(out)
@@ -93,7 +99,7 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   out, _ = run(
       'inspect_checkpoint', f'--workdir={workdir}', 'memory', 'last', user)
   assert 'Amélie' in out
-  for words, expected in ((('show', 9), 'no round 9; saved: 1, 2'),
+  for words, expected in ((('show', 9), 'no round 9; saved: 1, 2, 3'),
                           (('memory', 1, 99), "no user '99'"),
                           (('bogus',), 'unknown command')):
     assert expected in refused(

@@ -68,7 +68,8 @@ def test_zero_rows_are_missing_features():
 
 def test_items_outside_the_catalogue_do_not_count_as_covered():
   assert check(matrix(), item_ids=np.array([0, 2])).covered == 1
-  assert check(matrix(), item_ids=np.array([0, 3])).covered == 0
+  with pytest.raises(UserError, match='no item of the catalogue has features'):
+    check(matrix(), item_ids=np.array([0, 3]))
 
 
 @pytest.mark.parametrize('dtype', [
@@ -339,3 +340,10 @@ def test_the_synthetic_set_refuses_features_of_another_set(tmp_path):
 def test_the_synthetic_set_refuses_a_missing_file():
   with pytest.raises(UserError, match='--visual_features=absent.npy: no such'):
     load.load(DataConfig(visual_features='absent.npy', **SYNTHETIC), 0)
+
+
+def test_rows_that_are_all_the_same_are_refused():
+  same = np.tile(np.array([1.0, 2.0, 3.0], np.float32), (4, 1))
+  same[0] = 0
+  with pytest.raises(UserError, match='every row is the same'):
+    features.check(same, 'visual', 'v.npy', 4, np.arange(4))

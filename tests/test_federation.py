@@ -161,6 +161,20 @@ def test_server_optimizers_first_step(name, expected):
   assert after.round == 1
 
 
+@pytest.mark.parametrize('name', ['fedavg', 'fedavgm', 'fedadam', 'fedyogi'])
+def test_what_got_no_update_does_not_move(name):
+  config = small.config(server_optimizer=name, server_learning_rate=0.1)
+  params = {'item_embedding': jnp.ones(3), 'router': jnp.ones(3)}
+  state = server_lib.init(params, config, text_dim=4)
+  for _ in range(3):
+    state = server_lib.aggregate(
+        state, jax.tree.map(jnp.zeros_like, params), jnp.float32(4.0),
+        no_prototypes(), config)
+  small.assert_trees_equal(state.params, params)
+
+
+
+
 def test_nobody_trained_leaves_the_parameters(simulation):
   start = simulation.init_state()
   after, means = run(simulation, [[-1, -1]])

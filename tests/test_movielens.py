@@ -84,6 +84,11 @@ def test_the_largest_id_is_read(tmp_path):
       2 ** 31 - 1]
 
 
+def test_the_largest_id_is_not_taken_for_the_bad_line(tmp_path):
+  write(tmp_path, 'ratings.dat', [f'{2 ** 31 - 1}::2::5::1000', 'x'])
+  assert ', line 2: ' in error_of(movielens.read_ratings, 'ml-1m', tmp_path)
+
+
 def test_half_stars_and_fractions_of_a_second_are_read(tmp_path):
   write(tmp_path, 'ratings.dat', ['1::2::3.5::1000.5'])
   assert movielens.read_ratings('ml-1m', tmp_path).times.tolist() == [1000.5]

@@ -1,9 +1,9 @@
 """The host loop: resume = straight run, files of the contract, stopping."""
 
 import json
+import shutil
 
 import jax
-import numpy as np
 import pytest
 
 from fedmmr_jax import checkpoint as checkpoint_lib
@@ -115,6 +115,9 @@ def test_early_stopping():
   assert int(progress.best_round) == 2  # the first of equals
   assert not training.out_of_patience(4, progress, config)
   assert training.out_of_patience(5, progress, config)
+  # Only a validation can say that nothing has improved.
+  assert not training.out_of_patience(
+      9, progress, small.config(patience=3, eval_every=5, num_rounds=20))
   assert not training.out_of_patience(9, progress, small.config(patience=0))
   assert not training.out_of_patience(9, Progress.start(), config)
 
@@ -125,10 +128,47 @@ def test_validation_is_due_every_nth_round_and_at_the_end():
       False, True, False, True, True]
 
 
-def test_divergence_is_one_clear_line(tmp_path):
-  with pytest.raises(UserError, match='diverged'):
-    train(tmp_path / 'run', client_optimizer='sgd',
+def test_a_diverged_round_is_refused_and_not_saved(tmp_path):
+  with pytest.raises(UserError, match='round 1: .*diverged .nothing is saved'):
+    train(tmp_path / 'run', client_optimizer='sgd', eval_every=4,
           client_learning_rate=1e30)
+  assert not Rounds(tmp_path / 'run').numbers()
+
+
+def test_metrics_without_their_rounds_are_not_thrown_away(tmp_path):
+  train(tmp_path / 'run', num_rounds=2)
+  shutil.rmtree(tmp_path / 'run' / 'rounds')
+  before = (tmp_path / 'run' / 'metrics.jsonl').read_bytes()
+  with pytest.raises(UserError, match='no saved round to continue from'):
+    train(tmp_path / 'run')
+  assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == before
+
+
+def test_damaged_files_are_named(straight, tmp_path):
+  run = RunFolder(tmp_path)
+  (tmp_path / 'metrics.jsonl').write_text('{"round": 1}\n{oops\n{"round": 3}\n')
+  with pytest.raises(UserError, match='metrics.jsonl, line 2: damaged'):
+    run.records()
+  (tmp_path / 'config.json').write_text('{}')
+  with pytest.raises(UserError, match="config.json: damaged, it has no 'flags"):
+    run.config()
+  (tmp_path / 'config.json').write_text('{"flags": {"dropout": 7.0}}')
+  with pytest.raises(UserError, match='config.json: --dropout=7.0 is above'):
+    run.config()
+
+
+def test_a_longer_run_takes_down_the_results_of_the_shorter(tmp_path):
+  train(tmp_path / 'run', num_rounds=2)
+  simulation = simulation_lib.build(
+      small.config(num_rounds=3), small.dataset())
+
+  def interrupt(record):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    training.train(simulation, RunFolder(tmp_path / 'run'), interrupt)
+  assert RunFolder(tmp_path / 'run').summary() is None
+  assert Rounds(tmp_path / 'run').numbers() == [1, 2, 3]
 
 
 def test_a_run_is_continued_with_its_own_settings_only(straight):
@@ -159,7 +199,9 @@ def test_checkpoint_round_trip(tmp_path):
   small.assert_trees_equal(loaded, saved)
   assert jax.tree.structure(loaded) == jax.tree.structure(saved)
   assert rounds.metadata(3) == {
-      'record': {'round': 3, 'loss': None}, 'wall_seconds': 1.5}
+      'record': {'round': 3, 'loss': None}, 'wall_seconds': 1.5,
+      'best_round': 3}
+  assert rounds.best() == rounds.last() == 3
   # What was saved as 0.1 is not beaten by 0.1.
   assert int(loaded.progress.updated(4, 0.1).best_round) == 3
   with pytest.raises(UserError, match='no round 4; saved: 3'):

@@ -20,6 +20,7 @@ from fedmmr_jax.errors import UserError
 
 HELD_OUT = 2  # validation and test item at the end of each sequence
 MIN_INTERACTIONS = HELD_OUT + 1
+NEGATIVES_STREAM = 2  # see federation.COHORT_STREAM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,8 @@ class FederatedData(NamedTuple):
       ascending and distinct within a client.
     avoided_offset: [K] int32.
     avoided_length: [K] int32.
-    sampled_negatives: [K, 100] int32 unseen items of the sampled protocol.
+    sampled_negatives: [K, n] int32 unseen items of the sampled protocol, n =
+      100 by default.
   """
 
   items: jax.Array
@@ -110,7 +112,7 @@ class ClientData(NamedTuple):
     num_items: [] int32 how many of them are real.
     avoided: [A] int32 what its training negatives avoid, ascending.
     num_avoided: [] int32.
-    sampled_negatives: [100] int32.
+    sampled_negatives: [n] int32.
   """
 
   history: jax.Array
@@ -200,7 +202,8 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
     _check_unseen(dataset, client, len(consumed), num_negatives,
                   sampled_negatives)
     sampled.append(_draw_unseen(
-        np.random.default_rng([seed, int(dataset.user_ids[client])]),
+        np.random.default_rng(
+            [seed, NEGATIVES_STREAM, int(dataset.user_ids[client])]),
         consumed, dataset.num_rows, sampled_negatives))
   avoided_length = np.array([len(a) for a in avoided])
   return FederatedData(

@@ -125,18 +125,27 @@ def check(matrix: np.ndarray, kind: str, source: str, num_rows: int,
         'too, and a missing feature is an all-zero row')
   present = np.any(matrix != 0, axis=1)
   values = matrix[present] if present.any() else matrix
-  if values.min() == values.max():
+  if (values == values[0, 0]).all():
     raise UserError(
-        f'{source}: every value is {values.min():g}, a constant matrix tells '
+        f'{source}: every value is {values[0, 0]:g}, a constant matrix tells '
         f'items apart in nothing; rebuild it or say --{kind}_features=none')
+  if len(values) > 1 and (values == values[0]).all():
+    raise UserError(
+        f'{source}: every row is the same, which tells items apart in '
+        f'nothing; rebuild it or say --{kind}_features=none')
   if np.any(matrix[0]):
     raise UserError(
         f'{source}, row 0: not zero, but row 0 is padding; is the matrix '
         'shifted by one row? Row i must belong to item id i')
+  covered = int(present[item_ids[1:]].sum())
+  if not covered:
+    raise UserError(
+        f'{source}: no item of the catalogue has features; is it the matrix '
+        f'of another data set? Or say --{kind}_features=none')
   return IntegrityReport(
       kind=kind, source=source, shape=matrix.shape, dtype=str(matrix.dtype),
       minimum=float(values.min()), maximum=float(values.max()),
       mean=float(values.mean(dtype=np.float64)),
       std=float(values.std(dtype=np.float64)),
       zero_rows=int((~present).sum()),
-      covered=int(present[item_ids[1:]].sum()), catalogue=len(item_ids) - 1)
+      covered=covered, catalogue=len(item_ids) - 1)

@@ -60,7 +60,7 @@ def read_ratings(name: str, folder: pathlib.Path) -> RawInteractions:
     raise UserError(
         f'{path}: no such file; --data_dir must be the folder that holds '
         f'{name}\'s {layout.ratings}')
-  content = path.read_bytes()
+  content = _read(path)
   if not content.strip():
     raise UserError(f'{path}: the file is empty')
   lines = content.replace(layout.separator, b'\t').splitlines()
@@ -91,7 +91,7 @@ def read_titles(name: str, folder: pathlib.Path) -> dict[int, str]:
   if not path.exists():
     return titles
   for number, line in enumerate(
-      path.read_bytes().decode('latin-1').split('\n'), 1):
+      _read(path).decode('latin-1').split('\n'), 1):
     if not line.strip():
       continue
     fields = line.rstrip('\r').split(layout.movies_separator)
@@ -102,6 +102,13 @@ def read_titles(name: str, folder: pathlib.Path) -> dict[int, str]:
           f'{layout.movies_separator}…", found {line[:60]!r}')
     titles[int(fields[0])] = fields[1]
   return titles
+
+
+def _read(path: pathlib.Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror})') from None
 
 
 def _first_bad_line(path, content: bytes, separator: bytes) -> UserError:

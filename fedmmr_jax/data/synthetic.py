@@ -18,6 +18,7 @@ import numpy as np
 
 from fedmmr_jax.data.dataset import Dataset, from_interactions
 
+SYNTHETIC_STREAM = 3  # see federation.COHORT_STREAM
 NUM_CLUSTERS = 12
 VISUAL_DIM, TEXT_DIM = 64, 48
 MIN_LENGTH, MAX_LENGTH = 15, 60
@@ -43,7 +44,7 @@ def generate(num_users: int, num_items: int, seed: int,
     The data set without features, and the feature matrices 'visual' and
     'text' by item id, [num_items + 1, F].
   """
-  rng = np.random.default_rng([seed, 0])
+  rng = np.random.default_rng([seed, SYNTHETIC_STREAM])
   cluster = rng.integers(NUM_CLUSTERS, size=num_items + 1)
   popularity = 1.0 / (1 + rng.permutation(num_items + 1)) ** 0.8
   members = [np.flatnonzero((cluster == c) & (np.arange(num_items + 1) > 0))

@@ -117,6 +117,10 @@ class FedDMMR(nn.Module):
   def is_backbone_only(self) -> bool:
     return not (self.visual_dim or self.text_dim)
 
+  @property
+  def has_both_experts(self) -> bool:
+    return bool(self.visual_dim and self.text_dim)
+
   def setup(self):
     c = self.config
     self.item_embedding = self.param(
@@ -229,9 +233,12 @@ class FedDMMR(nn.Module):
     e, a = candidates.embedding, candidates.auxiliary
     if self.is_backbone_only:
       return e @ state
-    dot = e @ state + jnp.sum(a * e, axis=-1)
+    # Exact products: the expansion cancels, and a GPU would round to TF32.
+    with jax.default_matmul_precision('highest'):
+      dot = e @ state + jnp.sum(a * e, axis=-1)
+      cross = a @ state
     squared_norm = (
-        jnp.sum(state * state) + 2 * (a @ state) + jnp.sum(a * a, axis=-1))
+        jnp.sum(state * state) + 2 * cross + jnp.sum(a * a, axis=-1))
     squared_norm *= jnp.sum(e * e, axis=-1)
     # Both branches of the select must be finite, or a zero vector's gradient
     # is NaN. "Not too small" rather than "large enough": a NaN stays NaN.
