@@ -113,6 +113,15 @@ def round_line(record: dict[str, Any], num_rounds: int) -> str:
   return '  '.join(part for part in parts if part)
 
 
+def progress(record: dict[str, Any]) -> dict[str, float]:
+  """What the progress bar shows: loss, and validation where there is one."""
+  figures = {'loss': record['train']['loss']}
+  if 'val' in record:
+    figures |= {f'HR@10 {protocol}': values['HR@10']
+                for protocol, values in record['val'].items()}
+  return figures
+
+
 def ranking_table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
   """Rows: split and protocol; columns: HR, NDCG and MRR."""
   names = [f'{metric}@{n}' for metric in ('HR', 'NDCG') for n in CUTOFFS]

@@ -42,13 +42,15 @@ def main() -> None:
   print(f'\nrun folder  {run.path}\ncompiling, the first round takes longer\n',
         flush=True)
 
-  done = len(run.records())
+  done, figures = len(run.records()), {}
   with tqdm(total=config.server.num_rounds, initial=done, unit='round',
             disable=None, file=sys.stdout) as bar:
     def on_round(record):
       tqdm.write(console.round_line(record, config.server.num_rounds),
                  file=sys.stdout)
       sys.stdout.flush()
+      figures.update(console.progress(record))
+      bar.set_postfix(figures)
       bar.update()
     try:
       summary = training.train(simulation, run, on_round)
