@@ -4,8 +4,8 @@ from typing import Any, Sequence
 
 import jax
 
-from fedmmr_jax import client
 from fedmmr_jax import federation
+from fedmmr_jax import windows
 from fedmmr_jax.data.dataset import HELD_OUT
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.metrics import CUTOFFS
@@ -54,7 +54,7 @@ def banner(simulation: Simulation) -> str:
   config = simulation.config
   c, s = config.client, config.server
   size = federation.cohort_size(config, len(simulation.lengths))
-  steps = client.num_steps(simulation.lengths - HELD_OUT, config).mean()
+  steps = windows.num_steps(simulation.lengths - HELD_OUT, config).mean()
   devices = simulation.data.items.devices()
   drift = (config.loss.drift if simulation.model.has_both_experts
            else 'none, it needs both experts')

@@ -6,7 +6,7 @@ of a step, `L` window, `Q` targets of a window (1, or L with all positions),
 `T` = B·Q targets of a step, `N` negatives.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ import optax
 from fedmmr_jax import losses
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
-from fedmmr_jax import negatives
 from fedmmr_jax import prototypes as prototypes_lib
 from fedmmr_jax.config import ClientConfig, RunConfig
-from fedmmr_jax.data.dataset import ClientData, HELD_OUT
+from fedmmr_jax.data.dataset import ClientData
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.feddmmr import (
-    Candidates, Catalogue, FedDMMR, SEMANTIC, VISUAL, view_memory)
+    Catalogue, FedDMMR, SEMANTIC, VISUAL, view_memory)
 from fedmmr_jax.models.experts import MemoryView
 from fedmmr_jax.prototypes import Prototypes
-
-Params = Any  # tree of float32 arrays, `FedDMMR.init(...)['params']`
+from fedmmr_jax.scoring import Params, draw_negatives, score_batch
+from fedmmr_jax.windows import (
+    Batch, cut_windows, num_windows, window_stride)
 
 
 class Broadcast(NamedTuple):
@@ -59,156 +59,6 @@ class ClientUpdate(NamedTuple):
   memory: Memory
   prototypes: Prototypes
   metrics: dict[str, Mean]
-
-
-class Batch(NamedTuple):
-  """Windows of one local step.
-
-  Attributes:
-    windows: [B, L] int32, left-padded with 0.
-    targets: [B, Q] int32 next items of the last Q positions.
-    valid: [B, Q] bool, False at padding.
-  """
-
-  windows: jax.Array
-  targets: jax.Array
-  valid: jax.Array
-
-
-class StepScores(NamedTuple):
-  """Scores of a step, targets flattened to T.
-
-  Attributes:
-    positive: [T].
-    negative: [T, N].
-    target: Candidates of the T positives.
-    candidates: Candidates of everything scored, J rows.
-    counted: [J] bool, False for candidates of padding targets.
-  """
-
-  positive: jax.Array
-  negative: jax.Array
-  target: Candidates
-  candidates: Candidates
-  counted: jax.Array
-
-
-def window_stride(config: ClientConfig, max_seq_len: int) -> int:
-  """Distance between window ends: each target belongs to one window."""
-  return max_seq_len if config.objective == 'all_positions' else 1
-
-
-def num_targets(num_items) -> int:
-  """Positives of an epoch over clients with [C] interactions (NumPy)."""
-  return int((num_items - HELD_OUT - 1).clip(0).sum())
-
-
-def num_windows(num_train, stride: int):
-  """Windows of an epoch; works on ints, NumPy and traced arrays.
-
-  The first item has no history, so n items give n − 1 positives.
-  """
-  positives = num_train - 1
-  return (positives + stride - 1) // stride * (positives > 0)
-
-
-def num_steps(num_train, config: RunConfig):
-  """Local steps of one epoch; works on ints, NumPy and traced arrays."""
-  stride = window_stride(config.client, config.model.max_seq_len)
-  batch_size = config.client.batch_size
-  return (num_windows(num_train, stride) + batch_size - 1) // batch_size
-
-
-def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,
-                stride: int, max_seq_len: int) -> Batch:
-  """The windows of given numbers; window 0 ends at the latest positive.
-
-  Counted from the end, so that only the earliest window is short and the
-  position embeddings see what they will see at evaluation.
-
-  Args:
-    client: its data.
-    index: [B] int32 window numbers.
-    present: [B] bool, False for padding windows.
-    stride: see `window_stride`.
-    max_seq_len: L.
-  """
-  end = client.num_train - 1 - index * stride  # position of the last target
-  offset = jnp.arange(-max_seq_len, 1)
-  position = end[:, None] + offset  # [B, L + 1]: the window and one more
-  inside = (position >= 0) & present[:, None]
-  items = jnp.where(inside, client.history[position], 0)
-  num_targets = max_seq_len if stride > 1 else 1
-  return Batch(
-      windows=items[:, :-1],
-      targets=items[:, -num_targets:],
-      # A target needs an item before it.
-      valid=inside[:, -num_targets - 1:-1])
-
-
-def draw_negatives(key: jax.Array, batch: Batch, client: ClientData,
-                   config: ClientConfig, num_rows: int) -> jax.Array:
-  """[T, N] own negatives of each target, or [N] shared by all of them."""
-  own = () if config.negatives == 'shared' else (batch.targets.size,)
-  return negatives.sample(key, (*own, config.num_negatives), client.avoided,
-                          client.num_avoided, num_rows)
-
-
-def score_batch(model: FedDMMR, params: Params, batch: Batch,
-                negative: jax.Array, catalogue: Catalogue, view: MemoryView,
-                key: jax.Array | None) -> StepScores:
-  """Scores each target and its negatives.
-
-  Args:
-    model: the architecture.
-    params: its parameters.
-    batch: windows and targets.
-    negative: [T, N] or [N] int32 ids, see `draw_negatives`.
-    catalogue: item features.
-    view: what the experts may attend to.
-    key: for dropout; None scores without dropout.
-  """
-  train = key is not None
-  encode_key, candidate_key = (
-      jax.random.split(key) if train else (None, None))
-
-  def apply(*args, key, **kwargs):
-    rngs = {'dropout': key} if train else {}
-    return model.apply({'params': params}, *args, rngs=rngs, **kwargs)
-
-  def encode(window, key):
-    return apply(window, train, batch.targets.shape[1] == 1, key=key,
-                 method='encode')
-
-  keys = jax.random.split(encode_key, len(batch.windows)) if train else None
-  states = jax.vmap(encode)(batch.windows, keys)
-  states = states.reshape(-1, states.shape[-1])  # [T, D]
-  targets, valid = batch.targets.reshape(-1), batch.valid.reshape(-1)
-  num_targets = targets.shape[0]
-
-  def represent(items):
-    return apply(items, catalogue, view, train, key=candidate_key,
-                 method='candidates')
-
-  if negative.ndim == 1:  # one draw serves all targets
-    candidates = represent(jnp.concatenate([targets, negative]))
-    target = jax.tree.map(lambda x: x[:num_targets], candidates)
-    rest = jax.tree.map(lambda x: x[num_targets:], candidates)
-    own = jax.tree.map(lambda x: x[:, None], target)
-    positive = jax.vmap(model.score)(states, own)[:, 0]
-    negative_scores = jax.vmap(model.score, (0, None))(states, rest)
-    anyone = jnp.broadcast_to(jnp.any(valid), negative.shape)
-    counted = jnp.concatenate([valid, anyone])
-  else:
-    items = jnp.concatenate([targets[:, None], negative], axis=1)
-    candidates = represent(items.reshape(-1))
-    grouped = jax.tree.map(
-        lambda x: x.reshape(*items.shape, *x.shape[1:]), candidates)
-    scores = jax.vmap(model.score)(states, grouped)
-    positive, negative_scores = scores[:, 0], scores[:, 1:]
-    target = jax.tree.map(lambda x: x[:, 0], grouped)
-    counted = jnp.broadcast_to(valid[:, None], items.shape).reshape(-1)
-  return StepScores(positive, negative_scores, target, candidates, counted)
 
 
 def step_loss(params: Params, model: FedDMMR, batch: Batch,

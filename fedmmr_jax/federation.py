@@ -20,6 +20,7 @@ from fedmmr_jax import client as client_lib
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import server as server_lib
+from fedmmr_jax import windows
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import FederatedData, HELD_OUT, client_view
 from fedmmr_jax.memory import Memory
@@ -106,10 +107,10 @@ def masked_fraction(cohort: np.ndarray, lengths: np.ndarray,
                     config: RunConfig) -> float:
   """Share of a round's executed window slots that train nothing."""
   train = np.where(cohort >= 0, lengths[cohort] - HELD_OUT, 0)
-  stride = client_lib.window_stride(config.client, config.model.max_seq_len)
-  steps = client_lib.num_steps(train, config).max(axis=1, keepdims=True)
+  stride = windows.window_stride(config.client, config.model.max_seq_len)
+  steps = windows.num_steps(train, config).max(axis=1, keepdims=True)
   executed = np.sum(steps * config.client.batch_size) * cohort.shape[1]
-  return float(1 - client_lib.num_windows(train, stride).sum() / executed)
+  return float(1 - windows.num_windows(train, stride).sum() / executed)
 
 
 @partial(jax.jit, static_argnames=('model', 'config', 'max_items'),
@@ -138,7 +139,7 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
   def train_chunk(carry, clients):
     memories, delta_sum, weight_sum, metrics = carry
     views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
-    max_steps = jnp.max(client_lib.num_steps(views.num_train, config))
+    max_steps = jnp.max(windows.num_steps(views.num_train, config))
     updates = jax.vmap(
         lambda view, memory, client: client_lib.local_update(
             model, config, broadcast, view, memory,
@@ -181,7 +182,7 @@ def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
 
   def warm_chunk(memories, clients):
     views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
-    max_steps = jnp.max(client_lib.num_steps(views.num_train, config))
+    max_steps = jnp.max(windows.num_steps(views.num_train, config))
     filled = jax.vmap(
         lambda view, memory, client: client_lib.fill_memory(
             model, config, broadcast, view, memory,

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from fedmmr_jax import prototypes as prototypes_lib
-from fedmmr_jax.client import Broadcast, Params
+from fedmmr_jax.client import Broadcast
 from fedmmr_jax.config import RunConfig, ServerConfig
 from fedmmr_jax.models.feddmmr import Catalogue
 from fedmmr_jax.prototypes import Prototypes
+from fedmmr_jax.scoring import Params
 
 # Aggregated from the first round on, also during partial aggregation.
 ALWAYS_AGGREGATED = ('item_embedding', 'backbone')

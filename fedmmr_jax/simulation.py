@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from fedmmr_jax import evaluation, federation, metrics
-from fedmmr_jax.client import num_targets
 from fedmmr_jax.config import DataConfig, EvaluationConfig, RunConfig
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.dataset import Dataset, FederatedData
@@ -14,6 +13,7 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.windows import num_targets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from fedmmr_jax import client as client_lib
+from fedmmr_jax import scoring
+from fedmmr_jax import windows
 from fedmmr_jax.data.dataset import ClientData, client_view
 from tests import small
 
@@ -19,7 +21,7 @@ def history(n: int, padding: int = 0) -> ClientData:
 
 def test_last_objective_has_a_window_for_each_positive():
   # 4 training items 11..14: positives 12, 13, 14, each with what came before.
-  batch = client_lib.cut_windows(
+  batch = windows.cut_windows(
       history(4), jnp.arange(4), jnp.arange(4) < 3, 1, 3)
   np.testing.assert_array_equal(
       batch.windows, [[11, 12, 13], [0, 11, 12], [0, 0, 11], [0, 0, 0]])
@@ -29,7 +31,7 @@ def test_last_objective_has_a_window_for_each_positive():
 
 def test_all_positions_covers_each_target_once():
   # 6 training items: targets 12..16 in windows of 3, the last one full.
-  batch = client_lib.cut_windows(
+  batch = windows.cut_windows(
       history(6), jnp.arange(2), jnp.array([True, True]), 3, 3)
   np.testing.assert_array_equal(batch.windows, [[13, 14, 15], [0, 11, 12]])
   np.testing.assert_array_equal(batch.targets, [[14, 15, 16], [11, 12, 13]])
@@ -39,8 +41,8 @@ def test_all_positions_covers_each_target_once():
 
 def test_windows_never_reach_the_held_out_items():
   for stride in (1, 3):
-    count = client_lib.num_windows(6, stride)
-    batch = client_lib.cut_windows(
+    count = windows.num_windows(6, stride)
+    batch = windows.cut_windows(
         history(6), jnp.arange(count), jnp.ones(count, bool), stride, 3)
     assert max(batch.windows.max(), batch.targets.max()) <= 16
 
@@ -48,8 +50,8 @@ def test_windows_never_reach_the_held_out_items():
 @pytest.mark.parametrize('n, stride, expected', [
     (0, 1, 0), (1, 1, 0), (2, 1, 1), (7, 1, 6), (7, 3, 2), (8, 3, 3)])
 def test_num_windows(n, stride, expected):
-  assert client_lib.num_windows(n, stride) == expected
-  assert client_lib.num_windows(jnp.int32(n), stride) == expected
+  assert windows.num_windows(n, stride) == expected
+  assert windows.num_windows(jnp.int32(n), stride) == expected
 
 
 @pytest.fixture(scope='module', params=['last', 'all_positions'])
@@ -74,7 +76,7 @@ def updater(simulation):
   def run(max_items=simulation.max_items, extra_steps=0, index=2):
     client = client_view(simulation.data, jnp.int32(index), max_items)
     memory = jax.tree.map(lambda x: x[index], state.memories)
-    steps = client_lib.num_steps(client.num_train, simulation.config)
+    steps = windows.num_steps(client.num_train, simulation.config)
     return update(client, memory, steps + extra_steps)
   return run
 
@@ -134,9 +136,9 @@ def test_proximal_term_pulls_towards_the_server():
 def test_negatives_are_never_consumed_in_training_but_may_be_held_out():
   simulation = small.simulation(num_negatives=4)
   client = client_view(simulation.data, jnp.int32(0), simulation.max_items)
-  batch = client_lib.cut_windows(
+  batch = windows.cut_windows(
       client, jnp.arange(4), jnp.ones(4, bool), 1, 6)
-  draws = np.concatenate([np.asarray(client_lib.draw_negatives(
+  draws = np.concatenate([np.asarray(scoring.draw_negatives(
       jax.random.key(i), batch, client, simulation.config.client,
       simulation.model.num_rows)).ravel() for i in range(60)])
   train = np.asarray(client.history[:int(client.num_train)])
@@ -154,7 +156,7 @@ def test_fill_memory_only_fills_clients_never_sampled():
       simulation.model, simulation.config,
       state.server.broadcast(simulation.catalogue), client, memory,
       jax.random.key(0),
-      client_lib.num_steps(client.num_train, simulation.config)))
+      windows.num_steps(client.num_train, simulation.config)))
   filled = fill(empty)
   assert filled.clock == client.num_train - 1
   assert (filled.item > 0).any()

@@ -8,6 +8,7 @@ import pytest
 from fedmmr_jax import client as client_lib
 from fedmmr_jax import federation
 from fedmmr_jax import server as server_lib
+from fedmmr_jax import windows
 from fedmmr_jax.data.dataset import client_view
 from tests import small
 
@@ -35,7 +36,7 @@ def update_alone(simulation):
         start.server.broadcast(simulation.catalogue), view,
         jax.tree.map(lambda x: x[index], start.memories),
         jax.random.fold_in(key, index),
-        client_lib.num_steps(view.num_train, simulation.config))
+        windows.num_steps(view.num_train, simulation.config))
   return update
 
 

@@ -1,0 +1,111 @@
+"""Scores of one local step: each target against its negatives.
+
+Axes: `T` = B·Q targets of a step, `N` negatives, `J` candidates scored.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedmmr_jax import negatives
+from fedmmr_jax.config import ClientConfig
+from fedmmr_jax.data.dataset import ClientData
+from fedmmr_jax.models.experts import MemoryView
+from fedmmr_jax.models.feddmmr import Candidates, Catalogue, FedDMMR
+from fedmmr_jax.windows import Batch
+
+Params = Any  # tree of float32 arrays, `FedDMMR.init(...)['params']`
+
+
+class StepScores(NamedTuple):
+  """Scores of a step, targets flattened to T.
+
+  Attributes:
+    positive: [T].
+    negative: [T, N].
+    target: Candidates of the T positives.
+    candidates: Candidates of everything scored, J rows.
+    counted: [J] bool, False for candidates of padding targets.
+  """
+
+  positive: jax.Array
+  negative: jax.Array
+  target: Candidates
+  candidates: Candidates
+  counted: jax.Array
+
+
+def draw_negatives(key: jax.Array, batch: Batch, client: ClientData,
+                   config: ClientConfig, num_rows: int) -> jax.Array:
+  """[T, N] own negatives of each target, or [N] shared by all of them."""
+  own = () if config.negatives == 'shared' else (batch.targets.size,)
+  return negatives.sample(key, (*own, config.num_negatives), client.avoided,
+                          client.num_avoided, num_rows)
+
+
+def score_batch(model: FedDMMR, params: Params, batch: Batch,
+                negative: jax.Array, catalogue: Catalogue, view: MemoryView,
+                key: jax.Array | None) -> StepScores:
+  """Scores each target and its negatives.
+
+  Args:
+    model: the architecture.
+    params: its parameters.
+    batch: windows and targets.
+    negative: [T, N] or [N] int32 ids, see `draw_negatives`.
+    catalogue: item features.
+    view: what the experts may attend to.
+    key: for dropout; None scores without dropout.
+  """
+  train = key is not None
+  encode_key, candidate_key = (
+      jax.random.split(key) if train else (None, None))
+
+  def apply(*args, key, **kwargs):
+    rngs = {'dropout': key} if train else {}
+    return model.apply({'params': params}, *args, rngs=rngs, **kwargs)
+
+  def encode(window, key):
+    return apply(window, train, batch.targets.shape[1] == 1, key=key,
+                 method='encode')
+
+  def represent(items):
+    return apply(items, catalogue, view, train, key=candidate_key,
+                 method='candidates')
+
+  keys = jax.random.split(encode_key, len(batch.windows)) if train else None
+  states = jax.vmap(encode)(batch.windows, keys)
+  states = states.reshape(-1, states.shape[-1])  # [T, D]
+  score = _score_shared if negative.ndim == 1 else _score_own
+  return score(model, states, batch.targets.reshape(-1),
+               batch.valid.reshape(-1), negative, represent)
+
+
+def _score_shared(model, states, targets, valid, negative,
+                  represent) -> StepScores:
+  """One draw of [N] negatives serves all targets: J = T + N."""
+  candidates = represent(jnp.concatenate([targets, negative]))
+  target = jax.tree.map(lambda x: x[:len(targets)], candidates)
+  rest = jax.tree.map(lambda x: x[len(targets):], candidates)
+  own = jax.tree.map(lambda x: x[:, None], target)
+  anyone = jnp.broadcast_to(jnp.any(valid), negative.shape)
+  return StepScores(
+      positive=jax.vmap(model.score)(states, own)[:, 0],
+      negative=jax.vmap(model.score, (0, None))(states, rest),
+      target=target, candidates=candidates,
+      counted=jnp.concatenate([valid, anyone]))
+
+
+def _score_own(model, states, targets, valid, negative,
+               represent) -> StepScores:
+  """Each target has its own [T, N] negatives: J = T · (1 + N)."""
+  items = jnp.concatenate([targets[:, None], negative], axis=1)
+  candidates = represent(items.reshape(-1))
+  grouped = jax.tree.map(
+      lambda x: x.reshape(*items.shape, *x.shape[1:]), candidates)
+  scores = jax.vmap(model.score)(states, grouped)
+  return StepScores(
+      positive=scores[:, 0], negative=scores[:, 1:],
+      target=jax.tree.map(lambda x: x[:, 0], grouped), candidates=candidates,
+      counted=jnp.broadcast_to(valid[:, None], items.shape).reshape(-1))

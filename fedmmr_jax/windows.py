@@ -1,0 +1,83 @@
+"""Windows over ONE client's training sequence.
+
+Both objectives cut the same way, counted from the end of the sequence: with
+`last` a window moves on by one item and predicts the item after it, with
+`all_positions` by L items and predicts at each of its positions. Either way
+each positive is a target once an epoch. Axes: `B` windows, `L` window, `Q`
+targets of a window (1 or L).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedmmr_jax.config import ClientConfig, RunConfig
+from fedmmr_jax.data.dataset import ClientData, HELD_OUT
+
+
+class Batch(NamedTuple):
+  """Windows of one local step.
+
+  Attributes:
+    windows: [B, L] int32, left-padded with 0.
+    targets: [B, Q] int32 next items of the last Q positions.
+    valid: [B, Q] bool, False at padding.
+  """
+
+  windows: jax.Array
+  targets: jax.Array
+  valid: jax.Array
+
+
+def window_stride(config: ClientConfig, max_seq_len: int) -> int:
+  """Distance between window ends: each target belongs to one window."""
+  return max_seq_len if config.objective == 'all_positions' else 1
+
+
+def num_targets(num_items) -> int:
+  """Positives of an epoch over clients with [C] interactions (NumPy)."""
+  return int((num_items - HELD_OUT - 1).clip(0).sum())
+
+
+def num_windows(num_train, stride: int):
+  """Windows of an epoch; works on ints, NumPy and traced arrays.
+
+  The first item has no history, so n items give n − 1 positives.
+  """
+  positives = num_train - 1
+  return (positives + stride - 1) // stride * (positives > 0)
+
+
+def num_steps(num_train, config: RunConfig):
+  """Local steps of one epoch; works on ints, NumPy and traced arrays."""
+  stride = window_stride(config.client, config.model.max_seq_len)
+  batch_size = config.client.batch_size
+  return (num_windows(num_train, stride) + batch_size - 1) // batch_size
+
+
+def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,
+                stride: int, max_seq_len: int) -> Batch:
+  """The windows of given numbers; window 0 ends at the latest positive.
+
+  Counted from the end, so that only the earliest window is short and the
+  position embeddings see what they will see at evaluation.
+
+  Args:
+    client: its data.
+    index: [B] int32 window numbers.
+    present: [B] bool, False for padding windows.
+    stride: see `window_stride`.
+    max_seq_len: L.
+  """
+  end = client.num_train - 1 - index * stride  # position of the last target
+  offset = jnp.arange(-max_seq_len, 1)
+  position = end[:, None] + offset  # [B, L + 1]: the window and one more
+  inside = (position >= 0) & present[:, None]
+  items = jnp.where(inside, client.history[position], 0)
+  num_targets = max_seq_len if stride > 1 else 1
+  return Batch(
+      windows=items[:, :-1],
+      targets=items[:, -num_targets:],
+      # A target needs an item before it.
+      valid=inside[:, -num_targets - 1:-1])
