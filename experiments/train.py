@@ -7,6 +7,7 @@
 Any flag after the preset overrides it; `--helpfull` lists them all.
 """
 
+import signal
 import sys
 import time
 
@@ -42,6 +43,7 @@ def main() -> None:
   print(f'\nrun folder  {run.path}\ncompiling, the first round takes longer\n',
         flush=True)
 
+  stop = StopSignal()
   done, figures = len(run.records()), {}
   with tqdm(total=config.server.num_rounds, initial=done, unit='round',
             disable=None, file=sys.stdout) as bar:
@@ -52,15 +54,44 @@ def main() -> None:
       figures.update(console.progress(record))
       bar.set_postfix(figures)
       bar.update()
+      stop.check()  # the round is saved by now
     try:
       summary = training.train(simulation, run, on_round)
-    except KeyboardInterrupt:
-      print('\ninterrupted; continue with python -m experiments.train '
-            f'--resume --workdir={run.path}', file=sys.stderr)
+    except Stopped:
+      print('stopped; continue with python -m experiments.train --resume '
+            f'--workdir={run.path}', file=sys.stderr)
       sys.exit(app.INTERRUPTED)
   report.write(run, loaded.integrity)
   print(console.final_table(summary))
   print(f'\nrun folder  {run.path}   report  {run.path / "report.html"}')
+
+
+class Stopped(Exception):
+  """A signal asked the run to stop, and the round it was in is saved."""
+
+
+class StopSignal:
+  """Turns Ctrl-C and SIGTERM into a stop after the running round.
+
+  A second one ends the process at once; what is saved stays whole.
+  """
+
+  def __init__(self):
+    self._asked = False
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, self._ask)
+
+  def check(self) -> None:
+    """Raises Stopped if a signal has come."""
+    if self._asked:
+      raise Stopped
+
+  def _ask(self, number, frame) -> None:
+    del frame
+    self._asked = True
+    signal.signal(number, signal.SIG_DFL)
+    print('\nstopping after this round; once more to stop at once',
+          file=sys.stderr)
 
 
 def _workdir() -> str:

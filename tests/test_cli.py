@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -104,6 +105,30 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
                           (('bogus',), 'unknown command')):
     assert expected in refused(
         f'--workdir={workdir}', *words, binary='inspect_checkpoint')
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_round_and_the_run_goes_on(
+    ml_1m, tmp_path, number):
+  workdir = tmp_path / 'run'
+  command = [sys.executable, '-m', 'experiments.train', *TINY,
+             '--num_rounds=100000', '--patience=0', '--eval_every=100000',
+             f'--data_dir={ml_1m}', f'--workdir={workdir}']
+  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE, text=True) as process:
+    for line in process.stdout:
+      if line.startswith('round '):
+        process.send_signal(number)
+        break
+    out, err = process.communicate()
+  assert process.returncode == 130, out + err
+  assert 'Traceback' not in err
+  assert f'--resume --workdir={workdir}' in err
+  saved = len((workdir / 'metrics.jsonl').read_text().splitlines())
+  assert not (workdir / 'summary.json').exists()
+  out, _ = run('train', '--resume', f'--workdir={workdir}',
+               f'--num_rounds={saved + 1}')
+  assert f'round {saved + 1}/{saved + 1}' in out
 
 
 def test_bad_data_is_refused_and_nothing_is_written(ml_1m, tmp_path):
