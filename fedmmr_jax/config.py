@@ -164,7 +164,7 @@ class ServerConfig:
       minimum=0)
   clients_per_chunk: int = _field(
       10, 'clients trained side by side in one vmap; bounds the memory of a '
-      'round', minimum=1)
+      'round. Few fit the caches of a CPU, a GPU wants many', minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,8 @@ class EvaluationConfig:
       10, 'stop at a validation that lies so many rounds after the one with '
       'the best HR@10 (sampled); 0 = never', minimum=0)
   clients_per_eval_chunk: int = _field(
-      20, 'clients ranked side by side', minimum=1)
+      4, 'clients ranked side by side; few on a CPU, many on a GPU',
+      minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
