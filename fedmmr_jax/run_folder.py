@@ -82,8 +82,9 @@ class RunFolder:
     Raises:
       UserError: no run here, or its config.json is damaged.
     """
+    flags = self.flags()  # names the file itself
     try:
-      return RunConfig.from_flat_dict(self.flags()).validate()
+      return RunConfig.from_flat_dict(flags).validate()
     except UserError as error:
       raise UserError(f'{self.path / CONFIG}: {error}') from None
 
