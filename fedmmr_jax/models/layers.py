@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 
 LAYER_NORM_EPSILON = 1e-5
-# Below this squared length a vector has no direction.
-_MIN_SQUARED_NORM = 1e-12
 
 
 def dense(features: int, name: str | None = None) -> nn.Dense:
@@ -67,18 +65,6 @@ def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
   weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
   total = jnp.sum(weights, axis=-1, keepdims=True)
   return weights / jnp.where(total > 0, total, 1.0)
-
-
-def inverse_norm(squared_norm: jax.Array) -> jax.Array:
-  """1 / |x| from |x|², 0 for a vector without direction, NaN for a NaN.
-
-  Both branches of a select must be finite, or a zero vector's gradient is NaN.
-  "Not too small" rather than "large enough": a NaN stays NaN, since turned
-  into 0 it would hide a diverged run.
-  """
-  has_direction = ~(squared_norm <= _MIN_SQUARED_NORM)
-  safe = jnp.where(has_direction, squared_norm, 1.0)
-  return jnp.where(has_direction, jax.lax.rsqrt(safe), 0.0)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
