@@ -3,7 +3,7 @@ Learning of Deep Networks from Decentralized Data", ClientUpdate).
 
 Nothing here knows of other clients; `federation` vmaps it. Axes: `B` windows
 of a step, `L` window, `Q` targets of a window (1, or L with all positions),
-`T` = B·Q targets of a step, `N` negatives.
+`T` = B·Q targets of a step, `N` negatives, `U` rows of the client's item table.
 """
 
 from typing import NamedTuple
@@ -16,8 +16,9 @@ from fedmmr_jax import losses
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import prototypes as prototypes_lib
+from fedmmr_jax import vocabulary as vocabulary_lib
 from fedmmr_jax.config import ClientConfig, RunConfig
-from fedmmr_jax.data.dataset import ClientData
+from fedmmr_jax.data.dataset import ClientData, HELD_OUT
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.feddmmr import (
@@ -25,8 +26,9 @@ from fedmmr_jax.models.feddmmr import (
 from fedmmr_jax.models.experts import MemoryView
 from fedmmr_jax.prototypes import Prototypes
 from fedmmr_jax.scoring import Params, draw_negatives, score_batch
+from fedmmr_jax.vocabulary import Vocabulary
 from fedmmr_jax.windows import (
-    Batch, cut_windows, num_windows, window_stride)
+    Batch, cut_windows, num_steps, num_windows, window_stride)
 
 
 class Broadcast(NamedTuple):
@@ -47,7 +49,8 @@ class ClientUpdate(NamedTuple):
   """What a client returns; only `memory` stays with it.
 
   Attributes:
-    delta: local minus server parameters.
+    delta: local minus server parameters; the item table has U rows.
+    vocabulary: which items these are.
     weight: [] float32, its number of positives.
     memory: its memory after training.
     prototypes: centres of its memory's texts and their sizes.
@@ -55,6 +58,7 @@ class ClientUpdate(NamedTuple):
   """
 
   delta: Params
+  vocabulary: Vocabulary
   weight: jax.Array
   memory: Memory
   prototypes: Prototypes
@@ -134,60 +138,140 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   batch_size = config.client.batch_size
   own_windows = num_windows(client.num_train, stride)
   most_windows = num_windows(client.history.shape[0], stride)
+  vocabulary = _round_vocabulary(model, config, client, key)
+  sent = vocabulary_lib.take(broadcast.params, vocabulary.ids)
 
   def epoch(number, state):
-    epoch_key = jax.random.fold_in(key, number)
-    order = _shuffled(
-        jax.random.fold_in(epoch_key, 0), own_windows, most_windows)
+    order = _shuffled(_order_key(key, number), own_windows, most_windows)
 
     def step(i, state):
       rank = i * batch_size + jnp.arange(batch_size)
       index = order.at[rank].get(mode='fill', fill_value=0)
-      batch = cut_windows(client, index, rank < own_windows, stride,
-                          config.model.max_seq_len)
-      step_key = jax.random.fold_in(epoch_key, i + 1)
-      after = _train_step(model, config, optimizer, broadcast, client, batch,
-                          state, step_key)
-      active = i * batch_size < own_windows
-      return jax.tree.map(lambda a, b: jnp.where(active, a, b), after, state)
+      negative_key, dropout_key = _step_keys(key, number, i)
+      data = StepData(
+          batch=cut_windows(client, index, rank < own_windows, stride,
+                            config.model.max_seq_len),
+          negative=draw_negatives(
+              negative_key, client, config, model.num_rows),
+          catalogue=broadcast.catalogue,
+          view=memory_view(state.memory, broadcast, config),
+          sent=sent, key=dropout_key)
+      return _train_step(model, config, optimizer, vocabulary, data, state)
 
     return jax.lax.fori_loop(0, max_steps, step, state)
 
-  start = LocalState(broadcast.params, optimizer.init(broadcast.params),
-                     memory, empty_metrics())
+  start = LocalState(sent, optimizer.init(sent), memory, empty_metrics())
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
   positives = jnp.maximum(client.num_train - 1, 0).astype(jnp.float32)
   filled = metrics_lib.mean(memory_lib.fill(end.memory), client.num_train > 0)
   return ClientUpdate(
-      delta=optax.tree.sub(end.params, broadcast.params),
+      delta=optax.tree.sub(end.params, sent),
+      vocabulary=vocabulary,
       weight=positives,
       memory=end.memory,
       prototypes=summarise(end.memory, broadcast.catalogue, config),
       metrics=end.metrics | {'memory_fill': filled})
 
 
-def _train_step(model, config, optimizer, broadcast, client, batch, state,
-                key) -> LocalState:
-  negative_key, dropout_key = jax.random.split(key)
-  negative = draw_negatives(
-      negative_key, batch, client, config.client, model.num_rows)
-  view = memory_view(state.memory, broadcast, config)
+def _round_vocabulary(model, config, client, key) -> Vocabulary:
+  """The items that a round of this client may look up."""
+  if config.client.vocabulary == 'dense':
+    return vocabulary_lib.whole(model.num_rows)
+  epochs = jnp.arange(config.client.local_epochs)
+  steps = jnp.arange(num_steps(client.history.shape[0] - HELD_OUT, config))
+
+  def negative(epoch, i):  # the draw that the step will make again
+    negative_key, _ = _step_keys(key, epoch, i)
+    return draw_negatives(negative_key, client, config, model.num_rows)
+
+  negatives = jax.vmap(jax.vmap(negative, (None, 0)), (0, None))(epochs, steps)
+  return vocabulary_lib.touched([client.history, negatives], model.num_rows)
+
+
+def _order_key(key, epoch) -> jax.Array:
+  """Key of the order in which an epoch takes its windows."""
+  return jax.random.fold_in(jax.random.fold_in(key, epoch), 0)
+
+
+def _step_keys(key, epoch, step) -> tuple[jax.Array, jax.Array]:
+  """Keys of a step's negatives and of its dropout."""
+  step_key = jax.random.fold_in(jax.random.fold_in(key, epoch), step + 1)
+  negative_key, dropout_key = jax.random.split(step_key)
+  return negative_key, dropout_key
+
+
+class StepData(NamedTuple):
+  """What one step trains on; ids are rows of the state's item table.
+
+  Attributes:
+    batch: windows and targets.
+    negative: [T, N] or [N] int32.
+    catalogue: features of the rows.
+    view: what the experts may attend to.
+    sent: the server's parameters, of the same rows.
+    key: for dropout.
+  """
+
+  batch: Batch
+  negative: jax.Array
+  catalogue: Catalogue
+  view: MemoryView
+  sent: Params
+  key: jax.Array
+
+
+def _train_step(model, config, optimizer, vocabulary, data: StepData,
+                state: LocalState) -> LocalState:
+  """One step, on the rows of the item table that it touches (`vocabulary`)."""
+  if config.client.vocabulary == 'dense':
+    after, surprise = _optimise(model, config, optimizer, data, state)
+  else:
+    touched = vocabulary_lib.touched(
+        [data.batch.windows, data.batch.targets, data.negative],
+        model.num_rows)
+    rows = vocabulary.rows(touched.ids)
+    after, surprise = _optimise(
+        model.clone(num_rows=len(rows)), config, optimizer,
+        _renumbered(data, touched, rows), vocabulary_lib.take(state, rows))
+    after = vocabulary_lib.put(state, rows, touched.is_first, after)
+  return after._replace(memory=memory_lib.update_all(
+      state.memory, data.batch.targets.reshape(-1), surprise,
+      data.batch.valid.reshape(-1), config.memory))
+
+
+def _renumbered(data: StepData, touched: Vocabulary,
+                rows: jax.Array) -> StepData:
+  """The step's data over its own rows instead of the catalogue."""
+  return data._replace(
+      batch=data.batch._replace(
+          windows=touched.rows(data.batch.windows),
+          targets=touched.rows(data.batch.targets)),
+      negative=touched.rows(data.negative),
+      catalogue=jax.tree.map(lambda x: x[touched.ids], data.catalogue),
+      sent=vocabulary_lib.take(data.sent, rows))
+
+
+def _optimise(model, config, optimizer, data: StepData,
+              state: LocalState) -> tuple[LocalState, jax.Array]:
+  """Parameters and optimizer after a step, and the targets' surprise [T].
+
+  A step without any target (past the client's own) changes nothing.
+  """
   gradient, (surprise, step_metrics) = jax.grad(step_loss, has_aux=True)(
-      state.params, model, batch, negative, broadcast.catalogue, view,
-      dropout_key, config)
+      state.params, model, data.batch, data.negative, data.catalogue,
+      data.view, data.key, config)
   if config.client.proximal_mu:  # FedProx (Li et al. 2020): μ (w − w_server)
     gradient = jax.tree.map(
         lambda g, w, w0: g + config.client.proximal_mu * (w - w0),
-        gradient, state.params, broadcast.params)
+        gradient, state.params, data.sent)
   updates, opt_state = optimizer.update(
       gradient, state.opt_state, state.params)
-  return LocalState(
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-      memory=memory_lib.update_all(
-          state.memory, batch.targets.reshape(-1), surprise,
-          batch.valid.reshape(-1), config.memory),
+  after = state._replace(
+      params=optax.apply_updates(state.params, updates), opt_state=opt_state,
       metrics=metrics_lib.merge(state.metrics, step_metrics))
+  active = jnp.any(data.batch.valid)
+  return jax.tree.map(
+      lambda new, old: jnp.where(active, new, old), after, state), surprise
 
 
 def memory_view(memory: Memory, broadcast: Broadcast,
@@ -230,8 +314,8 @@ def fill_memory(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
     rank = i * batch_size + jnp.arange(batch_size)
     batch = cut_windows(client, own_windows - 1 - rank, rank < own_windows,
                         stride, config.model.max_seq_len)
-    negative = draw_negatives(jax.random.fold_in(key, i), batch, client,
-                              config.client, model.num_rows)
+    negative = draw_negatives(
+        jax.random.fold_in(key, i), client, config, model.num_rows)
     scores = score_batch(
         model, broadcast.params, batch, negative, broadcast.catalogue,
         memory_view(filled, broadcast, config), None)

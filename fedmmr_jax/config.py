@@ -122,6 +122,11 @@ class ClientConfig:
       'per_sample', 'per_sample: each target draws its own negatives; shared: '
       'one draw a step serves all its targets',
       choices=('per_sample', 'shared'))
+  vocabulary: str = _field(
+      'dense', 'rows of the item table a client works on; dense: all, as the '
+      'original; local: those it touches, so that the catalogue costs nothing '
+      '(see fedmmr_jax/vocabulary.py for what that changes)',
+      choices=('dense', 'local'))
   num_negatives: int = _field(100, 'N, negatives of a draw', minimum=1)
   leaky_negatives: bool = _field(
       False, 'never draw the held-out items as negatives either, as the '

@@ -20,6 +20,7 @@ from fedmmr_jax import client as client_lib
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import server as server_lib
+from fedmmr_jax import vocabulary
 from fedmmr_jax import windows
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import FederatedData, HELD_OUT, client_view
@@ -145,10 +146,8 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
             model, config, broadcast, view, memory,
             jax.random.fold_in(key, client), max_steps)
     )(views, memory_lib.fetch(memories, clients), clients)
-    delta_sum = jax.tree.map(
-        lambda total, d: total + jnp.tensordot(
-            updates.weight, d, 1, precision=jax.lax.Precision.HIGHEST),
-        delta_sum, updates.delta)
+    delta_sum = vocabulary.add_weighted(
+        delta_sum, updates.weight, updates.vocabulary.ids, updates.delta)
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
     carry = (memory_lib.store(memories, clients, updates.memory), delta_sum,
              weight_sum + jnp.sum(updates.weight),

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from fedmmr_jax import negatives
-from fedmmr_jax.config import ClientConfig
+from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import ClientData
 from fedmmr_jax.models.experts import MemoryView
 from fedmmr_jax.models.feddmmr import Candidates, Catalogue, FedDMMR
-from fedmmr_jax.windows import Batch
+from fedmmr_jax.windows import Batch, targets_of_step
 
 Params = Any  # tree of float32 arrays, `FedDMMR.init(...)['params']`
 
@@ -36,12 +36,14 @@ class StepScores(NamedTuple):
   counted: jax.Array
 
 
-def draw_negatives(key: jax.Array, batch: Batch, client: ClientData,
-                   config: ClientConfig, num_rows: int) -> jax.Array:
+def draw_negatives(key: jax.Array, client: ClientData, config: RunConfig,
+                   num_rows: int) -> jax.Array:
   """[T, N] own negatives of each target, or [N] shared by all of them."""
-  own = () if config.negatives == 'shared' else (batch.targets.size,)
-  return negatives.sample(key, (*own, config.num_negatives), client.avoided,
-                          client.num_avoided, num_rows)
+  shape = (config.client.num_negatives,)
+  if config.client.negatives == 'per_sample':
+    shape = (targets_of_step(config), *shape)
+  return negatives.sample(
+      key, shape, client.avoided, client.num_avoided, num_rows)
 
 
 def score_batch(model: FedDMMR, params: Params, batch: Batch,

@@ -49,6 +49,13 @@ def num_windows(num_train, stride: int):
   return (positives + stride - 1) // stride * (positives > 0)
 
 
+def targets_of_step(config: RunConfig) -> int:
+  """T, target positions of one step."""
+  per_window = (config.model.max_seq_len
+                if config.client.objective == 'all_positions' else 1)
+  return config.client.batch_size * per_window
+
+
 def num_steps(num_train, config: RunConfig):
   """Local steps of one epoch; works on ints, NumPy and traced arrays."""
   stride = window_stride(config.client, config.model.max_seq_len)

@@ -136,10 +136,8 @@ def test_proximal_term_pulls_towards_the_server():
 def test_negatives_are_never_consumed_in_training_but_may_be_held_out():
   simulation = small.simulation(num_negatives=4)
   client = client_view(simulation.data, jnp.int32(0), simulation.max_items)
-  batch = windows.cut_windows(
-      client, jnp.arange(4), jnp.ones(4, bool), 1, 6)
   draws = np.concatenate([np.asarray(scoring.draw_negatives(
-      jax.random.key(i), batch, client, simulation.config.client,
+      jax.random.key(i), client, simulation.config,
       simulation.model.num_rows)).ravel() for i in range(60)])
   train = np.asarray(client.history[:int(client.num_train)])
   held_out = np.asarray(client.history[int(client.num_train):][:2])

@@ -1,0 +1,122 @@
+"""Client-local vocabulary: the rows of the item table that a client works on.
+
+With `--vocabulary=dense` a client trains a copy of the whole table, [V, D]:
+each step writes a gradient of that size and the optimizer passes over it,
+although the step looked at a few hundred rows. With `--vocabulary=local` a
+client copies the U rows that its round can touch, and a step takes out the n
+rows that it does touch, trains those and puts them back. What a client costs
+then does not grow with the catalogue.
+
+Plain SGD without weight decay gives the same parameters either way. Otherwise
+the two differ, because rows outside a step stay as they are:
+* weight decay and FedProx's pull act on the rows of a step only;
+* Adam's moments of a row decay in the steps that touch it only ("lazy Adam"),
+  and a row without gradient does not coast on its momentum.
+
+Negatives are drawn before training to know U; windows and memory add nothing
+to a client's own history (the experts read the features of memory entries, not
+their rows of the table).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ITEM_TABLE = 'item_embedding'  # the parameter whose rows are items
+
+
+class Vocabulary(NamedTuple):
+  """A set of items and their rows in a smaller table.
+
+  Attributes:
+    ids: [U] int32 item ids, ascending. An id may repeat; its first row counts
+      and the others are never read. Row 0 is the padding item.
+  """
+
+  ids: jax.Array
+
+  def rows(self, items: jax.Array) -> jax.Array:
+    """[...] int32 rows of items that are in the vocabulary."""
+    return jnp.searchsorted(
+        self.ids, items, method='scan_unrolled').astype(jnp.int32)
+
+  @property
+  def is_first(self) -> jax.Array:
+    """[U] bool, True at the rows that count."""
+    return self.ids != jnp.concatenate([jnp.full(1, -1), self.ids[:-1]])
+
+
+def whole(num_rows: int) -> Vocabulary:
+  """The whole catalogue: row i is item i."""
+  return Vocabulary(jnp.arange(num_rows, dtype=jnp.int32))
+
+
+def touched(items: list[jax.Array], num_rows: int) -> Vocabulary:
+  """The items of some arrays and padding; the catalogue where that is smaller.
+
+  Args:
+    items: int32 arrays of any shape.
+    num_rows: V.
+  """
+  if 1 + sum(x.size for x in items) >= num_rows:
+    return whole(num_rows)
+  ids = jnp.concatenate([jnp.zeros(1, jnp.int32), *map(jnp.ravel, items)])
+  return Vocabulary(jnp.sort(ids))
+
+
+def take(tree: Any, rows: jax.Array) -> Any:
+  """The given rows of each item table in a tree (parameters or moments)."""
+  return _at_item_tables(lambda table: table[rows], tree)
+
+
+def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
+  """`tree` with the rows of its item tables, and all else, taken from `small`.
+
+  Args:
+    tree: what `take` was applied to.
+    rows: [n] int32, as given to `take`.
+    kept: [n] bool, False for rows of `small` to pass over.
+    small: the changed result of `take`.
+  """
+  def write(table, new):
+    return table.at[jnp.where(kept, rows, table.shape[0])].set(
+        new, mode='drop')
+  return jax.tree_util.tree_map_with_path(
+      lambda path, old, new: write(old, new) if _is_item_table(path) else new,
+      tree, small)
+
+
+def add_weighted(total: Any, weights: jax.Array, ids: jax.Array,
+                 deltas: Any) -> Any:
+  """`total` + Σ_c weight_c · delta_c, each item row where it belongs.
+
+  Args:
+    total: parameters of the whole catalogue.
+    weights: [C] float32.
+    ids: [C, U] int32 items of the rows of each client's item table.
+    deltas: parameters with a leading axis [C], item tables [C, U, D].
+  """
+  # Weights are counts and deltas may cancel: the products are exact.
+  def dense(old, new):
+    return old + jnp.tensordot(
+        weights, new, 1, precision=jax.lax.Precision.HIGHEST)
+
+  def sparse(table, new):
+    if new.shape[1:] == table.shape:  # the whole catalogue, in order
+      return dense(table, new)
+    new = weights[:, None, None] * new
+    return table.at[ids.reshape(-1)].add(new.reshape(-1, new.shape[-1]))
+
+  return jax.tree_util.tree_map_with_path(
+      lambda path, old, new: (sparse if _is_item_table(path) else dense)(
+          old, new), total, deltas)
+
+
+def _at_item_tables(function, tree):
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: function(x) if _is_item_table(path) else x, tree)
+
+
+def _is_item_table(path) -> bool:
+  return any(getattr(key, 'key', None) == ITEM_TABLE for key in path)
