@@ -182,8 +182,13 @@ class EvaluationConfig:
   patience: int = _field(
       10, 'stop at a validation that lies so many rounds after the one with '
       'the best HR@10 (sampled); 0 = never', minimum=0)
+  eval_clients: int = _field(
+      0, 'rank so many clients, drawn once from the seed (0 = all)', minimum=0)
   clients_per_eval_chunk: int = _field(
-      4, 'clients ranked side by side; few on a CPU, many on a GPU',
+      16, 'clients ranked side by side', minimum=1)
+  items_per_eval_block: int = _field(
+      256, 'items scored at a time for each of them; a block of clients and '
+      'items should fit the caches of a CPU, a GPU wants larger ones',
       minimum=1)
 
 

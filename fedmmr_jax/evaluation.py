@@ -24,6 +24,7 @@ from fedmmr_jax.server import ServerState
 
 # How many items before the end of a client's sequence the target lies.
 SPLITS = {'val': 2, 'test': 1}
+EVALUATION_STREAM = 4  # see federation.COHORT_STREAM
 
 
 class Ranks(NamedTuple):
@@ -42,13 +43,25 @@ class Ranks(NamedTuple):
 
 def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
                     window: jax.Array, memory: Memory) -> jax.Array:
-  """[V] scores of all items for one client's window [L]."""
+  """[V] scores of all items for one client's window [L].
+
+  The catalogue goes by in blocks, so that what lies between an item and its
+  score never exists for all items at once.
+  """
   apply = partial(model.apply, {'params': broadcast.params})
   state = apply(window, last_only=True, method='encode')[0]
-  candidates = apply(
-      jnp.arange(model.num_rows), broadcast.catalogue,
-      client_lib.memory_view(memory, broadcast, config), method='candidates')
-  return model.score(state, candidates)
+  view = client_lib.memory_view(memory, broadcast, config)
+  num_blocks = -(-model.num_rows // config.evaluation.items_per_eval_block)
+  block_size = -(-model.num_rows // num_blocks)  # equal, but for the last
+
+  def score_block(number):
+    items = number * block_size + jnp.arange(block_size)
+    items = jnp.minimum(items, model.num_rows - 1)
+    candidates = apply(items, broadcast.catalogue, view, method='candidates')
+    return model.score(state, candidates)
+
+  scores = jax.lax.map(score_block, jnp.arange(num_blocks))
+  return scores.reshape(-1)[:model.num_rows]
 
 
 def rank_client(scores: jax.Array, client: ClientData,
@@ -108,32 +121,46 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
           chunk, memory_lib.fetch(memories, chunk)), clients)
 
 
+def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
+  """[n] int32 clients that are ranked, ascending; the same in each round."""
+  wanted = config.evaluation.eval_clients
+  if not wanted or wanted >= num_clients:
+    return np.arange(num_clients, dtype=np.int32)
+  rng = np.random.default_rng([config.seed, EVALUATION_STREAM])
+  chosen = rng.choice(num_clients, wanted, replace=False)
+  return np.sort(chosen).astype(np.int32)
+
+
 def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
              server: ServerState, memories: Memory, split: str,
-             clients_per_chunk: int, catalogue: Catalogue,
-             data: FederatedData
+             clients: np.ndarray, clients_per_chunk: int,
+             catalogue: Catalogue, data: FederatedData
              ) -> tuple[dict[str, dict[str, float]], Ranks]:
   """Metrics of one split under both protocols.
 
+  Args:
+    As `rank_all`, but for:
+    split: a key of SPLITS.
+    clients: [n] int32 whom to rank.
+    clients_per_chunk: how many of them side by side.
+
   Returns:
-    ({'sampled': {'HR@10': …}, 'full': {…}}, ranks [K] on the host).
+    ({'sampled': {'HR@10': …}, 'full': {…}}, ranks [n] on the host).
 
   Raises:
     UserError: a score is NaN or infinite.
   """
-  num_clients = data.length.shape[0]
-  per_chunk = min(clients_per_chunk, num_clients)
-  clients = np.full(-(-num_clients // per_chunk) * per_chunk, -1, np.int32)
-  clients[:num_clients] = np.arange(num_clients)
+  per_chunk = min(clients_per_chunk, len(clients))
+  padded = np.pad(clients, (0, -len(clients) % per_chunk), constant_values=-1)
   ranks = rank_all(model, config, max_items, server, memories,
-                   clients.reshape(-1, per_chunk), SPLITS[split], catalogue,
+                   padded.reshape(-1, per_chunk), SPLITS[split], catalogue,
                    data)
   ranks = jax.tree.map(
-      lambda x: np.asarray(x).reshape(-1)[:num_clients], ranks)
+      lambda x: np.asarray(x).reshape(-1)[:len(clients)], ranks)
   bad = np.flatnonzero(ranks.bad_scores)
   if bad.size:
     raise UserError(
-        f'{split}: {bad.size} of {num_clients} clients have scores that are '
+        f'{split}: {bad.size} of {len(clients)} clients have scores that are '
         'NaN or infinite, the training diverged; lower '
         '--client_learning_rate or --server_learning_rate')
   return {'sampled': metrics_lib.ranking(ranks.sampled),

@@ -64,10 +64,10 @@ def recluster(uploaded: Prototypes, previous: Prototypes,
     previous: the server's prototypes, kept if nobody uploaded any.
     iterations: Lloyd steps.
   """
-  feature_dim = uploaded.centre.shape[-1]
-  found = cluster(uploaded.centre.reshape(-1, feature_dim),
-                  uploaded.size.reshape(-1), previous.centre.shape[0],
-                  iterations)
+  size = uploaded.size.reshape(-1)
+  # Not reshape(-1, F): without texts F is 0.
+  centre = uploaded.centre.reshape(len(size), uploaded.centre.shape[-1])
+  found = cluster(centre, size, previous.centre.shape[0], iterations)
   anything = jnp.sum(uploaded.size) > 0
   return jax.tree.map(
       lambda new, old: jnp.where(anything, new, old), found, previous)

@@ -45,8 +45,10 @@ class Simulation:
     seed, length of the run or place of the data compiles nothing anew."""
     server = dataclasses.replace(
         self.config.server, num_rounds=1, client_fraction=1.0)
+    evaluation_ = EvaluationConfig(
+        items_per_eval_block=self.config.evaluation.items_per_eval_block)
     return dataclasses.replace(
-        self.config, seed=0, data=DataConfig(), evaluation=EvaluationConfig(),
+        self.config, seed=0, data=DataConfig(), evaluation=evaluation_,
         server=server)
 
   def init_state(self) -> FederationState:
@@ -75,22 +77,22 @@ class Simulation:
 
   def evaluate(self, state: FederationState, split: str
                ) -> tuple[dict[str, dict[str, float]], Ranks]:
-    """Ranks the targets of 'val' or 'test' for all clients.
+    """Ranks the targets of 'val' or 'test' for `--eval_clients`.
 
     Raises:
       UserError: a score is NaN or infinite.
     """
     memories, config = state.memories, self.compiled_config
+    clients = evaluation.evaluated_clients(self.config, len(self.lengths))
     if self.config.memory.warm_memory:
-      clients = federation.chunked(
-          np.arange(len(self.lengths)), self.lengths,
-          self.config.server.clients_per_chunk)
+      chunks = federation.chunked(
+          clients, self.lengths, self.config.server.clients_per_chunk)
       memories = federation.warm_memories(
-          self.model, config, self.max_items, state, clients,
+          self.model, config, self.max_items, state, chunks,
           federation.warm_key(self.config.seed), self.catalogue, self.data)
     return evaluation.evaluate(
         self.model, config, self.max_items, state.server, memories, split,
-        self.config.evaluation.clients_per_eval_chunk, self.catalogue,
+        clients, self.config.evaluation.clients_per_eval_chunk, self.catalogue,
         self.data)
 
 

@@ -193,28 +193,40 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
   Raises:
     UserError: a client with fewer unseen items than negatives are asked for.
   """
-  avoided, sampled = [], []
-  for client in range(dataset.num_clients):
-    sequence = dataset.sequence(client)
-    consumed = np.unique(sequence)
-    avoided.append(consumed if leaky_negatives
-                   else np.unique(sequence[:-HELD_OUT]))
-    _check_unseen(dataset, client, len(consumed), num_negatives,
-                  sampled_negatives)
-    sampled.append(_draw_unseen(
-        np.random.default_rng(
-            [seed, NEGATIVES_STREAM, int(dataset.user_ids[client])]),
-        consumed, dataset.num_rows, sampled_negatives))
-  avoided_length = np.array([len(a) for a in avoided])
+  consumed, consumed_length = _distinct(dataset, dataset.lengths)
+  avoided, avoided_length = (
+      (consumed, consumed_length) if leaky_negatives
+      else _distinct(dataset, dataset.lengths - HELD_OUT))
+  _check_unseen(dataset, consumed_length, num_negatives, sampled_negatives)
+  own = np.split(consumed, np.cumsum(consumed_length)[:-1])
+  sampled = np.stack([
+      _draw_unseen(np.random.default_rng([seed, NEGATIVES_STREAM, user]),
+                   items, dataset.num_rows, sampled_negatives)
+      for user, items in zip(dataset.user_ids.tolist(), own)])
   return FederatedData(
       items=jnp.asarray(dataset.items),
       offset=jnp.asarray(dataset.offsets[:-1], jnp.int32),
       length=jnp.asarray(dataset.lengths, jnp.int32),
-      avoided=jnp.asarray(np.concatenate(avoided), jnp.int32),
+      avoided=jnp.asarray(avoided, jnp.int32),
       avoided_offset=jnp.asarray(
           np.cumsum(avoided_length) - avoided_length, jnp.int32),
       avoided_length=jnp.asarray(avoided_length, jnp.int32),
-      sampled_negatives=jnp.asarray(np.stack(sampled), jnp.int32))
+      sampled_negatives=jnp.asarray(sampled, jnp.int32))
+
+
+def _distinct(dataset, count) -> tuple[np.ndarray, np.ndarray]:
+  """Distinct items among the first count[k] of each client k, ascending.
+
+  Returns:
+    ([total] items client after client, [K] how many each has).
+  """
+  client = np.repeat(np.arange(dataset.num_clients), dataset.lengths)
+  position = np.arange(len(client)) - dataset.offsets[client]
+  inside = position < count[client]
+  pairs = np.unique(
+      client[inside] * dataset.num_rows + dataset.items[inside])
+  client, items = np.divmod(pairs, dataset.num_rows)
+  return items, np.bincount(client, minlength=dataset.num_clients)
 
 
 def client_view(data: FederatedData, client: jax.Array,
@@ -243,9 +255,9 @@ def client_view(data: FederatedData, client: jax.Array,
       jnp.where(real, data.sampled_negatives[client], 0))
 
 
-def _check_unseen(dataset, client, num_consumed, num_negatives,
-                  sampled_negatives):
-  unseen = dataset.num_items - num_consumed
+def _check_unseen(dataset, num_consumed, num_negatives, sampled_negatives):
+  client = np.argmax(num_consumed)
+  unseen = dataset.num_items - num_consumed[client]
   for flag, wanted in (('num_negatives', num_negatives),
                        ('sampled_negatives', sampled_negatives)):
     if wanted > unseen:

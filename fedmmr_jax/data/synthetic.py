@@ -13,6 +13,7 @@ Nobody consumes an item twice. Everything follows from the seed.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,7 @@ VISUAL_DIM, TEXT_DIM = 64, 48
 MIN_LENGTH, MAX_LENGTH = 15, 60
 DRIFT = 0.25       # probability to leave the current cluster after an item
 CYCLE = 0.8        # probability that it then is the cycle's next cluster
+MAX_TRIES = 20     # draws of seen items after which a user leaves a cluster
 MISSING = 0.1      # share of items without image, and without text
 NOISE = 1.0        # length of the noise relative to the cluster's direction
 
@@ -47,15 +49,8 @@ def generate(num_users: int, num_items: int, seed: int,
   rng = np.random.default_rng([seed, SYNTHETIC_STREAM])
   cluster = rng.integers(NUM_CLUSTERS, size=num_items + 1)
   popularity = 1.0 / (1 + rng.permutation(num_items + 1)) ** 0.8
-  members = [np.flatnonzero((cluster == c) & (np.arange(num_items + 1) > 0))
-             for c in range(NUM_CLUSTERS)]
-
-  users, items = [], []
-  for user in range(1, num_users + 1):
-    sequence = _walk(rng, members, popularity, num_items)
-    users.append(np.full(len(sequence), user))
-    items.append(sequence)
-  users, items = np.concatenate(users), np.concatenate(items)
+  users, items = _walks(
+      rng, num_users, _Clusters.build(cluster[1:], popularity[1:]))
   dataset, _ = from_interactions(
       'synthetic', users, items, np.arange(len(users)), top_k_users)
   titles = ('', *(f'item {i} of cluster {cluster[i]}'
@@ -65,23 +60,67 @@ def generate(num_users: int, num_items: int, seed: int,
   return dataclasses.replace(dataset, titles=titles), matrices
 
 
-def _walk(rng, members, popularity, num_items) -> list[int]:
-  """One user's items in time order."""
-  length = rng.integers(MIN_LENGTH, min(MAX_LENGTH, num_items // 2) + 1)
-  current = rng.integers(NUM_CLUSTERS)
-  # Gumbel noise on log popularity, sorted, is a draw without replacement.
-  appeal = np.log(popularity) + rng.gumbel(size=len(popularity))
-  queues = [list(m[np.argsort(appeal[m])]) for m in members]
-  sequence = []
-  while len(sequence) < length:
-    if queues[current]:
-      sequence.append(queues[current].pop())
-    if not queues[current] or rng.random() < DRIFT:
-      if rng.random() < CYCLE:
-        current = (current + 1) % NUM_CLUSTERS
-      else:
-        current = rng.integers(NUM_CLUSTERS)
-  return sequence
+class _Clusters(NamedTuple):
+  """Items sorted by cluster, and how to draw one of a cluster.
+
+  Attributes:
+    items: [num_items] item ids, cluster after cluster.
+    popularity: [num_items + 1] cumulative, in that order, from 0.
+    bounds: [NUM_CLUSTERS + 1] where each cluster starts in `items`.
+  """
+
+  items: np.ndarray
+  popularity: np.ndarray
+  bounds: np.ndarray
+
+  @classmethod
+  def build(cls, cluster, popularity) -> '_Clusters':
+    order = np.argsort(cluster, kind='stable')
+    return cls(order + 1, np.concatenate([[0], np.cumsum(popularity[order])]),
+               np.searchsorted(cluster[order], np.arange(NUM_CLUSTERS + 1)))
+
+  def draw(self, rng, cluster) -> np.ndarray:
+    """An item of each given cluster by popularity; 0 if it is empty."""
+    low, high = self.bounds[cluster], self.bounds[cluster + 1]
+    start, end = self.popularity[low], self.popularity[high]
+    at = np.searchsorted(
+        self.popularity, start + rng.random(len(cluster)) * (end - start),
+        side='right') - 1
+    # The minimum guards against a draw rounded up to the cluster's end.
+    at = np.minimum(at, np.maximum(high - 1, low))
+    return np.where(high > low, self.items[np.minimum(
+        at, len(self.items) - 1)], 0)
+
+
+def _walks(rng, num_users, clusters) -> tuple[np.ndarray, np.ndarray]:
+  """(user, item) of all users' walks, each user's in time order.
+
+  All users step together; who draws an item it had draws again.
+  """
+  longest = min(MAX_LENGTH, len(clusters.items) // 2)
+  length = rng.integers(MIN_LENGTH, longest + 1, num_users)
+  current = rng.integers(NUM_CLUSTERS, size=num_users)
+  walked = np.zeros((num_users, longest), np.int64)
+  for step in range(longest):
+    waiting = np.flatnonzero(length > step)
+    tries = 0
+    while waiting.size:
+      item = clusters.draw(rng, current[waiting])
+      fresh = (item > 0) & ~np.any(
+          walked[waiting, :step] == item[:, None], axis=1)
+      walked[waiting[fresh], step] = item[fresh]
+      waiting = waiting[~fresh]
+      tries += 1
+      if tries % MAX_TRIES == 0:  # has (nearly) all of its cluster: goes on
+        current[waiting] = (current[waiting] + 1) % NUM_CLUSTERS
+    leaves = rng.random(num_users) < DRIFT
+    elsewhere = np.where(
+        rng.random(num_users) < CYCLE, (current + 1) % NUM_CLUSTERS,
+        rng.integers(NUM_CLUSTERS, size=num_users))
+    current = np.where(leaves, elsewhere, current)
+  taken = np.arange(longest) < length[:, None]
+  users = np.repeat(np.arange(1, num_users + 1), length)
+  return users, walked[taken]
 
 
 def _features(rng, cluster, width) -> np.ndarray:

@@ -57,13 +57,14 @@ class VisualExpert(nn.Module):
     projection_dim = min(self.projection_dim, width)
     key = layers.dense(projection_dim, 'key')(memory.visual)
     query = layers.Affine(width, projection_dim, name='query')()
-    # (c W + b) kᵀ = c (W kᵀ) + b kᵀ: one [512, R] matrix for all candidates.
-    logits = candidate_visual @ (query.kernel @ key.T) + key @ query.bias
+    # (c W + b) kᵀ = c (W kᵀ) + b kᵀ: one [R, 512] matrix for all candidates.
+    logits = ((key @ query.kernel.T) @ candidate_visual.T
+              + (key @ query.bias)[:, None])
     attention = layers.masked_softmax(
-        logits * projection_dim ** -0.5, memory.visual_mask)
+        logits * projection_dim ** -0.5, memory.visual_mask[:, None], axis=0)
     # Project R memory rows instead of J averages of them.
     output = layers.Affine(width, self.hidden_dim, name='output')()
-    x = attention @ (memory.visual @ output.kernel) + output.bias
+    x = attention.T @ (memory.visual @ output.kernel) + output.bias
     x = nn.relu(layers.layer_norm('norm')(x))
     return nn.Dropout(self.dropout)(x, deterministic=not train)
 
@@ -96,20 +97,25 @@ class SemanticExpert(nn.Module):
     value = layers.split_heads(value, self.num_heads)
 
     # Two query projections in a row and each head's keys fold into one
-    # [D, H·R] matrix that all candidates share.
+    # [H·R, D] matrix that all candidates share, each head's values and the
+    # output projection into another.
     outer = layers.Affine(dim, dim, name='query')()
     inner = layers.Affine(dim, dim, name='attention_query')()
     kernel = (outer.kernel @ inner.kernel).reshape(dim, -1, head_dim)
     bias = (outer.bias @ inner.kernel + inner.bias).reshape(-1, head_dim)
-    folded = jnp.einsum('dhe,hre->dhr', kernel, key)
+    folded = jnp.einsum('dhe,hre->hrd', kernel, key)
     offset = jnp.einsum('he,hre->hr', bias, key)
-    logits = jnp.einsum('jd,dhr->jhr', candidate_embedding, folded) + offset
+    output = layers.Affine(dim, dim, name='attention_output')()
+    value = jnp.einsum(
+        'hre,hed->hrd', value, output.kernel.reshape(-1, head_dim, dim))
+
+    # Candidates last: R is short, J is long, and reductions over R vectorise.
+    logits = jnp.einsum('hrd,jd->hrj', folded, candidate_embedding)
     attention = layers.masked_softmax(
-        logits * head_dim ** -0.5, memory.text_mask)
+        (logits + offset[..., None]) * head_dim ** -0.5,
+        memory.text_mask[:, None], axis=-2)
     attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
-    attended = jnp.einsum('jhr,hrd->jhd', attention, value)
-    attended = attended.reshape(attended.shape[0], dim)
-    x = layers.dense(dim, 'attention_output')(attended)
+    x = jnp.einsum('hrj,hrd->jd', attention, value) + output.bias
     x = layers.layer_norm('norm')(x)
     x = nn.relu(layers.dense(dim, 'output')(x))
     return nn.Dropout(self.dropout)(x, deterministic=not train)

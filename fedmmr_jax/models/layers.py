@@ -46,24 +46,26 @@ def layer_norm(name: str | None = None) -> nn.LayerNorm:
       epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, name=name)
 
 
-def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
-  """Softmax over the last axis that is 0 where `mask` is False.
+def masked_softmax(logits: jax.Array, mask: jax.Array,
+                   axis: int = -1) -> jax.Array:
+  """Softmax over one axis that is 0 where `mask` is False.
 
-  A row without any True gives zeros, and its gradient is 0, where the usual
-  "add -inf" gives NaN.
+  Where nothing is allowed it gives zeros, and their gradient is 0, where the
+  usual "add -inf" gives NaN.
 
   Args:
-    logits: [..., N] float.
-    mask: [..., N] bool, broadcastable to `logits`.
+    logits: float.
+    mask: bool, broadcastable to `logits`.
+    axis: to normalise over.
 
   Returns:
-    [..., N] float, each row summing to 1, or to 0 where nothing is allowed.
+    As `logits`, summing to 1 over the axis, or to 0 where nothing is allowed.
   """
   lowest = jnp.finfo(logits.dtype).min
   logits = jnp.where(mask, logits, lowest)
-  peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  peak = jax.lax.stop_gradient(jnp.max(logits, axis=axis, keepdims=True))
   weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
-  total = jnp.sum(weights, axis=-1, keepdims=True)
+  total = jnp.sum(weights, axis=axis, keepdims=True)
   return weights / jnp.where(total > 0, total, 1.0)
 
 
