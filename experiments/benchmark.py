@@ -1,0 +1,360 @@
+"""Measures speed: seconds, and ratios that another machine can compare.
+
+    python -m experiments.benchmark                       # the embedded set
+    python -m experiments.benchmark --flagfile=experiments/presets/recommended.flags \\
+        --data_dir=path/to/ml-1m
+
+Takes the flags of `experiments.train`. All times are medians of warm runs; the
+achieved GFLOP/s stand beside those of a matrix product in the same process.
+Nothing else should run on the machine meanwhile.
+"""
+
+import dataclasses
+from functools import partial
+import json
+import statistics
+import tempfile
+import time
+from typing import Any, Callable
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import app
+from experiments import console
+from fedmmr_jax import client as client_lib
+from fedmmr_jax import evaluation, federation, scoring, training
+from fedmmr_jax import vocabulary, windows
+from fedmmr_jax import server as server_lib
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data import load
+from fedmmr_jax.data.dataset import Dataset, client_view
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.simulation import Simulation
+
+_JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
+_REPEATS = flags.DEFINE_integer(
+    'repeats', 5, 'warm runs of each measurement', lower_bound=1)
+_COHORTS = flags.DEFINE_list(
+    'cohorts', ['10', '100', '1000', '6040'],
+    'cohort sizes to time; those above the number of clients are left out')
+_CATALOGUES = flags.DEFINE_list(
+    'catalogues', ['4000', '20000', '100000'],
+    'catalogue sizes to time, the data set filled up with unseen items; those '
+    'below its own are left out')
+_PARTS = flags.DEFINE_list(
+    'parts', ['round', 'loop', 'cohort', 'catalogue'],
+    'what to measure: round, loop, cohort, catalogue')
+
+app.define_config_flags()
+
+GEMM_SIZE = 2048
+Figures = dict[str, Any]
+
+
+def main() -> None:
+  parts = {'round': _round, 'loop': _loop, 'cohort': _cohorts,
+           'catalogue': _catalogues}
+  for part in _PARTS.value:
+    if part not in parts:
+      raise UserError(f'--parts={part}: no such part; there are '
+                      f'{", ".join(parts)}')
+  config = app.config_from_flags()
+  dataset = load.load(config.data, config.seed).dataset
+  # An own cache: a compilation is cold the first time, whatever ran before.
+  with tempfile.TemporaryDirectory() as cache:
+    jax.config.update('jax_compilation_cache_dir', cache)
+    result = {
+        'dataset': dataset.name, 'clients': dataset.num_clients,
+        'items': dataset.num_items, 'backend': jax.default_backend(),
+        'devices': [d.device_kind for d in jax.devices()],
+        'gemm_gflops': _gemm_gflops()}
+    for part in _PARTS.value:
+      result[part] = parts[part](config, dataset, result['gemm_gflops'])
+  result['peak_rss_mb'] = training.peak_rss_mb()
+  print(json.dumps(result, indent=2) if _JSON.value else _tables(result))
+
+
+def _seconds(run: Callable[[], Any], repeats: int | None = None) -> float:
+  """Median of warm runs; `run` is called once more before, to compile."""
+  jax.block_until_ready(run())
+  times = []
+  for _ in range(repeats or _REPEATS.value):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    times.append(time.perf_counter() - start)
+  return statistics.median(times)
+
+
+def _gemm_gflops() -> float:
+  """Achieved by one large float32 product: what the machine can do."""
+  a = jax.random.normal(jax.random.key(0), (GEMM_SIZE, GEMM_SIZE))
+  product = jax.jit(jnp.matmul)
+  return 2 * GEMM_SIZE ** 3 / _seconds(lambda: product(a, a), 10) / 1e9
+
+
+class _Training:
+  """A simulation that goes on from round to round, as in a run."""
+
+  def __init__(self, config: RunConfig, dataset: Dataset):
+    self.simulation = simulation_lib.build(config, dataset)
+    self.state = self.simulation.init_state()
+    self.round = 0
+
+  def run_round(self, cohort: np.ndarray | None = None):
+    self.round += 1
+    if cohort is None:
+      cohort = self.simulation.sample_cohort(self.round)
+    self.state, _ = self.simulation.run_round(self.state, self.round, cohort)
+    return self.state
+
+
+def _round(config: RunConfig, dataset: Dataset, gemm: float) -> Figures:
+  """A round and an evaluation, split into their parts."""
+  compile_seconds = _compile_seconds(config, dataset)
+  run = _Training(config, dataset)
+  simulation = run.simulation
+  cohorts = [simulation.sample_cohort(n) for n in range(1, _REPEATS.value + 2)]
+  sampling = _seconds(lambda: simulation.sample_cohort(1))
+  whole = _seconds(run.run_round)
+  state = run.state
+  uploaded = jax.tree.map(
+      lambda x: jnp.tile(x, (cohorts[0].size, *[1] * x.ndim)),
+      state.server.prototypes)
+  # The state is not donated here: it is needed again.
+  aggregate = jax.jit(partial(
+      server_lib.aggregate, config=simulation.compiled_config))
+  aggregation = _seconds(
+      lambda: aggregate(state.server, state.server.params, 1.0, uploaded))
+  ranking = _seconds(lambda: simulation.evaluate(state, 'val'))
+  targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
+  steps = statistics.mean(_executed_steps(simulation, c) for c in cohorts[1:])
+  step_flops = _step_flops(simulation)
+  ranked = len(evaluation.evaluated_clients(config, dataset.num_clients))
+  rank_flops = _rank_flops(simulation)
+  return {
+      'cohort': federation.cohort_size(config, dataset.num_clients),
+      'seconds': {'sampling': sampling, 'local_training': whole - aggregation,
+                  'aggregation': aggregation, 'evaluation': ranking},
+      'clients_per_second': cohorts[0].size / whole,
+      'targets_per_second': targets / whole,
+      'milliseconds_per_target': 1e3 * whole / targets,
+      'masked_fraction': statistics.mean(federation.masked_fraction(
+          c, simulation.lengths, config) for c in cohorts[1:]),
+      'step_mflop': step_flops / 1e6,
+      'training_gflops': steps * step_flops / whole / 1e9,
+      'training_share_of_gemm': steps * step_flops / whole / 1e9 / gemm,
+      'clients_ranked': ranked,
+      'evaluation_gflops': ranked * rank_flops / ranking / 1e9,
+      'evaluation_share_of_gemm': ranked * rank_flops / ranking / 1e9 / gemm,
+      'compile_seconds': compile_seconds,
+  }
+
+
+def _compile_seconds(config: RunConfig, dataset: Dataset) -> Figures:
+  """From the data on the host to the first round's end, and evaluation, less
+  the work itself: without and with the cache of an earlier start."""
+  seconds = {}
+  for start in ('cold', 'second'):
+    jax.clear_caches()
+    begin = time.perf_counter()
+    run = _Training(config, dataset)
+    jax.block_until_ready(run.run_round())
+    seconds[f'{start}_start_to_first_round'] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    run.simulation.evaluate(run.state, 'val')
+    seconds[f'{start}_start_evaluation'] = time.perf_counter() - begin
+  return seconds
+
+
+def _executed_steps(simulation: Simulation, cohort: np.ndarray) -> int:
+  """Local steps of a round, masked ones included."""
+  train = np.maximum(simulation.lengths[cohort] - 2, 0) * (cohort >= 0)
+  steps = windows.num_steps(train, simulation.config).max(axis=1)
+  return int(steps.sum()) * cohort.shape[1] * (
+      simulation.config.client.local_epochs)
+
+
+def _step_flops(simulation: Simulation) -> float:
+  """Forward and backward of one local step, as XLA counts them."""
+  config, model = simulation.compiled_config, simulation.model
+  state = simulation.init_state()
+  broadcast = state.server.broadcast(simulation.catalogue)
+
+  def step(params, client):
+    view = client_view(simulation.data, client, simulation.max_items)
+    batch = windows.cut_windows(
+        view, jnp.arange(config.client.batch_size),
+        jnp.ones(config.client.batch_size, bool),
+        windows.window_stride(config.client, config.model.max_seq_len),
+        config.model.max_seq_len)
+    negative = scoring.draw_negatives(
+        jax.random.key(0), view, config, model.num_rows)
+    memory = jax.tree.map(lambda x: x[client], state.memories)
+    return jax.grad(client_lib.step_loss, has_aux=True)(
+        params, model, batch, negative, broadcast.catalogue,
+        client_lib.memory_view(memory, broadcast, config), jax.random.key(1),
+        config)
+  return _flops(step, state.server.params, 0)
+
+
+def _rank_flops(simulation: Simulation) -> float:
+  """Scores of the whole catalogue for one client."""
+  evaluation_ = dataclasses.replace(
+      simulation.compiled_config.evaluation,
+      items_per_eval_block=simulation.model.num_rows)
+  config = dataclasses.replace(
+      simulation.compiled_config, evaluation=evaluation_)
+  state = simulation.init_state()
+
+  def rank(window, memory):
+    return evaluation.score_catalogue(
+        simulation.model, config, state.server.broadcast(simulation.catalogue),
+        window, memory)
+  return _flops(rank, jnp.ones(config.model.max_seq_len, jnp.int32),
+                jax.tree.map(lambda x: x[0], state.memories))
+
+
+def _flops(function, *args) -> float:
+  return jax.jit(function).lower(*args).cost_analysis()['flops']
+
+
+def _loop(config: RunConfig, dataset: Dataset, gemm: float) -> Figures:
+  """The vmapped round against a Python loop over jitted single clients."""
+  del gemm
+  run = _Training(config, dataset)
+  simulation = run.simulation
+  cohort = simulation.sample_cohort(1)
+  key = federation.round_key(config.seed, 1)
+
+  @jax.jit
+  def update(total, broadcast, memories, client):
+    view = client_view(simulation.data, client, simulation.max_items)
+    done = client_lib.local_update(
+        simulation.model, simulation.compiled_config, broadcast, view,
+        jax.tree.map(lambda x: x[client], memories),
+        jax.random.fold_in(key, client),
+        windows.num_steps(view.num_train, config))
+    return vocabulary.add_weighted(total, *jax.tree.map(
+        lambda x: x[None],
+        (done.weight, done.vocabulary.ids, done.delta)))
+
+  def loop():
+    broadcast = run.state.server.broadcast(simulation.catalogue)
+    total = jax.tree.map(jnp.zeros_like, broadcast.params)
+    for client in cohort[cohort >= 0]:
+      total = update(total, broadcast, run.state.memories, client)
+    return total
+
+  vmapped = _seconds(lambda: run.run_round(cohort))
+  looped = _seconds(loop)
+  return {'vmapped_seconds': vmapped, 'looped_seconds': looped,
+          'ratio': looped / vmapped}
+
+
+def _cohorts(config: RunConfig, dataset: Dataset, gemm: float) -> list[Figures]:
+  """Growth of a round with the cohort."""
+  del gemm
+  rows = []
+  for size in map(int, _COHORTS.value):
+    if size > dataset.num_clients:
+      continue
+    server = dataclasses.replace(
+        config.server, client_fraction=size / dataset.num_clients)
+    run = _Training(dataclasses.replace(config, server=server), dataset)
+    cohort = run.simulation.sample_cohort(1)
+    repeats = min(_REPEATS.value, 2) if size >= 1000 else None
+    seconds = _seconds(lambda: run.run_round(cohort), repeats)
+    targets = run.simulation.count_targets(cohort)
+    rows.append({'cohort': size, 'seconds': seconds,
+                 'microseconds_per_target': 1e6 * seconds / targets,
+                 'peak_rss_mb': training.peak_rss_mb()})
+  return rows
+
+
+def _catalogues(config: RunConfig, dataset: Dataset,
+                gemm: float) -> list[Figures]:
+  """Growth of a round with the catalogue, the same cohort."""
+  del gemm
+  rows = []
+  for items in map(int, _CATALOGUES.value):
+    if items < dataset.num_items:
+      continue
+    run = _Training(config, _filled_up(dataset, items))
+    cohort = run.simulation.sample_cohort(1)
+    seconds = _seconds(lambda: run.run_round(cohort))
+    rows.append({'items': items, 'seconds': seconds,
+                 'ratio': seconds / (rows[0]['seconds'] if rows else seconds),
+                 'peak_rss_mb': training.peak_rss_mb()})
+  return rows
+
+
+def _filled_up(dataset: Dataset, num_items: int) -> Dataset:
+  """The data set with more items, which nobody consumed."""
+  extra = num_items - dataset.num_items
+  source = np.random.default_rng(0).integers(1, dataset.num_rows, extra)
+  longer = lambda x: np.concatenate([x, x[source]])
+  new_ids = dataset.item_ids.max() + 1 + np.arange(extra)
+  return dataclasses.replace(
+      dataset, item_ids=np.concatenate([dataset.item_ids, new_ids]),
+      visual=longer(dataset.visual), text=longer(dataset.text), titles=())
+
+
+def _tables(result: Figures) -> str:
+  lines = [
+      f'{result["dataset"]}: {result["clients"]} clients, {result["items"]} '
+      f'items; {", ".join(result["devices"])}',
+      f'a {GEMM_SIZE}³ float32 product: {result["gemm_gflops"]:.0f} GFLOP/s']
+  if 'round' in result:
+    lines += ['', *_round_lines(result['round'])]
+  if 'loop' in result:
+    loop = result['loop']
+    lines += ['', f'the same cohort: vmapped {loop["vmapped_seconds"]:.2f} s, '
+              f'a Python loop over jitted clients {loop["looped_seconds"]:.2f} '
+              f's: {loop["ratio"]:.2f} times as long']
+  if 'cohort' in result:
+    lines += ['', console.table(
+        ['cohort', 'seconds a round', 'µs a target', 'peak MB'],
+        [[r['cohort'], f'{r["seconds"]:.2f}',
+          f'{r["microseconds_per_target"]:.1f}', f'{r["peak_rss_mb"]:.0f}']
+         for r in result['cohort']])]
+  if 'catalogue' in result:
+    lines += ['', console.table(
+        ['items', 'seconds a round', 'ratio', 'peak MB'],
+        [[r['items'], f'{r["seconds"]:.2f}', f'{r["ratio"]:.2f}',
+          f'{r["peak_rss_mb"]:.0f}'] for r in result['catalogue']])]
+  return '\n'.join([*lines, '', f'peak {result["peak_rss_mb"]:.0f} MB'])
+
+
+def _round_lines(r: Figures) -> list[str]:
+  compiled = r['compile_seconds']
+  return [
+      console.table(
+          [f'a round of {r["cohort"]} clients', 'seconds', 'GFLOP/s',
+           'of the product'],
+          [['sampling', f'{r["seconds"]["sampling"]:.4f}', '-', '-'],
+           ['local training', f'{r["seconds"]["local_training"]:.3f}',
+            f'{r["training_gflops"]:.0f}',
+            f'{r["training_share_of_gemm"]:.0%}'],
+           ['aggregation', f'{r["seconds"]["aggregation"]:.3f}', '-', '-'],
+           [f'evaluation of {r["clients_ranked"]} clients, one split',
+            f'{r["seconds"]["evaluation"]:.3f}',
+            f'{r["evaluation_gflops"]:.0f}',
+            f'{r["evaluation_share_of_gemm"]:.0%}']]),
+      f'{r["clients_per_second"]:.1f} clients/s, '
+      f'{r["targets_per_second"]:,.0f} targets/s '
+      f'({r["milliseconds_per_target"]:.3f} ms a target), '
+      f'{r["step_mflop"]:.0f} MFLOP a step, '
+      f'masked {r["masked_fraction"]:.1%} of the executed steps',
+      f'to the end of the first round, compiling included: '
+      f'{compiled["cold_start_to_first_round"]:.1f} s on a cold start, '
+      f'{compiled["second_start_to_first_round"]:.1f} s on the second; the '
+      f'first evaluation {compiled["cold_start_evaluation"]:.1f} s and '
+      f'{compiled["second_start_evaluation"]:.1f} s']
+
+
+if __name__ == '__main__':
+  app.run(main)

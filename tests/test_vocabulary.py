@@ -1,0 +1,126 @@
+"""Client-local vocabulary: the same training on fewer rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmmr_jax import federation
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax import vocabulary
+from tests import small
+
+# Two negatives a step: fewer rows than the catalogue has, for the round and
+# for the step.
+FEW = dict(objective='all_positions', negatives='shared', num_negatives=2,
+           batch_size=1, max_seq_len=4)
+
+
+def rounds(num_rounds=2, dataset=None, **changes):
+  """(simulation, state after some rounds)."""
+  simulation = simulation_lib.build(
+      small.config(**FEW | changes), dataset or small.dataset())
+  state = simulation.init_state()
+  for number in range(1, num_rounds + 1):
+    state, _ = simulation.run_round(
+        state, number, simulation.sample_cohort(number))
+  return simulation, state
+
+
+def test_rows_of_items_by_hand():
+  # Ids 0, 3, 3, 7, 9: the first of equal ones counts.
+  found = vocabulary.touched(
+      [jnp.array([[7, 3]]), jnp.array([9, 3])], num_rows=20)
+  np.testing.assert_array_equal(found.ids, [0, 3, 3, 7, 9])
+  np.testing.assert_array_equal(
+      found.rows(jnp.array([[9, 0], [3, 7]])), [[4, 0], [1, 3]])
+  np.testing.assert_array_equal(
+      found.is_first, [True, True, False, True, True])
+
+
+def test_more_touched_items_than_rows_take_the_whole_catalogue():
+  found = vocabulary.touched([jnp.array([1, 2, 2, 1])], num_rows=5)
+  np.testing.assert_array_equal(found.ids, np.arange(5))
+  assert found.is_first.all()
+
+
+def tree(rows):
+  return {'item_embedding': jnp.asarray(rows, jnp.float32)[:, None],
+          'other': jnp.float32(len(rows))}
+
+
+def test_take_and_put_touch_the_item_table_only():
+  whole = tree([0, 1, 2, 3])
+  rows = jnp.array([0, 2, 2])
+  taken = vocabulary.take(whole, rows)
+  np.testing.assert_array_equal(taken['item_embedding'][:, 0], [0, 2, 2])
+  assert taken['other'] == 4
+  changed = {'item_embedding': jnp.array([[5.], [6.], [99.]]),
+             'other': jnp.float32(8)}
+  put = vocabulary.put(whole, rows, jnp.array([True, True, False]), changed)
+  np.testing.assert_array_equal(put['item_embedding'][:, 0], [5, 1, 6, 3])
+  assert put['other'] == 8
+
+
+def test_weighted_deltas_land_on_their_items():
+  got = vocabulary.add_weighted(
+      tree([0, 0, 0, 0]), jnp.array([2., 3.]),
+      jnp.array([[0, 1], [1, 3]]),
+      {'item_embedding': jnp.array([[[1.], [10.]], [[100.], [1000.]]]),
+       'other': jnp.array([1., 1.])})
+  np.testing.assert_array_equal(
+      got['item_embedding'][:, 0], [2, 20 + 300, 0, 3000])
+  assert got['other'] == 4 + 2 + 3
+
+
+@pytest.mark.parametrize('changes', [
+    {}, {'local_epochs': 2}, {'negatives': 'per_sample'},
+    {'objective': 'last', 'batch_size': 2}], ids=str)
+def test_sgd_trains_the_same_on_touched_rows(changes):
+  """Without weight decay, whatever bounds the rows."""
+  changes = dict(client_optimizer='sgd', client_learning_rate=0.1,
+                 weight_decay=0.0, **changes)
+  simulation, local = rounds(vocabulary='local', **changes)
+  _, dense = rounds(vocabulary='dense', **changes)
+  moved = np.abs(local.server.params['item_embedding']
+                 - simulation.init_state().server.params['item_embedding'])
+  assert moved.max() > 1e-3
+  small.assert_trees_close(local.server, dense.server, rtol=1e-3, atol=2e-6)
+  np.testing.assert_array_equal(local.memories.item, dense.memories.item)
+
+
+@pytest.mark.parametrize('changes', [
+    {'client_optimizer': 'adam'}, {'weight_decay': 0.1},
+    {'proximal_mu': 0.1}], ids=str)
+def test_rows_that_no_step_touches_stay(changes):
+  """Also where the optimizer would move all rows: decay, moments, FedProx."""
+  simulation, state = rounds(
+      1, client_fraction=0.1, vocabulary='local', **changes)
+  start = simulation.init_state().server.params['item_embedding']
+  moved = np.any(state.server.params['item_embedding'] != start, axis=1)
+  cohort = federation.sample_cohort(simulation.config, 1, simulation.lengths)
+  client = int(cohort[cohort >= 0][0])
+  history = np.asarray(simulation.data.items)[
+      int(simulation.data.offset[client]):][:simulation.lengths[client] - 2]
+  assert moved[history].all()
+  assert not moved.all()
+
+
+def test_local_rows_are_fewer_than_the_catalogue():
+  """The round of this file's clients really works on a part of the table."""
+  simulation, _ = rounds(0, vocabulary='local')
+  lowered = federation.run_round.lower(
+      simulation.model, simulation.compiled_config, simulation.max_items,
+      simulation.init_state(), simulation.sample_cohort(1), jax.random.key(0),
+      simulation.catalogue, simulation.data).as_text()
+  rows = 1 + simulation.max_items + 2 * -(-(simulation.max_items - 3) // 4)
+  assert rows < simulation.model.num_rows
+  assert f'tensor<2x{rows}x16xf32>' in lowered
+  assert f'tensor<2x{simulation.model.num_rows}x16xf32>' not in lowered
+
+
+def test_padding_clients_change_nothing():
+  simulation, _ = rounds(0, vocabulary='local')
+  run = lambda cohort: simulation.run_round(
+      simulation.init_state(), 1, np.array(cohort, np.int32))
+  small.assert_trees_equal(run([[2, 0]]), run([[2, 0], [-1, -1]]))
