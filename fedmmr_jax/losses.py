@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fedmmr_jax.config import LossConfig
+from fedmmr_jax.models import layers
 from fedmmr_jax.models.feddmmr import NUM_EXPERTS
-
-# Below this squared length a vector has no direction (see `_unit`).
-_MIN_SQUARED_NORM = 1e-12
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -165,8 +163,5 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  """Rows of unit length; a zero row stays zero, with a finite gradient."""
-  squared = jnp.sum(x * x, axis=-1, keepdims=True)
-  has_direction = ~(squared <= _MIN_SQUARED_NORM)  # a NaN stays NaN
-  squared = jnp.where(has_direction, squared, 1.0)
-  return jnp.where(has_direction, x * jax.lax.rsqrt(squared), 0.0)
+  """Rows of unit length; a zero row stays zero."""
+  return x * layers.inverse_norm(jnp.sum(x * x, axis=-1, keepdims=True))

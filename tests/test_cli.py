@@ -183,3 +183,21 @@ def test_presets_are_valid(preset):
   subprocess.run(
       [sys.executable, '-c', code, f'--flagfile={PRESETS / preset}',
        '--data_dir=somewhere'], cwd=ROOT, check=True)
+
+
+def test_benchmark(ml_1m):
+  flags = (*TINY, f'--data_dir={ml_1m}', '--repeats=1', '--catalogues=27,40',
+           '--cohorts=2,1000')
+  result = json.loads(run('benchmark', *flags, '--json')[0])
+  assert result['gemm_gflops'] > 0 and result['peak_rss_mb'] > 0
+  assert set(result['round']['seconds']) == {
+      'sampling', 'local_training', 'aggregation', 'evaluation'}
+  assert 0 <= result['round']['masked_fraction'] < 1
+  assert result['loop']['ratio'] > 0
+  assert [r['cohort'] for r in result['cohort']] == [2]
+  assert [r['items'] for r in result['catalogue']] == [27, 40]
+  out, _ = run('benchmark', *flags, '--parts=round')
+  assert 'local training' in out and 'items' in out
+  assert 'seconds a round' not in out
+  assert '--parts=speed: no such part' in refused(
+      *flags, '--parts=speed', binary='benchmark')

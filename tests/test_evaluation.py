@@ -66,12 +66,42 @@ def test_nan_parameters_are_an_error_not_a_hit(simulation):
 def test_chunks_change_nothing(simulation):
   state = simulation.init_state()
   _, ranks = simulation.evaluate(state, 'test')
-  config = dataclasses.replace(
-      simulation.config, evaluation=dataclasses.replace(
-          simulation.config.evaluation, clients_per_eval_chunk=9))
-  other = dataclasses.replace(simulation, config=config)
+  other = changed(simulation, clients_per_eval_chunk=9)
   small.assert_trees_equal(ranks, other.evaluate(state, 'test')[1])
   assert ranks.full.shape == (9,)
+
+
+def changed(simulation, **changes):
+  """The simulation with other evaluation settings."""
+  settings = dataclasses.replace(simulation.config.evaluation, **changes)
+  return dataclasses.replace(simulation, config=dataclasses.replace(
+      simulation.config, evaluation=settings))
+
+
+def test_blocks_of_the_catalogue_change_nothing(simulation):
+  # 57 rows in 8 blocks of 8: the last one reaches past the end.
+  state = simulation.init_state()
+  args = (state.server.broadcast(simulation.catalogue),
+          jnp.array([0, 0, 4, 9, 2, 7]),
+          jax.tree.map(lambda x: x[0], state.memories))
+  scores = [evaluation.score_catalogue(
+      simulation.model, changed(simulation, items_per_eval_block=size).config,
+      *args) for size in (8, 57)]
+  assert scores[0].shape == (57,)
+  np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
+
+
+def test_chosen_clients_have_the_ranks_they_have_among_all(simulation):
+  state = simulation.init_state()
+  some = changed(simulation, eval_clients=4)
+  clients = evaluation.evaluated_clients(some.config, 9)
+  assert len(set(clients)) == 4
+  np.testing.assert_array_equal(
+      clients, evaluation.evaluated_clients(some.config, 9))
+  _, ranks = some.evaluate(state, 'test')
+  _, everyone = simulation.evaluate(state, 'test')
+  np.testing.assert_array_equal(ranks.full, everyone.full[clients])
+  np.testing.assert_array_equal(ranks.sampled, everyone.sampled[clients])
 
 
 def test_scores_use_the_items_before_the_target(simulation):

@@ -23,8 +23,6 @@ from fedmmr_jax.models.sasrec import SASRec
 
 VISUAL, SEMANTIC = 0, 1  # positions on the expert axis E
 NUM_EXPERTS = 2
-# Below this squared length a vector has no direction; its cosine is 0.
-_MIN_SQUARED_NORM = 1e-12
 
 
 class Catalogue(NamedTuple):
@@ -240,12 +238,8 @@ class FedDMMR(nn.Module):
     squared_norm = (
         jnp.sum(state * state) + 2 * cross + jnp.sum(a * a, axis=-1))
     squared_norm *= jnp.sum(e * e, axis=-1)
-    # Both branches of the select must be finite, or a zero vector's gradient
-    # is NaN. "Not too small" rather than "large enough": a NaN stays NaN.
-    has_direction = ~(squared_norm <= _MIN_SQUARED_NORM)
-    squared_norm = jnp.where(has_direction, squared_norm, 1.0)
-    cosine = jnp.where(has_direction, dot * jax.lax.rsqrt(squared_norm), 0.0)
-    return self.config.hidden_dim ** 0.5 * cosine
+    return (self.config.hidden_dim ** 0.5 * dot
+            * layers.inverse_norm(squared_norm))
 
 
 def _item_embedding_init(std: float):

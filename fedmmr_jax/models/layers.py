@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 LAYER_NORM_EPSILON = 1e-5
+_MIN_SQUARED_NORM = 1e-12  # below it a vector has no direction
 
 
 def dense(features: int, name: str | None = None) -> nn.Dense:
@@ -67,6 +68,20 @@ def masked_softmax(logits: jax.Array, mask: jax.Array,
   weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
   total = jnp.sum(weights, axis=axis, keepdims=True)
   return weights / jnp.where(total > 0, total, 1.0)
+
+
+def inverse_norm(squared: jax.Array) -> jax.Array:
+  """1 / √x of squared lengths; 0, with gradient 0, where there is no direction.
+
+  The gradient of a plain norm at a zero vector is NaN. A NaN stays NaN, so
+  that a diverged run shows.
+  """
+  # Both branches of the select must be finite. "Not too small" rather than
+  # "large enough", for the NaN.
+  has_direction = ~(squared <= _MIN_SQUARED_NORM)
+  return jnp.where(
+      has_direction, jax.lax.rsqrt(jnp.where(has_direction, squared, 1.0)),
+      0.0)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
