@@ -60,6 +60,11 @@ class ModelConfig:
       0.2, 'dropout rate everywhere', minimum=0.0, maximum=0.95)
   embedding_init_std: float = _field(
       0.1, 'std of the initial item and position embeddings', minimum=0.0)
+  item_embedding: str = _field(
+      'id', 'what an item\'s embedding starts as; id: a random row; '
+      'content_init: its features; content_plus_id: a trained projection of '
+      'its features plus a row (see fedmmr_jax/content.py)',
+      choices=('id', 'content_init', 'content_plus_id'))
   fusion: str = _field(
       'residual', 'residual adds the experts with full gradient; gated '
       'multiplies them by a learned scalar (the original, for ablation)',

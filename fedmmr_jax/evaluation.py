@@ -49,7 +49,8 @@ def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   score never exists for all items at once.
   """
   apply = partial(model.apply, {'params': broadcast.params})
-  state = apply(window, last_only=True, method='encode')[0]
+  state = apply(
+      window, broadcast.catalogue, last_only=True, method='encode')[0]
   view = client_lib.memory_view(memory, broadcast, config)
   num_blocks = -(-model.num_rows // config.evaluation.items_per_eval_block)
   block_size = -(-model.num_rows // num_blocks)  # equal, but for the last

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax import client as client_lib
+from fedmmr_jax import content
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import server as server_lib
@@ -51,6 +52,10 @@ def init(model: FedDMMR, catalogue: Catalogue, config: RunConfig,
   key = jax.random.fold_in(jax.random.key(config.seed), 0)
   params = jax.jit(partial(model.init, method='initialise'))(
       key, catalogue)['params']
+  if config.model.item_embedding != 'id':
+    params[vocabulary.ITEM_TABLE] = content.initial_table(
+        key, catalogue.content, config.model.embedding_init_std,
+        config.model.item_embedding == 'content_plus_id')
   memory = memory_lib.init(config.memory.memory_capacity)
   return FederationState(
       server=server_lib.init(params, config, catalogue.text.shape[-1]),

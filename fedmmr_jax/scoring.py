@@ -69,7 +69,7 @@ def score_batch(model: FedDMMR, params: Params, batch: Batch,
     return model.apply({'params': params}, *args, rngs=rngs, **kwargs)
 
   def encode(window, key):
-    return apply(window, train, batch.targets.shape[1] == 1, key=key,
+    return apply(window, catalogue, train, batch.targets.shape[1] == 1, key=key,
                  method='encode')
 
   def represent(items):

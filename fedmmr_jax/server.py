@@ -15,7 +15,7 @@ from fedmmr_jax.prototypes import Prototypes
 from fedmmr_jax.scoring import Params
 
 # Aggregated from the first round on, also during partial aggregation.
-ALWAYS_AGGREGATED = ('item_embedding', 'backbone')
+ALWAYS_AGGREGATED = ('item_embedding', 'content_projection', 'backbone')
 
 
 class ServerState(NamedTuple):

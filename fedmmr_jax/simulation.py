@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from fedmmr_jax import content as content_lib
 from fedmmr_jax import evaluation, federation, metrics
 from fedmmr_jax.config import DataConfig, EvaluationConfig, RunConfig
 from fedmmr_jax.data import dataset as dataset_lib
@@ -112,10 +113,18 @@ def build(config: RunConfig, dataset: Dataset) -> Simulation:
       sampled_negatives=config.data.sampled_negatives,
       leaky_negatives=config.client.leaky_negatives,
       seed=config.seed)
+  content = None
+  if config.model.item_embedding != 'id':
+    if not (dataset.visual.any() or dataset.text.any()):
+      raise UserError(
+          f'--item_embedding={config.model.item_embedding} needs item '
+          'features; give some, or say --item_embedding=id')
+    content = content_lib.components(
+        dataset.visual, dataset.text, config.model.hidden_dim)
   return Simulation(
       config=config,
       model=FedDMMR(config.model, dataset.num_rows, dataset.visual.shape[1],
                     dataset.text.shape[1]),
-      catalogue=Catalogue.from_features(dataset.visual, dataset.text),
+      catalogue=Catalogue.from_features(dataset.visual, dataset.text, content),
       data=data,
       lengths=dataset.lengths)

@@ -42,10 +42,10 @@ def test_masked_softmax_by_hand():
 
 
 def test_backbone_is_causal():
-  _, _, apply, _ = build()
+  _, catalogue, apply, _ = build()
   window = jnp.array([1, 2, 3, 4, 5, 6])
-  before = apply(window, method='encode')
-  after = apply(window.at[4].set(9), method='encode')
+  before = apply(window, catalogue, method='encode')
+  after = apply(window.at[4].set(9), catalogue, method='encode')
   np.testing.assert_array_equal(before[:4], after[:4])
   assert np.abs(before[4:] - after[4:]).max(axis=1).min() > 1e-4
 
@@ -53,22 +53,23 @@ def test_backbone_is_causal():
 def test_padding_is_never_attended_to():
   model, catalogue, apply, params = build()
   window = jnp.array([0, 0, 0, 4, 5, 6])
-  before = apply(window, method='encode')[3:]
+  before = apply(window, catalogue, method='encode')[3:]
   # What lies in the padding's positions cannot matter.
   loud = jax.tree.map(lambda x: x, params)
   loud['backbone'] = dict(loud['backbone'])
   loud['backbone']['position_embedding'] = (
       params['backbone']['position_embedding'].at[:3].set(100.0))
-  after = model.apply({'params': loud}, window, method='encode')[3:]
+  after = model.apply(
+      {'params': loud}, window, catalogue, method='encode')[3:]
   np.testing.assert_array_equal(before, after)
 
 
 def test_last_only_is_the_last_position():
-  _, _, apply, _ = build()
+  _, catalogue, apply, _ = build()
   window = jnp.array([0, 2, 3, 4, 5, 6])
   np.testing.assert_allclose(
-      apply(window, last_only=True, method='encode')[0],
-      apply(window, method='encode')[-1], rtol=1e-5, atol=1e-6)
+      apply(window, catalogue, last_only=True, method='encode')[0],
+      apply(window, catalogue, method='encode')[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_factored_scores_and_gradients_equal_the_naive_form():
@@ -143,7 +144,7 @@ def test_an_empty_memory_scores_with_the_sequence_alone():
   empty = feddmmr.view_memory(catalogue, jnp.zeros(4, jnp.int32))
   got = apply(items, catalogue, empty, method='candidates')
   assert not got.weights.any() and not got.auxiliary.any()
-  state = apply(jnp.array([0, 0, 0, 1, 2, 3]), last_only=True,
+  state = apply(jnp.array([0, 0, 0, 1, 2, 3]), catalogue, last_only=True,
                 method='encode')[0]
   e = params['item_embedding'][items]
   want = 4.0 * (e @ state) / (
@@ -215,7 +216,8 @@ def test_plain_backbone_scores_by_inner_product():
   view = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
   items = jnp.array([1, 2])
   candidates = apply(items, catalogue, view, method='candidates')
-  state = apply(jnp.arange(6), last_only=True, method='encode')[0]
+  state = apply(
+      jnp.arange(6), catalogue, last_only=True, method='encode')[0]
   np.testing.assert_allclose(model.score(state, candidates),
                              params['item_embedding'][items] @ state,
                              rtol=1e-6)

@@ -32,7 +32,8 @@ def forward(model, params, reference, catalogue):
   sequences = jnp.asarray(reference['in/seq'])
   items = jnp.asarray(reference['in/candidates'])
   states = jax.vmap(
-      lambda w: apply(w, last_only=True, method='encode'))(sequences)[:, 0]
+      lambda w: apply(w, catalogue, last_only=True, method='encode'))(
+          sequences)[:, 0]
   candidates = jax.vmap(
       lambda c: apply(c, catalogue, memory, method='candidates'))(items)
   scores = jax.vmap(model.score)(states, candidates)
@@ -85,11 +86,12 @@ def test_fused_vector(reference, catalogue):
   assert_close(fused, reference['out/fused'], 1e-5)
 
 
-def test_backbone_states(reference):
+def test_backbone_states(reference, catalogue):
   params = parity.tree(reference, 'param/')
   plain = parity.model(visual_dim=0, text_dim=0)
   states = jax.vmap(lambda w: plain.apply(
-      {'params': params}, w, method='encode'))(jnp.asarray(reference['in/seq']))
+      {'params': params}, w, catalogue, method='encode'))(
+          jnp.asarray(reference['in/seq']))
   assert_close(states, reference['out/sasrec'], 1e-5)
 
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedmmr_jax import content as content_lib
 from fedmmr_jax.config import ModelConfig
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.experts import MemoryView, SemanticExpert, VisualExpert
@@ -33,21 +34,27 @@ class Catalogue(NamedTuple):
     text: [V, 384] float32 (width 0: the run has no texts).
     has_visual: [V] bool.
     has_text: [V] bool.
+    content: [V, D] float32, see `content.components`; width 0 with
+      `--item_embedding=id`.
   """
 
   visual: jax.Array
   text: jax.Array
   has_visual: jax.Array
   has_text: jax.Array
+  content: jax.Array
 
   @classmethod
-  def from_features(cls, visual, text) -> 'Catalogue':
+  def from_features(cls, visual, text, content=None) -> 'Catalogue':
     """Builds the masks: an all-zero row is a missing feature."""
+    if content is None:
+      content = jnp.zeros((len(text), 0))
     return cls(
         visual=jnp.asarray(visual, jnp.float32),
         text=jnp.asarray(text, jnp.float32),
         has_visual=jnp.any(jnp.asarray(visual) != 0, axis=-1),
-        has_text=jnp.any(jnp.asarray(text) != 0, axis=-1))
+        has_text=jnp.any(jnp.asarray(text) != 0, axis=-1),
+        content=jnp.asarray(content, jnp.float32))
 
 
 class Candidates(NamedTuple):
@@ -124,6 +131,11 @@ class FedDMMR(nn.Module):
     self.item_embedding = self.param(
         'item_embedding', _item_embedding_init(c.embedding_init_std),
         (self.num_rows, c.hidden_dim))
+    if c.item_embedding == 'content_plus_id':
+      self.content_projection = self.param(
+          'content_projection', _scaled_identity(
+              content_lib.projection_scale(c.embedding_init_std, c.hidden_dim)),
+          (c.hidden_dim, c.hidden_dim))
     self.backbone = SASRec(
         c.hidden_dim, c.num_heads, c.num_blocks, c.max_seq_len, c.dropout,
         c.embedding_init_std)
@@ -142,12 +154,20 @@ class FedDMMR(nn.Module):
         self.fusion_gate = self.param(
             'fusion_gate', nn.initializers.constant(c.gating_init), ())
 
-  def encode(self, window: jax.Array, train: bool = False,
-             last_only: bool = False) -> jax.Array:
+  def embed(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
+    """[..., D] embeddings of items: their rows, and content if configured."""
+    embedded = self.item_embedding[items]
+    if self.config.item_embedding == 'content_plus_id':
+      embedded += catalogue.content[items] @ self.content_projection
+    return embedded
+
+  def encode(self, window: jax.Array, catalogue: Catalogue,
+             train: bool = False, last_only: bool = False) -> jax.Array:
     """Sequence representations of one left-padded window.
 
     Args:
       window: [L] int32 item ids, 0 = padding.
+      catalogue: item features, [V, ...].
       train: whether dropout acts (consumes the `dropout` key).
       last_only: only the last position, computed more cheaply.
 
@@ -156,7 +176,7 @@ class FedDMMR(nn.Module):
       model without experts.
     """
     valid = window > 0
-    embedded = self.item_embedding[window] * valid[:, None]
+    embedded = self.embed(window, catalogue) * valid[:, None]
     states = self.backbone(embedded, valid, train, last_only)
     return states if self.is_backbone_only else self.sequence_norm(states)
 
@@ -173,7 +193,7 @@ class FedDMMR(nn.Module):
     Returns:
       `Candidates` with J rows.
     """
-    embedding = self.item_embedding[items]
+    embedding = self.embed(items, catalogue)
     nothing = jnp.zeros_like(embedding)
     weights = jnp.zeros((items.shape[0], NUM_EXPERTS), embedding.dtype)
     available = weights > 0
@@ -210,7 +230,7 @@ class FedDMMR(nn.Module):
   def initialise(self, catalogue: Catalogue) -> None:
     """Touches every parameter; the method `init` runs."""
     window = jnp.zeros((self.config.max_seq_len,), jnp.int32)
-    self.encode(window)
+    self.encode(window, catalogue)
     self.candidates(
         window[:1], catalogue, view_memory(catalogue, window[:1]))
 
@@ -240,6 +260,13 @@ class FedDMMR(nn.Module):
     squared_norm *= jnp.sum(e * e, axis=-1)
     return (self.config.hidden_dim ** 0.5 * dot
             * layers.inverse_norm(squared_norm))
+
+
+def _scaled_identity(scale: float):
+  def init(key, shape, dtype=jnp.float32):
+    del key
+    return scale * jnp.eye(*shape, dtype=dtype)
+  return init
 
 
 def _item_embedding_init(std: float):

@@ -1,0 +1,86 @@
+"""Content in the item table: what an item's embedding knows of its features.
+
+A table of random ids learns popularity first, for dozens of rounds; one that
+starts from what the items are about does not (`--item_embedding`).
+* `content_init`: the initial row is the item's content plus noise; training
+  may do with it what it likes.
+* `content_plus_id`: content @ projection + row, with a trained projection that
+  starts as the identity and rows that start as the same noise. Both start
+  from the same embeddings, but here an item that nobody consumed moves with
+  what is learnt about its content.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NOISE = 0.3  # of the initial table, relative to the content
+
+
+def components(visual: np.ndarray, text: np.ndarray, dim: int) -> np.ndarray:
+  """Principal components of the joined features.
+
+  Each modality is centred and scaled to the same mean length over the items
+  that have it, so that none outweighs the other; a missing one counts as the
+  mean.
+
+  Args:
+    visual: [V, F] float32, zero row = missing; F may be 0.
+    text: [V, F'] float32, likewise.
+    dim: D, how many components; where there are fewer, the rest is 0.
+
+  Returns:
+    [V, D] float32 rows of length 1 on average (root mean square over items
+    with any features); zero rows for the others.
+  """
+  joined = np.concatenate([_standardised(visual), _standardised(text)], axis=1)
+  _, vectors = np.linalg.eigh(joined.T @ joined)  # ascending
+  found = joined @ vectors[:, ::-1][:, :dim]
+  # An eigenvector's sign is arbitrary: the largest entry of each is positive.
+  peak = np.abs(found).argmax(axis=0)
+  found = found * np.sign(found[peak, np.arange(found.shape[1])])
+  found = np.pad(found, ((0, 0), (0, dim - found.shape[1])))
+  return (found / _length(found)).astype(np.float32)
+
+
+def initial_table(key: jax.Array, content: jax.Array,
+                  std: float, plus_id: bool) -> jax.Array:
+  """The item table at the start.
+
+  Args:
+    key: for the noise.
+    content: [V, D] from `components`.
+    std: of the entries of the initial embeddings.
+    plus_id: leave the content out, because `content_plus_id` adds it.
+
+  Returns:
+    [V, D] float32; row 0 zero.
+  """
+  noise = jax.random.normal(key, content.shape)
+  has_content = jnp.any(content != 0, axis=-1, keepdims=True)
+  scale = projection_scale(std, content.shape[-1])
+  shared = NOISE * std / (1 + NOISE ** 2) ** 0.5 * noise
+  if not plus_id:
+    shared = shared + scale * content
+  return jnp.where(has_content, shared, std * noise).at[0].set(0.0)
+
+
+def projection_scale(std: float, dim: int) -> float:
+  """Factor that gives content of unit length entries of the wanted size."""
+  return std * dim ** 0.5 / (1 + NOISE ** 2) ** 0.5
+
+
+def _standardised(features):
+  features = features.astype(np.float64)
+  present = np.any(features != 0, axis=1)
+  if not present.any():
+    return features
+  centred = np.where(
+      present[:, None], features - features[present].mean(axis=0), 0.0)
+  return centred / _length(centred)
+
+
+def _length(rows) -> float:
+  """Root mean square length of the rows that are not zero."""
+  squared = (rows ** 2).sum(axis=1)
+  return float(np.sqrt(squared[squared > 0].mean())) if squared.any() else 1.0

@@ -1,0 +1,115 @@
+"""Content in the item table: what it starts from, and what it gives."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmmr_jax import content
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.errors import UserError
+from tests import small
+
+
+def features(rows=40, seed=0):
+  """Two modalities that share 3 directions; some rows missing."""
+  rng = np.random.default_rng(seed)
+  shared = rng.normal(size=(rows, 3)) * [3, 2, 1]
+  visual = shared @ rng.normal(size=(3, 9)) + 5.0
+  text = shared @ rng.normal(size=(3, 7)) * 0.01
+  visual[[0, 4]] = 0
+  text[[0, 5]] = 0
+  return visual.astype(np.float32), text.astype(np.float32)
+
+
+def test_components_by_hand():
+  # One direction, centred at 2: -1, 1 -> length 1 each; the sign is chosen so
+  # that the largest entry is positive.
+  visual = np.array([[0.], [1.], [3.]], np.float32)
+  got = content.components(visual, np.zeros((3, 0), np.float32), 2)
+  np.testing.assert_allclose(got[:, 1], 0)
+  np.testing.assert_allclose(np.abs(got[:, 0]), [0, 1, 1])
+  assert got[1, 0] == -got[2, 0]
+
+
+def test_components_keep_the_geometry_of_the_features():
+  visual, text = features()
+  got = content.components(visual, text, 16)
+  assert got.shape == (40, 16) and got.dtype == np.float32
+  assert not got[0].any()
+  np.testing.assert_allclose(
+      np.mean((got[1:] ** 2).sum(1)), 1, rtol=1e-5)
+  # All of the variance is in the shared directions and the two that tell
+  # which modality is missing.
+  assert not got[:, 9:].any() or np.abs(got[:, 9:]).max() < 1e-4
+  # Scale and offset of a modality do not matter.
+  moved = np.where(visual.any(1, keepdims=True), visual * 7 + 3, 0)
+  np.testing.assert_allclose(
+      np.abs(content.components(moved, text, 16)), np.abs(got),
+      rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['visual', 'text'])
+def test_one_modality_is_enough(kind):
+  visual, text = features()
+  empty = np.zeros((40, 0), np.float32)
+  got = content.components(visual if kind == 'visual' else empty,
+                           text if kind == 'text' else empty, 4)
+  assert got[1:].any() and np.isfinite(got).all()
+
+
+def embeddings(**changes):
+  simulation = small.simulation(**changes)
+  state = simulation.init_state()
+  return simulation, state, simulation.model.apply(
+      {'params': state.server.params}, jnp.arange(simulation.model.num_rows),
+      simulation.catalogue, method='embed')
+
+
+def test_both_forms_start_from_the_same_embeddings():
+  _, _, init = embeddings(item_embedding='content_init')
+  simulation, _, plus = embeddings(item_embedding='content_plus_id')
+  np.testing.assert_allclose(init, plus, rtol=1e-4, atol=1e-6)
+  assert not init[0].any()
+  std = simulation.config.model.embedding_init_std
+  np.testing.assert_allclose(jnp.std(init[1:]), std, rtol=0.1)
+  cosine = jnp.sum(init * simulation.catalogue.content, -1) / (
+      jnp.linalg.norm(init, axis=-1)
+      * jnp.linalg.norm(simulation.catalogue.content, axis=-1))
+  assert jnp.nanmedian(cosine) > 0.9
+
+
+def test_id_looks_at_no_content():
+  simulation, _, _ = embeddings(item_embedding='id')
+  assert simulation.catalogue.content.shape[1] == 0
+
+
+@pytest.mark.parametrize('vocabulary', ['dense', 'local'])
+def test_items_nobody_looked_at_move_with_their_content(vocabulary):
+  changes = dict(item_embedding='content_plus_id', vocabulary=vocabulary,
+                 objective='all_positions', negatives='shared',
+                 num_negatives=2, batch_size=1, client_fraction=0.1,
+                 weight_decay=0.0, client_optimizer='sgd')
+  simulation, before, old = embeddings(**changes)
+  start = np.asarray(before.server.params['item_embedding'])
+  after, means = simulation.run_round(
+      before, 1, simulation.sample_cohort(1))
+  assert np.isfinite(means['loss'])
+  new = simulation.model.apply(
+      {'params': after.server.params}, jnp.arange(simulation.model.num_rows),
+      simulation.catalogue, method='embed')
+  same_row = np.all(
+      np.asarray(after.server.params['item_embedding']) == start, axis=1)
+  assert same_row[1:].any()
+  cold = same_row & np.asarray(simulation.catalogue.content).any(1)
+  assert np.any(np.asarray(new)[cold] != np.asarray(old)[cold], axis=1).all()
+  assert not np.asarray(new)[0].any()
+
+
+def test_content_needs_features():
+  dataset = small.dataset()
+  dataset = dataclasses.replace(
+      dataset, visual=dataset.visual[:, :0], text=dataset.text[:, :0])
+  with pytest.raises(UserError, match='content_init needs item features'):
+    simulation_lib.build(small.config(item_embedding='content_init'), dataset)
