@@ -107,7 +107,14 @@ def make_client_optimizer(config: ClientConfig) -> optax.GradientTransformation:
 
 
 class LocalState(NamedTuple):
-  """What a client carries from step to step."""
+  """What a client carries from step to step.
+
+  Attributes:
+    params: its parameters; the item table has U rows.
+    opt_state: of the local optimizer, its moments likewise.
+    memory: its memory.
+    metrics: sums over the steps so far.
+  """
 
   params: Params
   opt_state: optax.OptState
@@ -175,8 +182,9 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
 
 def _round_vocabulary(model, config, client, key) -> Vocabulary:
   """The items that a round of this client may look up."""
+  catalogue = vocabulary_lib.whole(model.num_rows)
   if config.client.vocabulary == 'dense':
-    return vocabulary_lib.whole(model.num_rows)
+    return catalogue
   epochs = jnp.arange(config.client.local_epochs)
   steps = jnp.arange(num_steps(client.history.shape[0] - HELD_OUT, config))
 
@@ -185,7 +193,7 @@ def _round_vocabulary(model, config, client, key) -> Vocabulary:
     return draw_negatives(negative_key, client, config, model.num_rows)
 
   negatives = jax.vmap(jax.vmap(negative, (None, 0)), (0, None))(epochs, steps)
-  return vocabulary_lib.touched([client.history, negatives], model.num_rows)
+  return vocabulary_lib.touched([client.history, negatives], catalogue)
 
 
 def _order_key(key, epoch) -> jax.Array:
@@ -227,8 +235,7 @@ def _train_step(model, config, optimizer, vocabulary, data: StepData,
     after, surprise = _optimise(model, config, optimizer, data, state)
   else:
     touched = vocabulary_lib.touched(
-        [data.batch.windows, data.batch.targets, data.negative],
-        model.num_rows)
+        [data.batch.windows, data.batch.targets, data.negative], vocabulary)
     rows = vocabulary.rows(touched.ids)
     after, surprise = _optimise(
         model.clone(num_rows=len(rows)), config, optimizer,

@@ -52,15 +52,15 @@ def whole(num_rows: int) -> Vocabulary:
   return Vocabulary(jnp.arange(num_rows, dtype=jnp.int32))
 
 
-def touched(items: list[jax.Array], num_rows: int) -> Vocabulary:
-  """The items of some arrays and padding; the catalogue where that is smaller.
+def touched(items: list[jax.Array], within: Vocabulary) -> Vocabulary:
+  """The items of some arrays and padding.
 
   Args:
     items: int32 arrays of any shape.
-    num_rows: V.
+    within: a vocabulary that has them all; returned where it is the smaller.
   """
-  if 1 + sum(x.size for x in items) >= num_rows:
-    return whole(num_rows)
+  if 1 + sum(x.size for x in items) >= len(within.ids):
+    return within
   ids = jnp.concatenate([jnp.zeros(1, jnp.int32), *map(jnp.ravel, items)])
   return Vocabulary(jnp.sort(ids))
 

@@ -30,7 +30,7 @@ def rounds(num_rounds=2, dataset=None, **changes):
 def test_rows_of_items_by_hand():
   # Ids 0, 3, 3, 7, 9: the first of equal ones counts.
   found = vocabulary.touched(
-      [jnp.array([[7, 3]]), jnp.array([9, 3])], num_rows=20)
+      [jnp.array([[7, 3]]), jnp.array([9, 3])], vocabulary.whole(20))
   np.testing.assert_array_equal(found.ids, [0, 3, 3, 7, 9])
   np.testing.assert_array_equal(
       found.rows(jnp.array([[9, 0], [3, 7]])), [[4, 0], [1, 3]])
@@ -38,10 +38,12 @@ def test_rows_of_items_by_hand():
       found.is_first, [True, True, False, True, True])
 
 
-def test_more_touched_items_than_rows_take_the_whole_catalogue():
-  found = vocabulary.touched([jnp.array([1, 2, 2, 1])], num_rows=5)
-  np.testing.assert_array_equal(found.ids, np.arange(5))
-  assert found.is_first.all()
+@pytest.mark.parametrize('ids', [[0, 1, 2, 3, 4], [0, 2, 2, 5, 7]], ids=str)
+def test_more_touched_items_than_rows_take_all_rows(ids):
+  # The catalogue, or a client's vocabulary: never an item outside of it.
+  within = vocabulary.Vocabulary(jnp.array(ids))
+  found = vocabulary.touched([jnp.array([2, 2, 2, 2])], within)
+  np.testing.assert_array_equal(found.ids, ids)
 
 
 def tree(rows):
@@ -75,7 +77,9 @@ def test_weighted_deltas_land_on_their_items():
 
 @pytest.mark.parametrize('changes', [
     {}, {'local_epochs': 2}, {'negatives': 'per_sample'},
-    {'objective': 'last', 'batch_size': 2}], ids=str)
+    {'objective': 'last', 'batch_size': 2},
+    # A padded window has more entries than the client has rows.
+    {'max_seq_len': 30}], ids=str)
 def test_sgd_trains_the_same_on_touched_rows(changes):
   """Without weight decay, whatever bounds the rows."""
   changes = dict(client_optimizer='sgd', client_learning_rate=0.1,
