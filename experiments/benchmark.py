@@ -335,7 +335,7 @@ def _round_lines(r: Figures) -> list[str]:
       console.table(
           [f'a round of {r["cohort"]} clients', 'seconds', 'GFLOP/s',
            'of the product'],
-          [['sampling', f'{r["seconds"]["sampling"]:.4f}', '-', '-'],
+          [['sampling', f'{r["seconds"]["sampling"]:.5f}', '-', '-'],
            ['local training', f'{r["seconds"]["local_training"]:.3f}',
             f'{r["training_gflops"]:.0f}',
             f'{r["training_share_of_gemm"]:.0%}'],

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from fedmmr_jax import client as client_lib
+from fedmmr_jax import evaluation
 from fedmmr_jax import federation
 from fedmmr_jax import server as server_lib
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import windows
+from fedmmr_jax.data import dataset as dataset_lib
+from fedmmr_jax.data import synthetic
 from fedmmr_jax.data.dataset import client_view
 from tests import parity
 from tests import small
@@ -141,6 +144,12 @@ def test_cohort_sampling():
   np.testing.assert_array_equal(
       cohort, federation.sample_cohort(config, 1, lengths))
   assert (cohort != federation.sample_cohort(config, 2, lengths)).any()
+
+
+def test_no_two_draws_share_a_random_stream():
+  streams = [federation.COHORT_STREAM, dataset_lib.NEGATIVES_STREAM,
+             synthetic.SYNTHETIC_STREAM, evaluation.EVALUATION_STREAM]
+  assert len(set(streams)) == len(streams)
 
 
 def test_masked_fraction_by_hand():
