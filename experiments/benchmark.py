@@ -62,6 +62,7 @@ def main() -> None:
     if part not in parts:
       raise UserError(f'--parts={part}: no such part; there are '
                       f'{", ".join(parts)}')
+  _sizes(_COHORTS), _sizes(_CATALOGUES)  # before anything takes time
   config = app.config_from_flags()
   dataset = load.load(config.data, config.seed).dataset
   # An own cache: a compilation is cold the first time, whatever ran before.
@@ -76,6 +77,18 @@ def main() -> None:
       result[part] = parts[part](config, dataset, result['gemm_gflops'])
   result['peak_rss_mb'] = training.peak_rss_mb()
   print(json.dumps(result, indent=2) if _JSON.value else _tables(result))
+
+
+def _sizes(flag: flags.FlagHolder[list[str]]) -> list[int]:
+  """A list flag's numbers, ascending.
+
+  Raises:
+    UserError: one that is no positive number.
+  """
+  for word in flag.value:
+    if not word.isdecimal() or not int(word):
+      raise UserError(f'--{flag.name}: {word!r} is not a positive number')
+  return sorted(map(int, flag.value))
 
 
 def _seconds(run: Callable[[], Any], repeats: int | None = None) -> float:
@@ -259,7 +272,7 @@ def _cohorts(config: RunConfig, dataset: Dataset, gemm: float) -> list[Figures]:
   """Growth of a round with the cohort."""
   del gemm
   rows = []
-  for size in map(int, _COHORTS.value):
+  for size in _sizes(_COHORTS):
     if size > dataset.num_clients:
       continue
     server = dataclasses.replace(
@@ -280,7 +293,7 @@ def _catalogues(config: RunConfig, dataset: Dataset,
   """Growth of a round with the catalogue, the same cohort."""
   del gemm
   rows = []
-  for items in map(int, _CATALOGUES.value):
+  for items in _sizes(_CATALOGUES):
     if items < dataset.num_items:
       continue
     run = _Training(config, _filled_up(dataset, items))

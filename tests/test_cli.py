@@ -199,5 +199,7 @@ def test_benchmark(ml_1m):
   out, _ = run('benchmark', *flags, '--parts=round')
   assert 'local training' in out and 'items' in out
   assert 'seconds a round' not in out
+  assert "--cohorts: 'ten' is not a positive number" in refused(
+      *flags, '--cohorts=10,ten', binary='benchmark')
   assert '--parts=speed: no such part' in refused(
       *flags, '--parts=speed', binary='benchmark')
