@@ -3,8 +3,9 @@
     python -m experiments.evaluate --workdir=RUN --round=best --split=test
 
 The run's own settings are used; `--data_dir`, `--visual_features` and
-`--text_features` may name the places where the data lies now, and `--warm_memory` fills the memories of clients that were
-never sampled.
+`--text_features` may name the places where the data lies now, `--eval_clients`
+ranks more or fewer clients, and `--warm_memory` fills the memories of clients
+that were never sampled.
 """
 
 import json
@@ -31,6 +32,8 @@ _VISUAL = flags.DEFINE_string(
     'visual_features', None, 'the visual feature matrix, if it has moved')
 _TEXT = flags.DEFINE_string(
     'text_features', None, 'the text feature matrix, if it has moved')
+_CLIENTS = flags.DEFINE_integer(
+    'eval_clients', None, 'rank so many clients (0 = all)')
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of a table')
 _WARM_MEMORY = flags.DEFINE_boolean(
     'warm_memory', None, 'fill the memories of clients that were never '
@@ -42,7 +45,7 @@ def main() -> None:
   rounds = Rounds(run.path)
   number = app.find_round(rounds, _ROUND.value)
   given = {flag.name: flag.value
-           for flag in (_DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY)
+           for flag in (_DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY, _CLIENTS)
            if flag.value is not None}
   config = RunConfig.from_flat_dict(
       run.config().as_flat_dict() | given).validate()

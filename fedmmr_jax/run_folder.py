@@ -20,7 +20,7 @@ SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = (
     'num_rounds', 'patience', 'eval_every', 'clients_per_eval_chunk',
-    'data_dir', 'visual_features', 'text_features')
+    'items_per_eval_block', 'data_dir', 'visual_features', 'text_features')
 _PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
              'orbax-checkpoint', 'numpy', 'absl-py')
 
@@ -151,14 +151,15 @@ class RunFolder:
     return self._read(SUMMARY) if (self.path / SUMMARY).exists() else None
 
   def _check_same(self, config: RunConfig) -> None:
-    before, now = self.flags(), config.as_flat_dict()
+    # By way of a config, so that a setting added since has its default.
+    before, now = self.config().as_flat_dict(), config.as_flat_dict()
     changed = [name for name in now
-               if name not in MAY_CHANGE and before.get(name) != now[name]]
+               if name not in MAY_CHANGE and before[name] != now[name]]
     if changed:
       name = changed[0]
       raise UserError(
           f'--workdir={self.path} holds a run with --{name}='
-          f'{before.get(name)}, not {now[name]}; a run is continued with its '
+          f'{before[name]}, not {now[name]}; a run is continued with its '
           f'own settings (differing: {", ".join(changed)})')
 
   def _read(self, name: str, key: str | None = None) -> Any:

@@ -72,7 +72,11 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   assert before == {p.name: p.read_bytes() for p in workdir.glob('*.json*')}
   assert '--num_negatives=3, not 4' in refused(
       f'--workdir={workdir}', '--resume', '--num_negatives=4')
-  # A run is continued with its own settings: none need be repeated.
+  # A run is continued with its own settings: none need be repeated, and one
+  # that the version which began it did not know has its default.
+  started = json.loads((workdir / 'config.json').read_text())
+  del started['flags']['vocabulary']
+  (workdir / 'config.json').write_text(json.dumps(started))
   out, _ = run('train', f'--workdir={workdir}', '--resume', '--num_rounds=3')
   assert 'round 3/3' in out and 'round 2/3' not in out
 
@@ -80,6 +84,9 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   summary = json.loads((workdir / 'summary.json').read_text())
   out, _ = run('evaluate', f'--workdir={workdir}', '--json')
   assert json.loads(out)['test'] == summary['test']
+  out, _ = run('evaluate', f'--workdir={workdir}', '--json', '--eval_clients=1')
+  assert set(json.loads(out)['test']['full'].values()) != set(
+      summary['test']['full'].values())
 
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'list')
   assert '<- best' in out
