@@ -74,7 +74,11 @@ def main() -> None:
         'devices': [d.device_kind for d in jax.devices()],
         'gemm_gflops': _gemm_gflops()}
     for part in _PARTS.value:
-      result[part] = parts[part](config, dataset, result['gemm_gflops'])
+      result[part] = parts[part](config, dataset)
+  if 'round' in result:
+    for work in ('training', 'evaluation'):
+      result['round'][f'{work}_share_of_gemm'] = (
+          result['round'][f'{work}_gflops'] / result['gemm_gflops'])
   result['peak_rss_mb'] = training.peak_rss_mb()
   print(json.dumps(result, indent=2) if _JSON.value else _tables(result))
 
@@ -125,7 +129,7 @@ class _Training:
     return self.state
 
 
-def _round(config: RunConfig, dataset: Dataset, gemm: float) -> Figures:
+def _round(config: RunConfig, dataset: Dataset) -> Figures:
   """A round and an evaluation, split into their parts."""
   compile_seconds = _compile_seconds(config, dataset)
   run = _Training(config, dataset)
@@ -144,7 +148,9 @@ def _round(config: RunConfig, dataset: Dataset, gemm: float) -> Figures:
       lambda: aggregate(state.server, state.server.params, 1.0, uploaded))
   ranking = _seconds(lambda: simulation.evaluate(state, 'val'))
   targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
-  steps = statistics.mean(_executed_steps(simulation, c) for c in cohorts[1:])
+  steps = config.client.local_epochs * statistics.mean(
+      federation.executed_steps(c, simulation.lengths, config)
+      for c in cohorts[1:])
   step_flops = _step_flops(simulation)
   ranked = len(evaluation.evaluated_clients(config, dataset.num_clients))
   rank_flops = _rank_flops(simulation)
@@ -159,17 +165,15 @@ def _round(config: RunConfig, dataset: Dataset, gemm: float) -> Figures:
           c, simulation.lengths, config) for c in cohorts[1:]),
       'step_mflop': step_flops / 1e6,
       'training_gflops': steps * step_flops / whole / 1e9,
-      'training_share_of_gemm': steps * step_flops / whole / 1e9 / gemm,
       'clients_ranked': ranked,
       'evaluation_gflops': ranked * rank_flops / ranking / 1e9,
-      'evaluation_share_of_gemm': ranked * rank_flops / ranking / 1e9 / gemm,
       'compile_seconds': compile_seconds,
   }
 
 
 def _compile_seconds(config: RunConfig, dataset: Dataset) -> Figures:
-  """From the data on the host to the first round's end, and evaluation, less
-  the work itself: without and with the cache of an earlier start."""
+  """From the data on the host to the first round's end, and the evaluation
+  after it, work included: without and with the cache of an earlier start."""
   seconds = {}
   for start in ('cold', 'second'):
     jax.clear_caches()
@@ -181,14 +185,6 @@ def _compile_seconds(config: RunConfig, dataset: Dataset) -> Figures:
     run.simulation.evaluate(run.state, 'val')
     seconds[f'{start}_start_evaluation'] = time.perf_counter() - begin
   return seconds
-
-
-def _executed_steps(simulation: Simulation, cohort: np.ndarray) -> int:
-  """Local steps of a round, masked ones included."""
-  train = np.maximum(simulation.lengths[cohort] - 2, 0) * (cohort >= 0)
-  steps = windows.num_steps(train, simulation.config).max(axis=1)
-  return int(steps.sum()) * cohort.shape[1] * (
-      simulation.config.client.local_epochs)
 
 
 def _step_flops(simulation: Simulation) -> float:
@@ -235,9 +231,8 @@ def _flops(function, *args) -> float:
   return jax.jit(function).lower(*args).cost_analysis()['flops']
 
 
-def _loop(config: RunConfig, dataset: Dataset, gemm: float) -> Figures:
+def _loop(config: RunConfig, dataset: Dataset) -> Figures:
   """The vmapped round against a Python loop over jitted single clients."""
-  del gemm
   run = _Training(config, dataset)
   simulation = run.simulation
   cohort = simulation.sample_cohort(1)
@@ -268,9 +263,8 @@ def _loop(config: RunConfig, dataset: Dataset, gemm: float) -> Figures:
           'ratio': looped / vmapped}
 
 
-def _cohorts(config: RunConfig, dataset: Dataset, gemm: float) -> list[Figures]:
+def _cohorts(config: RunConfig, dataset: Dataset) -> list[Figures]:
   """Growth of a round with the cohort."""
-  del gemm
   rows = []
   for size in _sizes(_COHORTS):
     if size > dataset.num_clients:
@@ -288,10 +282,8 @@ def _cohorts(config: RunConfig, dataset: Dataset, gemm: float) -> list[Figures]:
   return rows
 
 
-def _catalogues(config: RunConfig, dataset: Dataset,
-                gemm: float) -> list[Figures]:
+def _catalogues(config: RunConfig, dataset: Dataset) -> list[Figures]:
   """Growth of a round with the catalogue, the same cohort."""
-  del gemm
   rows = []
   for items in _sizes(_CATALOGUES):
     if items < dataset.num_items:

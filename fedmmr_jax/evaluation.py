@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax import client as client_lib
+from fedmmr_jax import federation
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.client import Broadcast
@@ -123,13 +124,13 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
 
 
 def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
-  """[n] int32 clients that are ranked, ascending; the same in each round."""
+  """[n] clients that are ranked, ascending; the same in each round."""
   wanted = config.evaluation.eval_clients
   if not wanted or wanted >= num_clients:
-    return np.arange(num_clients, dtype=np.int32)
+    return np.arange(num_clients)
   rng = np.random.default_rng([config.seed, EVALUATION_STREAM])
   chosen = rng.choice(num_clients, wanted, replace=False)
-  return np.sort(chosen).astype(np.int32)
+  return np.sort(chosen)
 
 
 def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
@@ -142,7 +143,7 @@ def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
   Args:
     As `rank_all`, but for:
     split: a key of SPLITS.
-    clients: [n] int32 whom to rank.
+    clients: [n] whom to rank.
     clients_per_chunk: how many of them side by side.
 
   Returns:
@@ -151,11 +152,9 @@ def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
   Raises:
     UserError: a score is NaN or infinite.
   """
-  per_chunk = min(clients_per_chunk, len(clients))
-  padded = np.pad(clients, (0, -len(clients) % per_chunk), constant_values=-1)
-  ranks = rank_all(model, config, max_items, server, memories,
-                   padded.reshape(-1, per_chunk), SPLITS[split], catalogue,
-                   data)
+  chunks = federation.in_chunks(clients, clients_per_chunk)
+  ranks = rank_all(model, config, max_items, server, memories, chunks,
+                   SPLITS[split], catalogue, data)
   ranks = jax.tree.map(
       lambda x: np.asarray(x).reshape(-1)[:len(clients)], ranks)
   bad = np.flatnonzero(ranks.bad_scores)

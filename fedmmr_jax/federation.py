@@ -103,20 +103,37 @@ def chunked(clients: np.ndarray, lengths: np.ndarray,
   Longest first, ties by number: the order they come in does not matter.
   """
   order = np.lexsort((clients, -lengths[clients]))
+  return in_chunks(clients[order], per_chunk)
+
+
+def in_chunks(clients: np.ndarray, per_chunk: int) -> np.ndarray:
+  """[G, per_chunk] int32 in the given order; PADDING_CLIENT fills the last."""
   per_chunk = min(per_chunk, len(clients))
-  padding = -len(clients) % per_chunk
-  padded = np.concatenate([clients[order], np.full(padding, PADDING_CLIENT)])
+  padded = np.pad(clients, (0, -len(clients) % per_chunk),
+                  constant_values=PADDING_CLIENT)
   return padded.astype(np.int32).reshape(-1, per_chunk)
+
+
+def executed_steps(cohort: np.ndarray, lengths: np.ndarray,
+                   config: RunConfig) -> int:
+  """Local steps of an epoch over a cohort [G, C/G], masked ones included."""
+  longest = windows.num_steps(
+      _num_train(cohort, lengths), config).max(axis=1)
+  return int(longest.sum()) * cohort.shape[1]
 
 
 def masked_fraction(cohort: np.ndarray, lengths: np.ndarray,
                     config: RunConfig) -> float:
   """Share of a round's executed window slots that train nothing."""
-  train = np.where(cohort >= 0, lengths[cohort] - HELD_OUT, 0)
   stride = windows.window_stride(config.client, config.model.max_seq_len)
-  steps = windows.num_steps(train, config).max(axis=1, keepdims=True)
-  executed = np.sum(steps * config.client.batch_size) * cohort.shape[1]
-  return float(1 - windows.num_windows(train, stride).sum() / executed)
+  used = windows.num_windows(_num_train(cohort, lengths), stride).sum()
+  slots = executed_steps(cohort, lengths, config) * config.client.batch_size
+  return float(1 - used / slots)
+
+
+def _num_train(cohort, lengths):
+  """[G, C/G] training items; 0 for padding clients."""
+  return np.where(cohort >= 0, lengths[cohort] - HELD_OUT, 0)
 
 
 @partial(jax.jit, static_argnames=('model', 'config', 'max_items'),

@@ -67,7 +67,7 @@ def touched(items: list[jax.Array], within: Vocabulary) -> Vocabulary:
 
 def take(tree: Any, rows: jax.Array) -> Any:
   """The given rows of each item table in a tree (parameters or moments)."""
-  return _at_item_tables(lambda table: table[rows], tree)
+  return _map(lambda table: table[rows], lambda x: x, tree)
 
 
 def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
@@ -82,9 +82,7 @@ def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
   def write(table, new):
     return table.at[jnp.where(kept, rows, table.shape[0])].set(
         new, mode='drop')
-  return jax.tree_util.tree_map_with_path(
-      lambda path, old, new: write(old, new) if _is_item_table(path) else new,
-      tree, small)
+  return _map(write, lambda old, new: new, tree, small)
 
 
 def add_weighted(total: Any, weights: jax.Array, ids: jax.Array,
@@ -108,15 +106,12 @@ def add_weighted(total: Any, weights: jax.Array, ids: jax.Array,
     new = weights[:, None, None] * new
     return table.at[ids.reshape(-1)].add(new.reshape(-1, new.shape[-1]))
 
-  return jax.tree_util.tree_map_with_path(
-      lambda path, old, new: (sparse if _is_item_table(path) else dense)(
-          old, new), total, deltas)
+  return _map(sparse, dense, total, deltas)
 
 
-def _at_item_tables(function, tree):
-  return jax.tree_util.tree_map_with_path(
-      lambda path, x: function(x) if _is_item_table(path) else x, tree)
-
-
-def _is_item_table(path) -> bool:
-  return any(getattr(key, 'key', None) == ITEM_TABLE for key in path)
+def _map(on_tables, elsewhere, *trees):
+  """tree.map with one function for item tables and one for all else."""
+  def apply(path, *leaves):
+    is_table = any(getattr(key, 'key', None) == ITEM_TABLE for key in path)
+    return (on_tables if is_table else elsewhere)(*leaves)
+  return jax.tree_util.tree_map_with_path(apply, *trees)

@@ -51,9 +51,8 @@ def num_windows(num_train, stride: int):
 
 def targets_of_step(config: RunConfig) -> int:
   """T, target positions of one step."""
-  per_window = (config.model.max_seq_len
-                if config.client.objective == 'all_positions' else 1)
-  return config.client.batch_size * per_window
+  return config.client.batch_size * window_stride(
+      config.client, config.model.max_seq_len)
 
 
 def num_steps(num_train, config: RunConfig):
@@ -82,9 +81,9 @@ def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,
   position = end[:, None] + offset  # [B, L + 1]: the window and one more
   inside = (position >= 0) & present[:, None]
   items = jnp.where(inside, client.history[position], 0)
-  num_targets = max_seq_len if stride > 1 else 1
+  # As many targets as the window moves on: Q = stride.
   return Batch(
       windows=items[:, :-1],
-      targets=items[:, -num_targets:],
+      targets=items[:, -stride:],
       # A target needs an item before it.
-      valid=inside[:, -num_targets - 1:-1])
+      valid=inside[:, -stride - 1:-1])
