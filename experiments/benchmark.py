@@ -144,8 +144,9 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   # The state is not donated here: it is needed again.
   aggregate = jax.jit(partial(
       server_lib.aggregate, config=simulation.compiled_config))
+  upload = server_lib.Upload(state.server.params, None, jnp.float32(1.0))
   aggregation = _seconds(
-      lambda: aggregate(state.server, state.server.params, 1.0, uploaded))
+      lambda: aggregate(state.server, upload, jnp.float32(1.0), uploaded))
   ranking = _seconds(lambda: simulation.evaluate(state, 'val'))
   targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
   steps = config.client.local_epochs * statistics.mean(
@@ -191,7 +192,7 @@ def _step_flops(simulation: Simulation) -> float:
   """Forward and backward of one local step, as XLA counts them."""
   config, model = simulation.compiled_config, simulation.model
   state = simulation.init_state()
-  broadcast = state.server.broadcast(simulation.catalogue)
+  broadcast = state.server.broadcast(simulation.catalogue, config)
 
   def step(params, client):
     view = client_view(simulation.data, client, simulation.max_items)
@@ -221,8 +222,8 @@ def _rank_flops(simulation: Simulation) -> float:
 
   def rank(window, memory):
     return evaluation.score_catalogue(
-        simulation.model, config, state.server.broadcast(simulation.catalogue),
-        window, memory)
+        simulation.model, config,
+        state.server.broadcast(simulation.catalogue, config), window, memory)
   return _flops(rank, jnp.ones(config.model.max_seq_len, jnp.int32),
                 jax.tree.map(lambda x: x[0], state.memories))
 
@@ -243,7 +244,7 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
     view = client_view(simulation.data, client, simulation.max_items)
     done = client_lib.local_update(
         simulation.model, simulation.compiled_config, broadcast, view,
-        jax.tree.map(lambda x: x[client], memories),
+        jax.tree.map(lambda x: x[client], memories), None,
         jax.random.fold_in(key, client),
         windows.num_steps(view.num_train, config))
     return vocabulary.add_weighted(total, *jax.tree.map(
@@ -251,7 +252,8 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
         (done.weight, done.vocabulary.ids, done.delta)))
 
   def loop():
-    broadcast = run.state.server.broadcast(simulation.catalogue)
+    broadcast = run.state.server.broadcast(
+        simulation.catalogue, simulation.compiled_config)
     total = jax.tree.map(jnp.zeros_like, broadcast.params)
     for client in cohort[cohort >= 0]:
       total = update(total, broadcast, run.state.memories, client)

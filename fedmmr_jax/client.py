@@ -6,7 +6,7 @@ of a step, `L` window, `Q` targets of a window (1, or L with all positions),
 `T` = B·Q targets of a step, `N` negatives, `U` rows of the client's item table.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ import optax
 from fedmmr_jax import losses
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import optimizers
 from fedmmr_jax import prototypes as prototypes_lib
 from fedmmr_jax import vocabulary as vocabulary_lib
-from fedmmr_jax.config import ClientConfig, RunConfig
+from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import ClientData, HELD_OUT
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
@@ -28,7 +29,7 @@ from fedmmr_jax.prototypes import Prototypes
 from fedmmr_jax.scoring import Params, draw_negatives, score_batch
 from fedmmr_jax.vocabulary import Vocabulary
 from fedmmr_jax.windows import (
-    Batch, cut_windows, num_steps, num_windows, window_stride)
+    Batch, cut_windows, num_positives, num_steps, num_windows, window_stride)
 
 
 class Broadcast(NamedTuple):
@@ -38,29 +39,40 @@ class Broadcast(NamedTuple):
     params: the server's parameters.
     prototypes: global prototypes over the text features.
     catalogue: item features (public, the same for everybody).
+    learning_rate: [] float32 of the clients in this round.
+    control: the server's control variate (SCAFFOLD) or the state of its
+      optimizer (MimeLite); None without drift control.
   """
 
   params: Params
   prototypes: Prototypes
   catalogue: Catalogue
+  learning_rate: jax.Array
+  control: Any
 
 
 class ClientUpdate(NamedTuple):
-  """What a client returns; only `memory` stays with it.
+  """What a client returns; `memory` and `own_control` stay with it.
 
   Attributes:
     delta: local minus server parameters; the item table has U rows.
-    vocabulary: which items these are.
-    weight: [] float32, its number of positives.
+    control: what drift control uploads; SCAFFOLD: the change of the client's
+      control variate, for the whole catalogue; MimeLite: its mean gradient.
+      None otherwise.
+    vocabulary: which items the U rows are.
+    weight: [] float32, positives of an epoch.
     memory: its memory after training.
+    own_control: its control variate (SCAFFOLD) or None.
     prototypes: centres of its memory's texts and their sizes.
     metrics: means over its steps.
   """
 
   delta: Params
+  control: Params | None
   vocabulary: Vocabulary
   weight: jax.Array
   memory: Memory
+  own_control: Params | None
   prototypes: Prototypes
   metrics: dict[str, Mean]
 
@@ -99,13 +111,6 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
   return terms.total, (surprise, step_metrics)
 
 
-def make_client_optimizer(config: ClientConfig) -> optax.GradientTransformation:
-  """Local optimizer; L2 is added to the gradient, as torch.optim.Adam does."""
-  step = {'adam': optax.adam, 'sgd': optax.sgd}[config.client_optimizer]
-  return optax.chain(optax.add_decayed_weights(config.weight_decay),
-                     step(config.client_learning_rate))
-
-
 class LocalState(NamedTuple):
   """What a client carries from step to step.
 
@@ -123,8 +128,8 @@ class LocalState(NamedTuple):
 
 
 def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
-                 client: ClientData, memory: Memory, key: jax.Array,
-                 max_steps: jax.Array) -> ClientUpdate:
+                 client: ClientData, memory: Memory, control: Params | None,
+                 key: jax.Array, max_steps: jax.Array) -> ClientUpdate:
   """Trains on one client's positives for `local_epochs`.
 
   Args:
@@ -133,6 +138,7 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
     broadcast: what the server sent.
     client: its data.
     memory: its memory.
+    control: its control variate (SCAFFOLD) or None.
     key: its key of this round; consumed whole.
     max_steps: [] int32 steps of an epoch to run, at least its own number;
       steps past its own change nothing. Shared by clients vmapped together.
@@ -140,16 +146,19 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   Returns:
     What goes back to the server, and the memory.
   """
-  optimizer = make_client_optimizer(config.client)
   stride = window_stride(config.client, config.model.max_seq_len)
   batch_size = config.client.batch_size
   own_windows = num_windows(client.num_train, stride)
   most_windows = num_windows(client.history.shape[0], stride)
   vocabulary = _round_vocabulary(model, config, client, key)
   sent = vocabulary_lib.take(broadcast.params, vocabulary.ids)
+  optimizer = optimizers.client_optimizer(
+      config, broadcast.learning_rate, vocabulary_lib.take(
+          _correction(config, broadcast, control), vocabulary.ids))
 
   def epoch(number, state):
-    order = _shuffled(_order_key(key, number), own_windows, most_windows)
+    order = _window_order(
+        config, _order_key(key, number), own_windows, most_windows)
 
     def step(i, state):
       rank = i * batch_size + jnp.arange(batch_size)
@@ -162,22 +171,50 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
               negative_key, client, config, model.num_rows),
           catalogue=broadcast.catalogue,
           view=memory_view(state.memory, broadcast, config),
-          sent=sent, key=dropout_key)
+          texts=broadcast.catalogue.text, key=dropout_key)
       return _train_step(model, config, optimizer, vocabulary, data, state)
 
     return jax.lax.fori_loop(0, max_steps, step, state)
 
   start = LocalState(sent, optimizer.init(sent), memory, empty_metrics())
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
-  positives = jnp.maximum(client.num_train - 1, 0).astype(jnp.float32)
+  own_control, uploaded = _new_control(
+      config, vocabulary, control, end.opt_state)
   filled = metrics_lib.mean(memory_lib.fill(end.memory), client.num_train > 0)
   return ClientUpdate(
       delta=optax.tree.sub(end.params, sent),
+      control=uploaded,
       vocabulary=vocabulary,
-      weight=positives,
+      weight=num_positives(client.num_train, config).astype(jnp.float32),
       memory=end.memory,
+      own_control=own_control,
       prototypes=summarise(end.memory, broadcast.catalogue, config),
       metrics=end.metrics | {'memory_fill': filled})
+
+
+def _correction(config, broadcast: Broadcast, own: Params | None) -> Any:
+  """What `optimizers.client_optimizer` takes as `control`."""
+  if config.client.drift_control == 'scaffold':
+    return jax.tree.map(jnp.subtract, broadcast.control, own)
+  return broadcast.control
+
+
+def _new_control(config, vocabulary, own: Params | None,
+                 opt_state) -> tuple[Params | None, Params | None]:
+  """The client's next control variate, and what drift control uploads."""
+  if not optimizers.needs_gradient(config.client):
+    return None, None
+  recorded = opt_state[0]
+  gradient = recorded.mean()
+  if config.client.drift_control == 'mime_lite':
+    return None, gradient
+  # c_i⁺ = c_i − c + (x − y)/(S η) is the mean gradient of the S local steps;
+  # items outside of the vocabulary had none.
+  gradient = vocabulary_lib.scatter(gradient, vocabulary, own)
+  trained = recorded.count > 0
+  own_next = jax.tree.map(
+      lambda new, old: jnp.where(trained, new, old), gradient, own)
+  return own_next, optax.tree.sub(own_next, own)
 
 
 def _round_vocabulary(model, config, client, key) -> Vocabulary:
@@ -216,7 +253,7 @@ class StepData(NamedTuple):
     negative: [T, N] or [N] int32.
     catalogue: features of the rows.
     view: what the experts may attend to.
-    sent: the server's parameters, of the same rows.
+    texts: [V, 384] of the whole catalogue, for the memory.
     key: for dropout.
   """
 
@@ -224,7 +261,7 @@ class StepData(NamedTuple):
   negative: jax.Array
   catalogue: Catalogue
   view: MemoryView
-  sent: Params
+  texts: jax.Array
   key: jax.Array
 
 
@@ -239,23 +276,21 @@ def _train_step(model, config, optimizer, vocabulary, data: StepData,
     rows = vocabulary.rows(touched.ids)
     after, surprise = _optimise(
         model.clone(num_rows=len(rows)), config, optimizer,
-        _renumbered(data, touched, rows), vocabulary_lib.take(state, rows))
+        _renumbered(data, touched), vocabulary_lib.take(state, rows))
     after = vocabulary_lib.put(state, rows, touched.is_first, after)
   return after._replace(memory=memory_lib.update_all(
       state.memory, data.batch.targets.reshape(-1), surprise,
-      data.batch.valid.reshape(-1), config.memory))
+      data.batch.valid.reshape(-1), data.texts, config.memory))
 
 
-def _renumbered(data: StepData, touched: Vocabulary,
-                rows: jax.Array) -> StepData:
+def _renumbered(data: StepData, touched: Vocabulary) -> StepData:
   """The step's data over its own rows instead of the catalogue."""
   return data._replace(
       batch=data.batch._replace(
           windows=touched.rows(data.batch.windows),
           targets=touched.rows(data.batch.targets)),
       negative=touched.rows(data.negative),
-      catalogue=jax.tree.map(lambda x: x[touched.ids], data.catalogue),
-      sent=vocabulary_lib.take(data.sent, rows))
+      catalogue=jax.tree.map(lambda x: x[touched.ids], data.catalogue))
 
 
 def _optimise(model, config, optimizer, data: StepData,
@@ -267,10 +302,6 @@ def _optimise(model, config, optimizer, data: StepData,
   gradient, (surprise, step_metrics) = jax.grad(step_loss, has_aux=True)(
       state.params, model, data.batch, data.negative, data.catalogue,
       data.view, data.key, config)
-  if config.client.proximal_mu:  # FedProx (Li et al. 2020): μ (w − w_server)
-    gradient = jax.tree.map(
-        lambda g, w, w0: g + config.client.proximal_mu * (w - w0),
-        gradient, state.params, data.sent)
   updates, opt_state = optimizer.update(
       gradient, state.opt_state, state.params)
   after = state._replace(
@@ -329,7 +360,7 @@ def fill_memory(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
     surprise = losses.pairwise_surprise(scores.positive, scores.negative)
     return memory_lib.update_all(
         filled, batch.targets.reshape(-1), surprise, batch.valid.reshape(-1),
-        config.memory)
+        broadcast.catalogue.text, config.memory)
 
   filled = jax.lax.fori_loop(0, max_steps, step, memory)
   never_sampled = memory.clock == 0
@@ -344,7 +375,18 @@ def empty_metrics() -> dict[str, Mean]:
       'w_semantic', 'instance_weight')}
 
 
-def _shuffled(key, count, size: int) -> jax.Array:
-  """[size] int32: 0 … count−1 in random order, then the rest."""
-  draws = jax.random.uniform(key, (size,))
-  return jnp.argsort(jnp.where(jnp.arange(size) < count, draws, jnp.inf))
+def _window_order(config: RunConfig, key, own_windows,
+                  most_windows: int) -> jax.Array:
+  """[most_windows] int32 window numbers in the order they are trained on;
+  only the first `own_windows`, or what the step limit leaves, count."""
+  draws = jax.random.uniform(key, (most_windows,))
+  number = jnp.arange(most_windows)
+  shuffled = jnp.argsort(jnp.where(number < own_windows, draws, jnp.inf))
+  if config.client.window_order == 'shuffled':
+    return shuffled
+  taken = number < own_windows
+  limit = config.client.max_local_steps
+  if limit:
+    taken &= number < limit * config.client.batch_size
+  # Window 0 is the latest.
+  return -jnp.sort(jnp.where(taken, -shuffled, 1))

@@ -12,6 +12,9 @@ from typing import Any, Iterator
 from fedmmr_jax.errors import UserError
 
 
+SCHEDULES = ('constant', 'cosine', 'linear')
+
+
 def _field(default: Any, help: str, **bounds: Any) -> Any:
   return dataclasses.field(
       default=default, metadata={'help': help, **bounds})
@@ -33,6 +36,10 @@ class DataConfig:
       'file in data_dir if there is one) or none')
   text_features: str = _field(
       'auto', 'text feature matrix: like --visual_features')
+  feature_scaling: str = _field(
+      'none', 'what the experts see; centred: features minus their mean over '
+      'the catalogue, then of mean square length 1 (missing ones stay zero)',
+      choices=('none', 'centred'))
   synthetic_users: int = _field(
       400, 'users of the synthetic set', minimum=2)
   synthetic_items: int = _field(
@@ -65,6 +72,21 @@ class ModelConfig:
       'content_init: its features; content_plus_id: a trained projection of '
       'its features plus a row (see fedmmr_jax/content.py)',
       choices=('id', 'content_init', 'content_plus_id'))
+  experts: str = _field(
+      'both', 'which experts enhance the backbone, as far as there are '
+      'features for them; none: the plain backbone',
+      choices=('both', 'visual', 'semantic', 'none'))
+  expert_input: str = _field(
+      'memory', 'what an expert\'s output is made of; memory: what it read '
+      'there (the original); candidate: that and the candidate\'s own feature',
+      choices=('memory', 'candidate'))
+  router_input: str = _field(
+      'embedding', 'what the router looks at; embedding: the item\'s (the '
+      'original); features: its image and text too',
+      choices=('embedding', 'features'))
+  expert_init_scale: float = _field(
+      1.0, 'initial scale of the LayerNorm behind each expert: how much of the '
+      'fused vector is theirs at the start', minimum=0.0)
   fusion: str = _field(
       'residual', 'residual adds the experts with full gradient; gated '
       'multiplies them by a learned scalar (the original, for ablation)',
@@ -95,7 +117,21 @@ class LossConfig:
 class MemoryConfig:
   """A client's memory and its prototypes (DESIGN.md, Client memory)."""
 
-  memory_capacity: int = _field(50, 'M, slots of a memory', minimum=1)
+  memory: str = _field(
+      'surprise', 'what a client remembers of its positives; surprise: the '
+      'hard ones (the original); recent: the last ones; two_tier: the last '
+      'ones, and for long those unlike them (see fedmmr_jax/memory.py)',
+      choices=('surprise', 'recent', 'two_tier', 'none'))
+  memory_capacity: int = _field(
+      50, 'M, slots of a memory; of two_tier the short-term ones', minimum=1)
+  long_term_capacity: int = _field(
+      50, 'further, long-term slots of two_tier', minimum=1)
+  novelty_threshold: float = _field(
+      0.4, 'two_tier stores for long what has a novelty, 1 - the largest '
+      'cosine to the short term, of at least this', minimum=0.0, maximum=2.0)
+  merge_similarity: float = _field(
+      0.95, 'cosine from which two_tier merges long-term entries',
+      minimum=0.0, maximum=1.0)
   retrieval_size: int = _field(
       20, 'R, entries the experts attend to', minimum=1)
   surprise_threshold: float = _field(
@@ -119,6 +155,11 @@ class ClientConfig:
 
   local_epochs: int = _field(1, 'passes over the own positives', minimum=1)
   batch_size: int = _field(32, 'B, windows of a local step', minimum=1)
+  window_order: str = _field(
+      'shuffled', 'in which order a pass takes its windows; chronological: '
+      'the memory then holds what came before the window, as it does when '
+      'the client is asked for a recommendation',
+      choices=('shuffled', 'chronological'))
   objective: str = _field(
       'last', 'last: a window predicts the item after it; all_positions: '
       'every position of a window predicts its next item',
@@ -142,9 +183,23 @@ class ClientConfig:
       1e-3, 'learning rate of the local optimizer', minimum=0.0)
   weight_decay: float = _field(
       1e-5, 'L2 term added to the local gradient', minimum=0.0)
+  max_local_steps: int = _field(
+      0, 'local steps of an epoch at most, on windows drawn anew each round '
+      '(0 = as many as a pass takes)', minimum=0)
+  client_schedule: str = _field(
+      'constant', 'how the client learning rate falls over the rounds (see '
+      'fedmmr_jax/schedules.py)', choices=SCHEDULES)
+  client_warmup_rounds: int = _field(
+      0, 'rounds over which the client learning rate rises to its value',
+      minimum=0)
   proximal_mu: float = _field(
       0.0, 'FedProx: mu / 2 * |params - server params|^2 in the local loss',
       minimum=0.0)
+  drift_control: str = _field(
+      'none', 'scaffold: control variates, as much state as parameters for '
+      'every client; mime_lite: local steps are the server optimizer\'s, with '
+      'its moments held (see fedmmr_jax/drift_control.py)',
+      choices=('none', 'scaffold', 'mime_lite'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,17 +212,24 @@ class ServerConfig:
       maximum=1.0)
   server_optimizer: str = _field(
       'fedavg', 'optimizer applied to the mean client delta (Reddi et al. '
-      '2021)', choices=('fedavg', 'fedavgm', 'fedadam', 'fedyogi'))
+      '2021); fedmuon: Muon for the weight matrices, Adam for the rest',
+      choices=('fedavg', 'fedavgm', 'fedadam', 'fedyogi', 'fedmuon'))
   server_learning_rate: float = _field(
       1.0, 'learning rate of the server optimizer', minimum=0.0)
+  server_schedule: str = _field(
+      'constant', 'how the server learning rate falls over the rounds',
+      choices=SCHEDULES)
+  server_warmup_rounds: int = _field(
+      0, 'rounds over which the server learning rate rises to its value',
+      minimum=0)
   server_momentum: float = _field(
-      0.9, 'momentum of fedavgm, beta 1 of fedadam and fedyogi', minimum=0.0,
+      0.9, 'momentum of fedavgm, beta 1 of the others', minimum=0.0,
       maximum=0.9999)
   server_beta2: float = _field(
-      0.99, 'beta 2 of fedadam and fedyogi', minimum=0.0, maximum=0.99999)
+      0.99, 'beta 2 of the adaptive ones', minimum=0.0, maximum=0.99999)
   server_epsilon: float = _field(
-      1e-8, 'epsilon of fedadam and fedyogi; small, because it is compared '
-      'with deltas, which shrink with the client learning rate',
+      1e-8, 'epsilon of the adaptive ones; compared with deltas divided by '
+      'the client learning rate, that is, with sums of gradients',
       minimum=1e-30)
   partial_aggregation_warmup_rounds: int = _field(
       0, 'for so many rounds only backbone and embeddings are aggregated',
@@ -222,15 +284,31 @@ class RunConfig:
         raise UserError(
             f'--hidden_dim={m.hidden_dim} is not a multiple of '
             f'--{heads}={getattr(m, heads)}')
+    if self.memory.memory == 'two_tier' and (
+        self.memory.retrieval_size // 2 > self.memory.long_term_capacity):
+      raise UserError(
+          f'half of --retrieval_size={self.memory.retrieval_size} exceeds '
+          f'--long_term_capacity={self.memory.long_term_capacity}')
     if self.memory.retrieval_size > self.memory.memory_capacity:
       raise UserError(
           f'--retrieval_size={self.memory.retrieval_size} exceeds '
           f'--memory_capacity={self.memory.memory_capacity}')
+    if (self.client.drift_control == 'mime_lite'
+        and self.client.client_optimizer == 'adam'):
+      raise UserError(
+          '--drift_control=mime_lite makes the local steps with the server '
+          'optimizer; say --client_optimizer=sgd')
     if self.data.dataset != 'synthetic' and not self.data.data_dir:
       raise UserError(
           f'--dataset={self.data.dataset} needs --data_dir, the folder that '
           'holds its files')
     return self
+
+  @property
+  def decays(self) -> bool:
+    """Does a learning rate depend on the length of the run?"""
+    return (self.server.server_schedule != 'constant'
+            or self.client.client_schedule != 'constant')
 
   def as_flat_dict(self) -> dict[str, Any]:
     """Flag name -> value, for `config.json`."""

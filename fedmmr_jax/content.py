@@ -33,7 +33,7 @@ def components(visual: np.ndarray, text: np.ndarray, dim: int) -> np.ndarray:
     [V, D] float32 rows of length 1 on average (root mean square over items
     with any features); zero rows for the others.
   """
-  joined = np.concatenate([_standardised(visual), _standardised(text)], axis=1)
+  joined = np.concatenate([centred(visual), centred(text)], axis=1)
   _, vectors = np.linalg.eigh(joined.T @ joined)  # ascending
   found = joined @ vectors[:, ::-1][:, :dim]
   # An eigenvector's sign is arbitrary: the largest entry of each is positive.
@@ -70,14 +70,16 @@ def projection_scale(std: float, dim: int) -> float:
   return std * dim ** 0.5 / (1 + NOISE ** 2) ** 0.5
 
 
-def _standardised(features):
+def centred(features: np.ndarray) -> np.ndarray:
+  """[V, F] float64: minus the mean over the items that have the feature, then
+  scaled to a mean square length of 1; a missing one stays zero."""
   features = features.astype(np.float64)
   present = np.any(features != 0, axis=1)
   if not present.any():
     return features
-  centred = np.where(
+  moved = np.where(
       present[:, None], features - features[present].mean(axis=0), 0.0)
-  return centred / _length(centred)
+  return moved / _length(moved)
 
 
 def _length(rows) -> float:

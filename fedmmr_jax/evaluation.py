@@ -107,7 +107,7 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     Ranks with axes [G, C].
   """
-  broadcast = server.broadcast(catalogue)
+  broadcast = server.broadcast(catalogue, config)
   max_seq_len = config.model.max_seq_len
 
   def rank_one(index, memory):

@@ -20,15 +20,18 @@ from fedmmr_jax import client as client_lib
 from fedmmr_jax import content
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import optimizers
 from fedmmr_jax import server as server_lib
 from fedmmr_jax import vocabulary
 from fedmmr_jax import windows
+from fedmmr_jax.client import ClientUpdate
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import FederatedData, HELD_OUT, client_view
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
-from fedmmr_jax.server import ServerState
+from fedmmr_jax.scoring import Params
+from fedmmr_jax.server import ServerState, Upload
 
 PADDING_CLIENT = -1
 COHORT_STREAM = 1  # NumPy seeds are (run seed, stream, number)
@@ -40,10 +43,13 @@ class FederationState(NamedTuple):
   Attributes:
     server: the server's state.
     memories: memory of each client, leading axis [K].
+    controls: control variate of each client (SCAFFOLD), leading axis [K];
+      None without.
   """
 
   server: ServerState
   memories: Memory
+  controls: Params | None = None
 
 
 def init(model: FedDMMR, catalogue: Catalogue, config: RunConfig,
@@ -56,11 +62,14 @@ def init(model: FedDMMR, catalogue: Catalogue, config: RunConfig,
     params[vocabulary.ITEM_TABLE] = content.initial_table(
         key, catalogue.content, config.model.embedding_init_std,
         config.model.item_embedding == 'content_plus_id')
-  memory = memory_lib.init(config.memory.memory_capacity)
+  memory = memory_lib.init(config.memory)
+  server = server_lib.init(params, config, catalogue.text.shape[-1])
   return FederationState(
-      server=server_lib.init(params, config, catalogue.text.shape[-1]),
+      server=server,
       memories=jax.tree.map(
-          lambda x: jnp.tile(x, (num_clients, *[1] * x.ndim)), memory))
+          lambda x: jnp.tile(x, (num_clients, *[1] * x.ndim)), memory),
+      controls=jax.tree.map(
+          lambda x: jnp.zeros((num_clients, *x.shape)), server.control))
 
 
 def round_key(seed: int, round_number: int) -> jax.Array:
@@ -157,34 +166,55 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     The state after the round and the training metrics of the cohort.
   """
-  broadcast = state.server.broadcast(catalogue)
+  broadcast = state.server.broadcast(catalogue, config)
 
   def train_chunk(carry, clients):
-    memories, delta_sum, weight_sum, metrics = carry
+    memories, controls, upload, metrics = carry
     views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
     max_steps = jnp.max(windows.num_steps(views.num_train, config))
     updates = jax.vmap(
-        lambda view, memory, client: client_lib.local_update(
-            model, config, broadcast, view, memory,
+        lambda view, memory, control, client: client_lib.local_update(
+            model, config, broadcast, view, memory, control,
             jax.random.fold_in(key, client), max_steps)
-    )(views, memory_lib.fetch(memories, clients), clients)
-    delta_sum = vocabulary.add_weighted(
-        delta_sum, updates.weight, updates.vocabulary.ids, updates.delta)
+    )(views, memory_lib.fetch(memories, clients),
+      memory_lib.fetch(controls, clients), clients)
+    upload = _add(upload, updates)
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
-    carry = (memory_lib.store(memories, clients, updates.memory), delta_sum,
-             weight_sum + jnp.sum(updates.weight),
-             metrics_lib.merge(metrics, chunk_metrics))
+    carry = (memory_lib.store(memories, clients, updates.memory),
+             memory_lib.store(controls, clients, updates.own_control),
+             upload, metrics_lib.merge(metrics, chunk_metrics))
     return carry, updates.prototypes
 
-  nothing = jax.tree.map(jnp.zeros_like, state.server.params)
   no_metrics = client_lib.empty_metrics() | {'memory_fill': metrics_lib.EMPTY}
-  start = (state.memories, nothing, jnp.zeros(()),
+  start = (state.memories, state.controls, _no_upload(state.server, config),
            jax.tree.map(jnp.asarray, no_metrics))
-  (memories, delta_sum, weight_sum, metrics), uploaded = jax.lax.scan(
+  (memories, controls, upload, metrics), uploaded = jax.lax.scan(
       train_chunk, start, cohort)
+  all_weights = windows.num_positives(
+      jnp.maximum(data.length - HELD_OUT, 0), config)
   server = server_lib.aggregate(
-      state.server, delta_sum, weight_sum, uploaded, config)
-  return FederationState(server, memories), metrics
+      state.server, upload, jnp.sum(all_weights).astype(jnp.float32), uploaded,
+      config)
+  return FederationState(server, memories, controls), metrics
+
+
+def _no_upload(server: ServerState, config: RunConfig) -> Upload:
+  nothing = jax.tree.map(jnp.zeros_like, server.params)
+  return Upload(
+      delta=nothing, weight=jnp.zeros(()),
+      control=nothing if optimizers.needs_gradient(config.client) else None)
+
+
+def _add(upload: Upload, updates: ClientUpdate) -> Upload:
+  """Adds the updates of a chunk, [C/G] clients."""
+  def add(total, part):
+    if total is None:
+      return None
+    return vocabulary.add_weighted(
+        total, updates.weight, updates.vocabulary.ids, part)
+  return Upload(add(upload.delta, updates.delta),
+                add(upload.control, updates.control),
+                upload.weight + jnp.sum(updates.weight))
 
 
 @partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
@@ -199,7 +229,7 @@ def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     The memories of all clients; those sampled before are unchanged.
   """
-  broadcast = state.server.broadcast(catalogue)
+  broadcast = state.server.broadcast(catalogue, config)
 
   def warm_chunk(memories, clients):
     views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)

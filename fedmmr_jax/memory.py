@@ -1,4 +1,11 @@
-"""Surprise-gated local memory of ONE client (DESIGN.md, Client memory).
+"""Local memory of ONE client (DESIGN.md, Client memory), in four forms:
+
+* `surprise`, the paper's: a positive that the model found hard is stored, the
+  entry of lowest utility goes;
+* `recent`: every positive is stored, the oldest goes;
+* `two_tier`: a short-term memory, first in first out, and a long-term one for
+  positives unlike anything in the short term; entries nearly equal are merged;
+* `none`.
 
 Fixed-size arrays of item ids and counters: features are looked up by id, so a
 slot costs 20 bytes. The clock is the number of samples the client has
@@ -11,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmmr_jax.config import MemoryConfig
+from fedmmr_jax.models import layers
 
 
 class Memory(NamedTuple):
@@ -33,11 +41,14 @@ class Memory(NamedTuple):
   clock: jax.Array
 
 
-def init(capacity: int) -> Memory:
-  """An empty memory of `capacity` slots."""
-  zeros = jnp.zeros((capacity,), jnp.int32)
+def init(config: MemoryConfig) -> Memory:
+  """An empty memory; the short-term slots come before the long-term ones."""
+  slots = config.memory_capacity
+  if config.memory == 'two_tier':
+    slots += config.long_term_capacity
+  zeros = jnp.zeros((slots,), jnp.int32)
   return Memory(item=zeros, last_update=zeros, frequency=zeros,
-                surprise=jnp.zeros((capacity,), jnp.float32), inserted=zeros,
+                surprise=jnp.zeros((slots,), jnp.float32), inserted=zeros,
                 clock=jnp.zeros((), jnp.int32))
 
 
@@ -63,7 +74,8 @@ def utility(memory: Memory, now: jax.Array,
 
 
 def update(memory: Memory, item: jax.Array, surprise: jax.Array,
-           valid: jax.Array, config: MemoryConfig) -> Memory:
+           valid: jax.Array, features: jax.Array,
+           config: MemoryConfig) -> Memory:
   """Processes one positive: skip, refresh its entry, or write a new one.
 
   Args:
@@ -71,49 +83,120 @@ def update(memory: Memory, item: jax.Array, surprise: jax.Array,
     item: [] int32 item id.
     surprise: [] float32 pairwise loss of the positive.
     valid: [] bool; False (padding) changes nothing, not even the clock.
-    config: threshold and utility.
+    features: [V, F] float32 that `two_tier` compares items by.
+    config: which form, threshold and utility.
 
   Returns:
     The next memory.
   """
   now = memory.clock
   stored = memory.item == item
-  is_stored = jnp.any(stored)
-  # Empty slots have utility -inf, so they are taken before anyone is evicted;
-  # among equals the earliest inserted goes.
   value = utility(memory, now, config)
-  lowest = value == jnp.min(value)
-  oldest = jnp.where(lowest, memory.inserted, jnp.iinfo(jnp.int32).max)
-  slot = jnp.where(is_stored, jnp.argmax(stored), jnp.argmin(oldest))
+  if config.memory == 'surprise':
+    slot = _slot(memory, stored, value)
+    memory = _write(memory, slot, item, surprise, now,
+                    valid & (surprise >= config.surprise_threshold))
+  elif config.memory == 'recent':
+    slot = _slot(memory, stored, _recency(memory))
+    memory = _write(memory, slot, item, surprise, now, valid)
+  elif config.memory == 'two_tier':
+    is_short = jnp.arange(len(stored)) < config.memory_capacity
+    similarity = _cosine(features, item, memory)
+    novelty = 1 - jnp.max(
+        jnp.where(is_short & ~stored, similarity, 0.0), initial=0.0)
+    slot = _slot(memory, stored & is_short,
+                 jnp.where(is_short, _recency(memory), jnp.inf))
+    memory = _write(memory, slot, item, surprise, now, valid)
+    merged = ~is_short & (stored | (similarity >= config.merge_similarity))
+    slot = _slot(memory, merged, jnp.where(is_short, jnp.inf, value))
+    # What is merged keeps the item it had.
+    kept = jnp.where(jnp.any(merged), memory.item[slot], item)
+    memory = _write(memory, slot, kept, surprise, now,
+                    valid & (novelty >= config.novelty_threshold))
+  return memory._replace(clock=now + valid.astype(jnp.int32))
 
-  writes = valid & (surprise >= config.surprise_threshold)
+
+def _recency(memory: Memory) -> jax.Array:
+  """[M] float32 clock of the last write; −inf for empty slots."""
+  return jnp.where(memory.item > 0, memory.last_update.astype(jnp.float32),
+                   -jnp.inf)
+
+
+def _slot(memory: Memory, matching: jax.Array, value: jax.Array) -> jax.Array:
+  """[] int32: the first matching slot, else that of lowest value.
+
+  Empty slots have value −inf, so they are taken before anyone is evicted;
+  among equals the earliest inserted goes.
+  """
+  oldest = jnp.where(value == jnp.min(value), memory.inserted,
+                     jnp.iinfo(jnp.int32).max)
+  return jnp.where(
+      jnp.any(matching), jnp.argmax(matching), jnp.argmin(oldest))
+
+
+def _write(memory: Memory, slot, item, surprise, now, writes) -> Memory:
+  """Writes one slot, or nothing unless `writes`: refreshes the entry if it is
+  the same item's, replaces it otherwise. The clock stands still."""
   here = writes & (jnp.arange(memory.item.shape[0]) == slot)
-  kept_frequency = jnp.where(is_stored, memory.frequency, 0)
-  kept_surprise = jnp.where(is_stored, memory.surprise, -jnp.inf)
-  kept_inserted = jnp.where(is_stored, memory.inserted, now)
-  return Memory(
+  same = memory.item[slot] == item
+  frequency = jnp.where(same, memory.frequency, 0) + 1
+  largest = jnp.maximum(jnp.where(same, memory.surprise, -jnp.inf), surprise)
+  inserted = jnp.where(same, memory.inserted, now)
+  return memory._replace(
       item=jnp.where(here, item, memory.item),
       last_update=jnp.where(here, now, memory.last_update),
-      frequency=jnp.where(here, kept_frequency + 1, memory.frequency),
-      surprise=jnp.where(
-          here, jnp.maximum(kept_surprise, surprise), memory.surprise),
-      inserted=jnp.where(here, kept_inserted, memory.inserted),
-      clock=now + valid.astype(jnp.int32))
+      frequency=jnp.where(here, frequency, memory.frequency),
+      surprise=jnp.where(here, largest, memory.surprise),
+      inserted=jnp.where(here, inserted, memory.inserted))
+
+
+def _cosine(features: jax.Array, item: jax.Array,
+            memory: Memory) -> jax.Array:
+  """[M] cosine of an item's features to those of the entries; 0 where either
+  has none, or the slot is empty (row 0 is zero)."""
+  own, entries = features[item], features[memory.item]
+  squared = jnp.sum(own ** 2) * jnp.sum(entries ** 2, axis=-1)
+  return entries @ own * layers.inverse_norm(squared)
 
 
 def update_all(memory: Memory, items: jax.Array, surprises: jax.Array,
-               valid: jax.Array, config: MemoryConfig) -> Memory:
+               valid: jax.Array, features: jax.Array,
+               config: MemoryConfig) -> Memory:
   """`update` for each of [T] positives in their order."""
+  if config.memory == 'none':
+    count = jnp.sum(valid, dtype=jnp.int32)
+    return memory._replace(clock=memory.clock + count)
+
   def step(memory, positive):
-    return update(memory, *positive, config), None
+    return update(memory, *positive, features, config), None
   return jax.lax.scan(step, memory, (items, surprises, valid))[0]
 
 
 def retrieve(memory: Memory, config: MemoryConfig) -> jax.Array:
-  """[R] int32 item ids of highest utility, best first; 0 where empty."""
+  """[R] int32 item ids to attend to, 0 where empty.
+
+  Those of highest utility, best first; the latest with `recent`; with
+  `two_tier` the latest of the short term and then, the smaller half, the best
+  of the long term.
+  """
+  size = config.retrieval_size
   value = utility(memory, memory.clock, config)
-  order = jnp.lexsort((memory.inserted, -value))
-  return memory.item[order[:config.retrieval_size]]
+  if config.memory == 'recent':
+    return _best(memory, _recency(memory), size)
+  if config.memory == 'two_tier':
+    is_short = jnp.arange(len(value)) < config.memory_capacity
+    latest = jnp.where(is_short, _recency(memory), -jnp.inf)
+    lasting = jnp.where(is_short, -jnp.inf, value)
+    return jnp.concatenate([
+        _best(memory, latest, size - size // 2),
+        _best(memory, lasting, size // 2)])
+  return _best(memory, value, size)
+
+
+def _best(memory: Memory, value: jax.Array, count: int) -> jax.Array:
+  """[count] items of highest value, best first; 0 for what has value −inf."""
+  order = jnp.lexsort((memory.inserted, -value))[:count]
+  return jnp.where(jnp.isneginf(value[order]), 0, memory.item[order])
 
 
 def fill(memory: Memory) -> jax.Array:

@@ -154,7 +154,9 @@ class RunFolder:
     # By way of a config, so that a setting added since has its default.
     before, now = self.config().as_flat_dict(), config.as_flat_dict()
     changed = [name for name in now
-               if name not in MAY_CHANGE and before[name] != now[name]]
+               if before[name] != now[name] and (
+                   name not in MAY_CHANGE
+                   or name == 'num_rounds' and config.decays)]
     if changed:
       name = changed[0]
       raise UserError(

@@ -1,5 +1,4 @@
-"""Server step: the mean client delta through an optax transformation
-(Reddi et al. 2021, "Adaptive Federated Optimization", Algorithm 2)."""
+"""Server step: the mean client delta through the server optimizer."""
 
 from typing import NamedTuple
 
@@ -7,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedmmr_jax import optimizers
 from fedmmr_jax import prototypes as prototypes_lib
 from fedmmr_jax.client import Broadcast
-from fedmmr_jax.config import RunConfig, ServerConfig
+from fedmmr_jax.config import RunConfig
 from fedmmr_jax.models.feddmmr import Catalogue
 from fedmmr_jax.prototypes import Prototypes
 from fedmmr_jax.scoring import Params
@@ -26,71 +26,84 @@ class ServerState(NamedTuple):
     opt_state: of the server optimizer.
     prototypes: global prototypes.
     round: [] int32 finished rounds.
+    control: SCAFFOLD's control variate, the mean of the clients'; None
+      without.
   """
 
   params: Params
   opt_state: optax.OptState
   prototypes: Prototypes
   round: jax.Array
+  control: Params | None = None
 
-  def broadcast(self, catalogue: Catalogue) -> Broadcast:
+  def broadcast(self, catalogue: Catalogue, config: RunConfig) -> Broadcast:
     """What a client of the next round receives."""
-    return Broadcast(self.params, self.prototypes, catalogue)
-
-
-def make_optimizer(config: ServerConfig) -> optax.GradientTransformation:
-  """The server optimizer; its gradient is minus the mean delta."""
-  rate = config.server_learning_rate
-  adaptive = dict(b1=config.server_momentum, b2=config.server_beta2,
-                  eps=config.server_epsilon)
-  return {
-      'fedavg': lambda: optax.sgd(rate),
-      'fedavgm': lambda: optax.sgd(rate, momentum=config.server_momentum),
-      'fedadam': lambda: optax.adam(rate, **adaptive),
-      # optax.yogi starts its moments at 1e-6, which would swamp the deltas of
-      # small client steps and move parameters that got none.
-      'fedyogi': lambda: optax.chain(
-          optax.scale_by_yogi(**adaptive, initial_accumulator_value=0.0),
-          optax.scale_by_learning_rate(rate)),
-  }[config.server_optimizer]()
+    control = {'none': None, 'scaffold': self.control,
+               'mime_lite': self.opt_state}[config.client.drift_control]
+    return Broadcast(
+        self.params, self.prototypes, catalogue,
+        optimizers.client_learning_rate(config, self.round), control)
 
 
 def init(params: Params, config: RunConfig, text_dim: int) -> ServerState:
   """State before round 1."""
+  control = None
+  if config.client.drift_control == 'scaffold':
+    control = jax.tree.map(jnp.zeros_like, params)
   return ServerState(
       params=params,
-      opt_state=make_optimizer(config.server).init(params),
+      opt_state=optimizers.server_direction(config.server).init(params),
       prototypes=prototypes_lib.init(config.memory.num_prototypes, text_dim),
-      round=jnp.zeros((), jnp.int32))
+      round=jnp.zeros((), jnp.int32), control=control)
 
 
-def aggregate(state: ServerState, delta_sum: Params, weight_sum: jax.Array,
-              uploaded: Prototypes, config: RunConfig) -> ServerState:
+class Upload(NamedTuple):
+  """What a cohort sent, summed.
+
+  Attributes:
+    delta: Σ weight · delta.
+    control: Σ weight · control of `ClientUpdate`; None without.
+    weight: [] float32 Σ weight.
+  """
+
+  delta: Params
+  control: Params | None
+  weight: jax.Array
+
+
+def aggregate(state: ServerState, upload: Upload, total_weight: jax.Array,
+              prototypes: Prototypes, config: RunConfig) -> ServerState:
   """Applies one round's updates.
 
   Args:
     state: before the round.
-    delta_sum: Σ weight · delta over the cohort.
-    weight_sum: [] float32 Σ weight; 0 (nobody had a positive) changes no
+    upload: of the cohort; a weight of 0 (nobody had a positive) changes no
       parameter through fedavg.
-    uploaded: the clients' prototypes, [..., P, F] and [..., P].
-    config: optimizer and warm-up.
+    total_weight: [] float32 Σ weight over all clients, sampled or not.
+    prototypes: the clients', [..., P, F] and [..., P].
+    config: optimizer, drift control and warm-up.
 
   Returns:
     The state after the round.
   """
-  divisor = jnp.where(weight_sum > 0, weight_sum, 1.0)
-  gradient = jax.tree.map(lambda d: -d / divisor, delta_sum)
+  divisor = jnp.where(upload.weight > 0, upload.weight, 1.0)
+  delta, mean_control = (
+      jax.tree.map(lambda x: x / divisor, tree)
+      for tree in (upload.delta, upload.control))
   warming_up = state.round < config.server.partial_aggregation_warmup_rounds
-  gradient = {
+  delta = {
       group: part if group in ALWAYS_AGGREGATED else jax.tree.map(
-          lambda g: jnp.where(warming_up, 0.0, g), part)
-      for group, part in gradient.items()}
-  updates, opt_state = make_optimizer(config.server).update(
-      gradient, state.opt_state, state.params)
+          lambda d: jnp.where(warming_up, 0.0, d), part)
+      for group, part in delta.items()}
+  updates, opt_state = optimizers.server_step(
+      config, state.params, state.opt_state, delta, mean_control, state.round)
+  control = state.control
+  if control is not None:  # keeps it the weighted mean of all clients'
+    control = jax.tree.map(
+        lambda c, change: c + change / total_weight, control, upload.control)
   return ServerState(
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
       prototypes=prototypes_lib.recluster(
-          uploaded, state.prototypes, config.memory.prototype_iterations),
-      round=state.round + 1)
+          prototypes, state.prototypes, config.memory.prototype_iterations),
+      round=state.round + 1, control=control)

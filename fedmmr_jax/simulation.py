@@ -9,12 +9,12 @@ from fedmmr_jax import content as content_lib
 from fedmmr_jax import evaluation, federation, metrics
 from fedmmr_jax.config import DataConfig, EvaluationConfig, RunConfig
 from fedmmr_jax.data import dataset as dataset_lib
-from fedmmr_jax.data.dataset import Dataset, FederatedData
+from fedmmr_jax.data.dataset import Dataset, FederatedData, HELD_OUT
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
-from fedmmr_jax.windows import num_targets
+from fedmmr_jax.windows import num_positives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Simulation:
   def compiled_config(self) -> RunConfig:
     """The config without what no compiled function reads, so that another
     seed, length of the run or place of the data compiles nothing anew."""
-    server = dataclasses.replace(
-        self.config.server, num_rounds=1, client_fraction=1.0)
+    server = dataclasses.replace(self.config.server, client_fraction=1.0)
+    if not self.config.decays:
+      server = dataclasses.replace(server, num_rounds=1)
     evaluation_ = EvaluationConfig(
         items_per_eval_block=self.config.evaluation.items_per_eval_block)
     return dataclasses.replace(
@@ -63,8 +64,9 @@ class Simulation:
 
   def count_targets(self, cohort: np.ndarray) -> int:
     """Positives that a round over this cohort trains on."""
-    epochs = self.config.client.local_epochs
-    return epochs * num_targets(self.lengths[cohort[cohort >= 0]])
+    trained = self.lengths[cohort[cohort >= 0]] - HELD_OUT
+    return int(self.config.client.local_epochs
+               * num_positives(trained, self.config).sum())
 
   def run_round(self, state: FederationState, round_number: int,
                 cohort: np.ndarray
@@ -104,9 +106,15 @@ def build(config: RunConfig, dataset: Dataset) -> Simulation:
     UserError: a client with too few unseen items for the negatives, or
       global prototypes without texts.
   """
-  if config.model.global_memory and not dataset.text.shape[1]:
-    raise UserError('--global_memory needs text features: the prototypes are '
-                    'clusters of texts')
+  # The experts' features; the item table may start from the others too.
+  experts = config.model.experts
+  visual = dataset.visual[:, :None if experts in ('both', 'visual') else 0]
+  text = dataset.text[:, :None if experts in ('both', 'semantic') else 0]
+  if config.data.feature_scaling == 'centred':
+    visual, text = content_lib.centred(visual), content_lib.centred(text)
+  if config.model.global_memory and not text.shape[1]:
+    raise UserError('--global_memory needs the semantic expert and text '
+                    'features: the prototypes are clusters of texts')
   data = dataset_lib.to_device(
       dataset,
       num_negatives=config.client.num_negatives,
@@ -123,8 +131,8 @@ def build(config: RunConfig, dataset: Dataset) -> Simulation:
         dataset.visual, dataset.text, config.model.hidden_dim)
   return Simulation(
       config=config,
-      model=FedDMMR(config.model, dataset.num_rows, dataset.visual.shape[1],
-                    dataset.text.shape[1]),
-      catalogue=Catalogue.from_features(dataset.visual, dataset.text, content),
+      model=FedDMMR(config.model, dataset.num_rows, visual.shape[1],
+                    text.shape[1]),
+      catalogue=Catalogue.from_features(visual, text, content),
       data=data,
       lengths=dataset.lengths)

@@ -85,6 +85,13 @@ def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
   return _map(write, lambda old, new: new, tree, small)
 
 
+def scatter(small: Any, vocabulary: Vocabulary, like: Any) -> Any:
+  """Zeros like `like`, with the rows that a vocabulary has from `small`, and
+  all else of `small`."""
+  return put(jax.tree.map(jnp.zeros_like, like), vocabulary.ids,
+             vocabulary.is_first, small)
+
+
 def add_weighted(total: Any, weights: jax.Array, ids: jax.Array,
                  deltas: Any) -> Any:
   """`total` + Σ_c weight_c · delta_c, each item row where it belongs.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmmr_jax.config import ClientConfig, RunConfig
-from fedmmr_jax.data.dataset import ClientData, HELD_OUT
+from fedmmr_jax.data.dataset import ClientData
 
 
 class Batch(NamedTuple):
@@ -35,11 +35,6 @@ def window_stride(config: ClientConfig, max_seq_len: int) -> int:
   return max_seq_len if config.objective == 'all_positions' else 1
 
 
-def num_targets(num_items) -> int:
-  """Positives of an epoch over clients with [C] interactions (NumPy)."""
-  return int((num_items - HELD_OUT - 1).clip(0).sum())
-
-
 def num_windows(num_train, stride: int):
   """Windows of an epoch; works on ints, NumPy and traced arrays.
 
@@ -59,7 +54,21 @@ def num_steps(num_train, config: RunConfig):
   """Local steps of one epoch; works on ints, NumPy and traced arrays."""
   stride = window_stride(config.client, config.model.max_seq_len)
   batch_size = config.client.batch_size
-  return (num_windows(num_train, stride) + batch_size - 1) // batch_size
+  steps = (num_windows(num_train, stride) + batch_size - 1) // batch_size
+  limit = config.client.max_local_steps
+  return _at_most(steps, limit) if limit else steps
+
+
+def num_positives(num_train, config: RunConfig):
+  """Positives of one epoch: all but the first item, or (an upper bound of)
+  what `--max_local_steps` leaves of them; NumPy and traced arrays."""
+  positives = (num_train - 1) * (num_train > 0)
+  limit = config.client.max_local_steps * targets_of_step(config)
+  return _at_most(positives, limit) if limit else positives
+
+
+def _at_most(value, limit: int):
+  return value + (limit - value) * (value > limit)
 
 
 def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,

@@ -65,13 +65,13 @@ def local(request):
 
 def updater(simulation):
   state = simulation.init_state()
-  broadcast = state.server.broadcast(simulation.catalogue)
+  broadcast = state.server.broadcast(simulation.catalogue, simulation.config)
 
   @jax.jit
   def update(client, memory, max_steps):
     return client_lib.local_update(
         simulation.model, simulation.config, broadcast, client, memory,
-        jax.random.key(7), max_steps)
+        None, jax.random.key(7), max_steps)
 
   def run(max_items=simulation.max_items, extra_steps=0, index=2):
     client = client_view(simulation.data, jnp.int32(index), max_items)
@@ -152,7 +152,7 @@ def test_fill_memory_only_fills_clients_never_sampled():
   empty = jax.tree.map(lambda x: x[1], state.memories)
   fill = jax.jit(lambda memory: client_lib.fill_memory(
       simulation.model, simulation.config,
-      state.server.broadcast(simulation.catalogue), client, memory,
+      state.server.broadcast(simulation.catalogue, simulation.config), client, memory,
       jax.random.key(0),
       windows.num_steps(client.num_train, simulation.config)))
   filled = fill(empty)

@@ -81,7 +81,7 @@ def changed(simulation, **changes):
 def test_blocks_of_the_catalogue_change_nothing(simulation):
   # 57 rows in 8 blocks of 8: the last one reaches past the end.
   state = simulation.init_state()
-  args = (state.server.broadcast(simulation.catalogue),
+  args = (state.server.broadcast(simulation.catalogue, simulation.config),
           jnp.array([0, 0, 4, 9, 2, 7]),
           jax.tree.map(lambda x: x[0], state.memories))
   scores = [evaluation.score_catalogue(
@@ -108,7 +108,7 @@ def test_scores_use_the_items_before_the_target(simulation):
   """The rank follows from the model applied by hand."""
   state = simulation.init_state()
   _, ranks = simulation.evaluate(state, 'val')
-  broadcast = state.server.broadcast(simulation.catalogue)
+  broadcast = state.server.broadcast(simulation.catalogue, simulation.config)
   data = small.dataset()
   for index in (0, 8):
     history = data.sequence(index)

@@ -42,8 +42,8 @@ def update_alone(simulation):
     view = client_view(simulation.data, index, simulation.max_items)
     return client_lib.local_update(
         simulation.model, simulation.config,
-        start.server.broadcast(simulation.catalogue), view,
-        jax.tree.map(lambda x: x[index], start.memories),
+        start.server.broadcast(simulation.catalogue, simulation.config), view,
+        jax.tree.map(lambda x: x[index], start.memories), None,
         jax.random.fold_in(key, index),
         windows.num_steps(view.num_train, simulation.config))
   return update
@@ -203,8 +203,7 @@ def test_server_optimizers_first_step(name, expected):
   params = {'item_embedding': jnp.zeros(3), 'router': jnp.zeros(3)}
   state = server_lib.init(params, config, text_dim=4)
   delta_sum = jax.tree.map(lambda x: x + 2.0, params)  # Σ w·d with Σ w = 4
-  after = server_lib.aggregate(
-      state, delta_sum, jnp.float32(4.0), no_prototypes(), config)
+  after = aggregate(state, delta_sum, 4.0, config)
   np.testing.assert_allclose(
       after.params['router'], expected, rtol=5e-3)
   assert after.round == 1
@@ -216,9 +215,8 @@ def test_what_got_no_update_does_not_move(name):
   params = {'item_embedding': jnp.ones(3), 'router': jnp.ones(3)}
   state = server_lib.init(params, config, text_dim=4)
   for _ in range(3):
-    state = server_lib.aggregate(
-        state, jax.tree.map(jnp.zeros_like, params), jnp.float32(4.0),
-        no_prototypes(), config)
+    state = aggregate(
+        state, jax.tree.map(jnp.zeros_like, params), 4.0, config)
   small.assert_trees_equal(state.params, params)
 
 
@@ -236,18 +234,20 @@ def test_partial_aggregation_holds_the_experts_back():
             'router': jnp.zeros(3)}
   state = server_lib.init(params, config, text_dim=4)
   delta = jax.tree.map(lambda x: x + 1.0, params)
-  first = server_lib.aggregate(
-      state, delta, jnp.float32(1.0), no_prototypes(), config)
+  first = aggregate(state, delta, 1.0, config)
   assert first.params['item_embedding'].all()
   assert first.params['backbone']['w'].all()
   assert not first.params['router'].any()
-  second = server_lib.aggregate(
-      first, delta, jnp.float32(1.0), no_prototypes(), config)
+  second = aggregate(first, delta, 1.0, config)
   assert second.params['router'].all()
 
 
-def no_prototypes():
-  return server_lib.Prototypes(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2)))
+def aggregate(state, delta_sum, weight, config):
+  """A server step on Σ weight · delta, without prototypes."""
+  nothing = server_lib.Prototypes(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2)))
+  upload = server_lib.Upload(delta_sum, None, jnp.float32(weight))
+  return server_lib.aggregate(
+      state, upload, jnp.float32(100.0), nothing, config)
 
 
 def test_prototypes_reach_the_server(simulation):

@@ -1,5 +1,6 @@
 """A client's memory: what enters, what leaves, what is retrieved."""
 
+import dataclasses
 import json
 
 import jax
@@ -15,6 +16,13 @@ SMALL = MemoryConfig(memory_capacity=3, retrieval_size=3)
 # Without recency, utility depends on frequency alone: ties can be arranged.
 TIES = MemoryConfig(memory_capacity=2, retrieval_size=2, recency_weight=0.0)
 
+# Items 1 to 4 lie along the axes, 5 almost along the first, 6 between the
+# first two; 7 and later ones have no features.
+FEATURES = np.zeros((20, 4), np.float32)
+FEATURES[1:5] = np.eye(4)
+FEATURES[5] = [1, 0.1, 0, 0]
+FEATURES[6] = [1, 1, 0, 0]
+
 _update = jax.jit(memory_lib.update, static_argnames='config')
 _update_all = jax.jit(memory_lib.update_all, static_argnames='config')
 _retrieve = jax.jit(memory_lib.retrieve, static_argnames='config')
@@ -22,9 +30,9 @@ _retrieve = jax.jit(memory_lib.retrieve, static_argnames='config')
 
 def after(events, config=SMALL):
   """Memory after [(item, surprise), ...], from empty."""
-  memory = memory_lib.init(config.memory_capacity)
+  memory = memory_lib.init(config)
   for item, surprise in events:
-    memory = _update(memory, item, surprise, True, config=config)
+    memory = _update(memory, item, surprise, True, FEATURES, config=config)
   return memory
 
 
@@ -50,7 +58,7 @@ def streams(seed, shape):
 
 
 def test_starts_empty_with_the_clock_at_zero():
-  memory = memory_lib.init(3)
+  memory = memory_lib.init(SMALL)
   assert memory.item.tolist() == [0, 0, 0]
   assert int(memory.clock) == 0
   assert float(memory_lib.fill(memory)) == 0.0
@@ -68,13 +76,13 @@ def test_a_new_item_is_written_with_all_its_fields():
 
 def test_below_the_threshold_only_the_clock_moves():
   before = remembering(7)
-  memory = _update(before, 8, 0.29, True, config=SMALL)
+  memory = _update(before, 8, 0.29, True, FEATURES, config=SMALL)
   assert_same(memory, before._replace(clock=2))
 
 
 def test_below_the_threshold_a_stored_item_is_not_refreshed():
   before = remembering(7)
-  memory = _update(before, 7, 0.29, True, config=SMALL)
+  memory = _update(before, 7, 0.29, True, FEATURES, config=SMALL)
   assert_same(memory, before._replace(clock=2))
 
 
@@ -92,7 +100,8 @@ def test_a_nan_surprise_is_not_remembered():
 def test_padding_changes_nothing_not_even_the_clock():
   for before in (remembering(7), remembering(7, 8, 9, 10)):
     for item in (7, 11):
-      assert_same(_update(before, item, 9.0, False, config=SMALL), before)
+      assert_same(
+          _update(before, item, 9.0, False, FEATURES, config=SMALL), before)
 
 
 @pytest.mark.parametrize('again, largest', [(0.4, 0.5), (0.75, 0.75)])
@@ -194,7 +203,7 @@ def test_retrieval_takes_the_best_r():
 
 
 def test_retrieval_of_an_empty_memory_is_all_zero():
-  assert _retrieve(memory_lib.init(3), config=SMALL).tolist() == [0, 0, 0]
+  assert _retrieve(memory_lib.init(SMALL), config=SMALL).tolist() == [0, 0, 0]
 
 
 def test_retrieval_ties_go_to_the_earliest_inserted():
@@ -205,42 +214,44 @@ def test_retrieval_ties_go_to_the_earliest_inserted():
 
 def test_no_item_is_stored_twice():
   items, surprises, valid = streams(seed=0, shape=(60,))
-  memory = _update_all(memory_lib.init(3), items, surprises, valid,
-                       config=SMALL)
+  memory = _update_all(memory_lib.init(SMALL), items, surprises, valid,
+                       FEATURES, config=SMALL)
   assert len(set(memory.item.tolist())) == 3
   assert int(memory.clock) == valid.sum()
 
 
 def test_update_all_is_a_loop_of_update():
   items, surprises, valid = streams(seed=1, shape=(24,))
-  looped = memory_lib.init(3)
+  looped = memory_lib.init(SMALL)
   for positive in zip(items, surprises, valid):
-    looped = _update(looped, *positive, config=SMALL)
-  scanned = _update_all(memory_lib.init(3), items, surprises, valid,
-                        config=SMALL)
+    looped = _update(looped, *positive, FEATURES, config=SMALL)
+  scanned = _update_all(memory_lib.init(SMALL), items, surprises, valid,
+                        FEATURES, config=SMALL)
   assert_same(scanned, looped)
 
 
 def test_update_all_goes_on_where_it_stopped():
   items, surprises, valid = streams(seed=2, shape=(24,))
-  whole = _update_all(memory_lib.init(3), items, surprises, valid,
-                      config=SMALL)
-  half = _update_all(memory_lib.init(3), items[:12], surprises[:12],
-                     valid[:12], config=SMALL)
+  whole = _update_all(memory_lib.init(SMALL), items, surprises, valid,
+                      FEATURES, config=SMALL)
+  half = _update_all(memory_lib.init(SMALL), items[:12], surprises[:12],
+                     valid[:12], FEATURES, config=SMALL)
   half = _update_all(half, items[12:], surprises[12:], valid[12:],
-                     config=SMALL)
+                     FEATURES, config=SMALL)
   assert_same(half, whole)
 
 
 def test_vmapped_clients_are_looped_clients():
   many = streams(seed=3, shape=(4, 24))
   many[2][3] = False  # one client has nothing but padding
-  empty = memory_lib.init(3)
+  empty = memory_lib.init(SMALL)
   together = jax.jit(jax.vmap(
-      lambda *positives: memory_lib.update_all(empty, *positives, SMALL)))(
+      lambda *positives: memory_lib.update_all(
+          empty, *positives, FEATURES, SMALL)))(
           *many)
   for client in range(4):
-    alone = _update_all(empty, *(a[client] for a in many), config=SMALL)
+    alone = _update_all(empty, *(a[client] for a in many), FEATURES,
+                        config=SMALL)
     assert_same(jax.tree.map(lambda x: x[client], together), alone)
   assert_same(jax.tree.map(lambda x: x[3], together), empty)
 
@@ -252,7 +263,7 @@ def stacked(*memories):
 def test_fetch_takes_the_clients_and_an_empty_memory_for_padding():
   clients = remembering(5, 6), remembering(7), remembering(8, 9, 8)
   cohort = memory_lib.fetch(stacked(*clients), jnp.array([2, -1, 0]))
-  assert_same(cohort, stacked(clients[2], memory_lib.init(3), clients[0]))
+  assert_same(cohort, stacked(clients[2], memory_lib.init(SMALL), clients[0]))
 
 
 def test_store_writes_the_clients_back_and_drops_padding():
@@ -261,6 +272,58 @@ def test_store_writes_the_clients_back_and_drops_padding():
   after_round = memory_lib.store(before, jnp.array([2, 1, -1]), cohort)
   assert_same(after_round, stacked(
       remembering(5, 6), remembering(2), remembering(1)))
+
+
+def test_recent_keeps_the_last_ones_whatever_their_surprise():
+  config = MemoryConfig(memory='recent', memory_capacity=3, retrieval_size=2)
+  memory = after([(7, 9.0), (8, 0.0), (7, 0.0), (9, 0.1), (10, 0.0)], config)
+  # 8 is the oldest when 10 comes: 7 was seen again.
+  assert memory.item.tolist() == [7, 10, 9]
+  assert _retrieve(memory, config=config).tolist() == [10, 9]
+
+
+def test_no_memory_remembers_nothing_but_counts():
+  config = MemoryConfig(memory='none', memory_capacity=3, retrieval_size=2)
+  items, surprises, valid = streams(seed=5, shape=(24,))
+  memory = _update_all(memory_lib.init(config), items, surprises, valid,
+                       FEATURES, config=config)
+  assert memory.clock == valid.sum()
+  assert not memory.item.any()
+  assert _retrieve(memory, config=config).tolist() == [0, 0]
+
+
+TIERS = MemoryConfig(
+    memory='two_tier', memory_capacity=2, long_term_capacity=2,
+    retrieval_size=3, novelty_threshold=0.4, merge_similarity=0.95)
+
+
+def test_two_tiers_short_term_is_first_in_first_out():
+  memory = remembering(1, 2, 3, config=TIERS)
+  assert memory.item.tolist()[:2] == [3, 2]
+
+
+def test_two_tiers_long_term_takes_what_is_unlike_the_short_term():
+  # 1: nothing there, novelty 1. 6: cosine to 1 is 0.707, novelty 0.293. 2: 0
+  # to 1, 0.707 to 6. 3: 0 to 6 and 2.
+  memory = remembering(1, 6, 2, 3, config=TIERS)
+  assert memory.item.tolist()[2:] == [1, 3]
+
+
+def test_two_tiers_long_term_merges_what_is_nearly_equal():
+  # 5 comes when 1 has left the short term: novel, but like 1 of the long term
+  # (cosine 1/√1.01 = 0.995), which it refreshes.
+  roomy = dataclasses.replace(TIERS, long_term_capacity=3)
+  memory = remembering(1, 2, 3, 5, config=roomy)
+  assert memory.item.tolist() == [3, 5, 1, 2, 3]
+  assert memory.frequency.tolist() == [1, 1, 2, 1, 1]
+  assert memory.last_update.tolist() == [2, 3, 3, 1, 2]
+
+
+def test_two_tiers_retrieve_the_latest_and_then_the_lasting():
+  memory = remembering(1, 2, 7, 8, config=TIERS)
+  # 7 and 8 have no features: like nothing, so they are novel too.
+  assert _retrieve(memory, config=TIERS).tolist()[:2] == [8, 7]
+  assert _retrieve(memory, config=TIERS).tolist()[2] in memory.item[2:]
 
 
 def contents(memory, config):
@@ -285,12 +348,12 @@ def test_parity_with_the_original_after_every_event():
       recency_weight=reference['recency_weight'],
       frequency_weight=reference['frequency_weight'],
       recency_time_constant=reference['recency_time_constant_steps'])
-  memory = memory_lib.init(config.memory_capacity)
+  memory = memory_lib.init(config)
   assert len(reference['events']) == 60
   for (step, item, surprise), expected in zip(
       reference['events'], reference['after_each_step'], strict=True):
     assert int(memory.clock) == step == expected['step']
-    memory = _update(memory, item, surprise, True, config=config)
+    memory = _update(memory, item, surprise, True, FEATURES, config=config)
     assert contents(memory, config) == expected['items'], f'event {step}'
     best = [i for i in _retrieve(memory, config=config).tolist() if i]
     assert best == expected['top3_by_utility'], f'event {step}'

@@ -1,6 +1,9 @@
 """The two heterogeneous experts: each looks at a candidate through the
 client's own memory (FedDMMR, "Multimodal experts").
 
+With `sees_candidate` the candidate's own feature, projected, is added to what
+its expert read in the memory; otherwise it only weighs the memory's entries.
+
 Neither sees the sequence, so an expert runs once per candidate, not once per
 (sequence, candidate) pair. Projections are folded into the R memory rows
 before they meet the J candidates; this is exact, because a projection
@@ -41,6 +44,7 @@ class VisualExpert(nn.Module):
   hidden_dim: int
   projection_dim: int
   dropout: float
+  sees_candidate: bool = False
 
   @nn.compact
   def __call__(self, candidate_visual: jax.Array, memory: MemoryView,
@@ -65,6 +69,8 @@ class VisualExpert(nn.Module):
     # Project R memory rows instead of J averages of them.
     output = layers.Affine(width, self.hidden_dim, name='output')()
     x = attention.T @ (memory.visual @ output.kernel) + output.bias
+    if self.sees_candidate:
+      x += layers.dense(self.hidden_dim, 'candidate')(candidate_visual)
     x = nn.relu(layers.layer_norm('norm')(x))
     return nn.Dropout(self.dropout)(x, deterministic=not train)
 
@@ -75,12 +81,15 @@ class SemanticExpert(nn.Module):
   hidden_dim: int
   num_heads: int
   dropout: float
+  sees_candidate: bool = False
 
   @nn.compact
-  def __call__(self, candidate_embedding: jax.Array, memory: MemoryView,
+  def __call__(self, candidate_embedding: jax.Array,
+               candidate_text: jax.Array, memory: MemoryView,
                train: bool) -> jax.Array:
     """Args:
-      candidate_embedding: [J, D] float32.
+      candidate_embedding: [J, D] float32, the query.
+      candidate_text: [J, 384] float32, used with `sees_candidate`.
       memory: the client's retrieved entries.
       train: whether dropout acts.
 
@@ -116,6 +125,8 @@ class SemanticExpert(nn.Module):
         memory.text_mask[:, None], axis=-2)
     attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
     x = jnp.einsum('hrj,hrd->jd', attention, value) + output.bias
+    if self.sees_candidate:
+      x += layers.dense(dim, 'candidate')(candidate_text)
     x = layers.layer_norm('norm')(x)
     x = nn.relu(layers.dense(dim, 'output')(x))
     return nn.Dropout(self.dropout)(x, deterministic=not train)

@@ -141,12 +141,14 @@ class FedDMMR(nn.Module):
         c.embedding_init_std)
     if self.visual_dim:
       self.visual_expert = VisualExpert(
-          c.hidden_dim, c.visual_projection_dim, c.dropout)
-      self.visual_norm = layers.layer_norm()
+          c.hidden_dim, c.visual_projection_dim, c.dropout,
+          c.expert_input == 'candidate')
+      self.visual_norm = layers.layer_norm(scale=c.expert_init_scale)
     if self.text_dim:
       self.semantic_expert = SemanticExpert(
-          c.hidden_dim, c.semantic_heads, c.dropout)
-      self.semantic_norm = layers.layer_norm()
+          c.hidden_dim, c.semantic_heads, c.dropout,
+          c.expert_input == 'candidate')
+      self.semantic_norm = layers.layer_norm(scale=c.expert_init_scale)
     if not self.is_backbone_only:
       self.router = ItemRouter(c.router_hidden_dim, NUM_EXPERTS, c.dropout)
       self.sequence_norm = layers.layer_norm()
@@ -204,27 +206,37 @@ class FedDMMR(nn.Module):
     visual = semantic = auxiliary = nothing
     available = self._available(items, catalogue, memory)
     # Masking before the softmax renormalises over the experts that remain.
-    weights = layers.masked_softmax(self.router(embedding, train), available)
+    weights = layers.masked_softmax(
+        self.router(self._router_input(items, embedding, catalogue), train),
+        available)
     if self.visual_dim:
       visual = self.visual_expert(catalogue.visual[items], memory, train)
       auxiliary += weights[:, VISUAL, None] * self.visual_norm(visual)
     if self.text_dim:
-      semantic = self.semantic_expert(embedding, memory, train)
+      semantic = self.semantic_expert(
+          embedding, catalogue.text[items], memory, train)
       auxiliary += weights[:, SEMANTIC, None] * self.semantic_norm(semantic)
     if self.config.fusion == 'gated':  # the original's form, for ablation
       auxiliary *= self.fusion_gate
     return Candidates(
         embedding, auxiliary, visual, semantic, weights, available)
 
+  def _router_input(self, items, embedding, catalogue) -> jax.Array:
+    """[J, D], or [J, D + 512 + 384] with `--router_input=features`."""
+    if self.config.router_input == 'embedding':
+      return embedding
+    return jnp.concatenate(
+        [embedding, catalogue.visual[items], catalogue.text[items]], axis=-1)
+
   def _available(self, items, catalogue, memory) -> jax.Array:
     """[J, E] bool: has the expert something to work on for this candidate?"""
-    nobody = jnp.zeros(items.shape, bool)
-    visual = nobody
+    visual = semantic = jnp.zeros(items.shape, bool)
+    own = self.config.expert_input == 'candidate'  # suffices
     if self.visual_dim:
-      visual = catalogue.has_visual[items] & jnp.any(memory.visual_mask)
-    semantic = nobody
+      visual = catalogue.has_visual[items] & (
+          own | jnp.any(memory.visual_mask))
     if self.text_dim:
-      semantic = nobody | jnp.any(memory.text_mask)
+      semantic = (own & catalogue.has_text[items]) | jnp.any(memory.text_mask)
     return jnp.stack([visual, semantic], axis=-1)
 
   def initialise(self, catalogue: Catalogue) -> None:

@@ -41,10 +41,12 @@ class Affine(nn.Module):
     return AffineMap(kernel, bias)
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
+def layer_norm(name: str | None = None, scale: float = 1.0) -> nn.LayerNorm:
+  """LayerNorm whose trained scale starts at `scale`."""
   # The two-pass variance: E[x²] - E[x]² loses digits in float32.
   return nn.LayerNorm(
-      epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, name=name)
+      epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, name=name,
+      scale_init=nn.initializers.constant(scale))
 
 
 def masked_softmax(logits: jax.Array, mask: jax.Array,

@@ -8,24 +8,24 @@ from fedmmr_jax.models import layers
 
 
 class ItemRouter(nn.Module):
-  """Candidate embedding -> softmax over the experts."""
+  """Candidate -> logits over the experts."""
 
   hidden_dim: int
   num_experts: int
   dropout: float
 
   @nn.compact
-  def __call__(self, candidate_embedding: jax.Array,
-               train: bool) -> jax.Array:
+  def __call__(self, candidate: jax.Array, train: bool) -> jax.Array:
     """Args:
-      candidate_embedding: [J, D] float32.
+      candidate: [J, D] float32 item embeddings; with
+        `--router_input=features` [J, D + 512 + 384], image and text behind.
       train: whether dropout acts.
 
     Returns:
       [J, E] float32 logits; the caller masks experts without input and takes
       the softmax, which renormalises the rest.
     """
-    x = layers.dense(self.hidden_dim, 'input')(candidate_embedding)
+    x = layers.dense(self.hidden_dim, 'input')(candidate)
     x = nn.relu(layers.layer_norm('norm')(x))
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
     x = nn.relu(layers.dense(self.hidden_dim // 2, 'hidden')(x))

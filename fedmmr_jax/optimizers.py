@@ -1,0 +1,156 @@
+"""The optimizers of a round, as optax transformations, and their learning rates.
+
+The client's makes a local step of a gradient; the server's makes a step of the
+round's pseudo-gradient, minus the mean delta (Reddi et al. 2021, "Adaptive
+Federated Optimization", Algorithm 2). With an adaptive server optimizer the
+pseudo-gradient is divided by the client learning rate, so that moments and
+epsilon are those of gradients whatever the client's step size. In `fedavg` and
+`fedavgm` a server learning rate of 1 means the mean of the clients.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from fedmmr_jax import drift_control
+from fedmmr_jax.config import ClientConfig, RunConfig, ServerConfig
+from fedmmr_jax.scoring import Params
+
+
+def client_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:
+  """[] float32 of the round after `finished` [] int32 rounds."""
+  c = config.client
+  return c.client_learning_rate * _factor(
+      c.client_schedule, c.client_warmup_rounds, config.server.num_rounds,
+      finished)
+
+
+def server_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:
+  """[] float32 of the round after `finished` [] int32 rounds."""
+  s = config.server
+  return s.server_learning_rate * _factor(
+      s.server_schedule, s.server_warmup_rounds, s.num_rounds, finished)
+
+
+def _factor(schedule, warmup_rounds, num_rounds, finished) -> jax.Array:
+  """Rises linearly over the warm-up, from 1/(n + 1) in round 1, then stays
+  (`constant`) or falls to 0 behind the last round (`linear`; `cosine`, half a
+  period, Loshchilov & Hutter 2017)."""
+  decay_rounds = max(1, num_rounds - warmup_rounds)
+  falling = {
+      'constant': lambda: optax.constant_schedule(1.0),
+      'cosine': lambda: optax.cosine_decay_schedule(1.0, decay_rounds),
+      'linear': lambda: optax.linear_schedule(1.0, 0.0, decay_rounds),
+  }[schedule]()
+  rising = optax.linear_schedule(
+      1 / (warmup_rounds + 1), 1.0, max(1, warmup_rounds))
+  return optax.join_schedules([rising, falling], [warmup_rounds])(finished)
+
+
+def needs_gradient(config: ClientConfig) -> bool:
+  """Must a client record its gradient?"""
+  return config.drift_control != 'none'
+
+
+def client_optimizer(config: RunConfig, learning_rate: jax.Array | float,
+                     control: Any = None) -> optax.GradientTransformation:
+  """Local optimizer; with drift control, its state's first entry is a
+  `drift_control.MeanGradient`.
+
+  L2 is added to the gradient, as torch.optim.Adam does.
+
+  Args:
+    config: which optimizer and which drift control.
+    learning_rate: of this round.
+    control: c − c_i (SCAFFOLD) or the server optimizer's state (MimeLite), of
+      the client's rows.
+  """
+  c = config.client
+  parts = [drift_control.record_gradient()] if needs_gradient(c) else []
+  parts.append(optax.add_decayed_weights(c.weight_decay))
+  if c.proximal_mu:
+    parts.append(drift_control.fedprox(c.proximal_mu))
+  if c.drift_control == 'mime_lite':
+    parts.append(drift_control.mime_lite(
+        server_direction(config.server), control))
+  else:
+    if c.drift_control == 'scaffold':
+      parts.append(drift_control.scaffold(control))
+    if c.client_optimizer == 'adam':
+      parts.append(optax.scale_by_adam())
+  return optax.chain(*parts, optax.scale(-learning_rate))
+
+
+def server_direction(config: ServerConfig) -> optax.GradientTransformation:
+  """What the server optimizer makes of a gradient, before its learning rate."""
+  adaptive = dict(b1=config.server_momentum, b2=config.server_beta2,
+                  eps=config.server_epsilon)
+  return {
+      'fedavg': optax.identity,
+      'fedavgm': lambda: optax.trace(config.server_momentum),
+      'fedadam': lambda: optax.scale_by_adam(**adaptive),
+      # optax starts yogi's moments at 1e-6, which would swamp the gradients
+      # of rare items and move parameters that got none.
+      'fedyogi': lambda: optax.scale_by_yogi(
+          **adaptive, initial_accumulator_value=0.0),
+      'fedmuon': lambda: _muon(config),
+  }[config.server_optimizer]()
+
+
+def _muon(config: ServerConfig) -> optax.GradientTransformation:
+  """Muon (Jordan et al. 2024) for the weight matrices, Adam for the rest.
+
+  A matrix takes its momentum with all singular values set to 1, scaled to
+  entries of root mean square 1, which is what Adam's first step has: one
+  learning rate serves both.
+  """
+  return optax.contrib.muon(
+      -1.0,  # a learning rate would be multiplied with −1
+      beta=config.server_momentum, consistent_rms=1.0,
+      eps=config.server_epsilon, adam_b1=config.server_momentum,
+      adam_b2=config.server_beta2, muon_weight_dimension_numbers=_matrices)
+
+
+def _matrices(params: Params) -> Any:
+  """Which parameters are linear maps, as Muon wants to know it: the tables
+  are looked up row by row, and rows are better scaled one by one."""
+  def dimension(path, x):
+    is_table = 'embedding' in path[-1].key
+    return (optax.contrib.MuonDimensionNumbers()
+            if x.ndim == 2 and not is_table else None)
+  return jax.tree_util.tree_map_with_path(dimension, params)
+
+
+def server_step(config: RunConfig, params: Params, opt_state: optax.OptState,
+                delta: Params, control: Params | None, finished: jax.Array
+                ) -> tuple[Params, optax.OptState]:
+  """One step of the server.
+
+  Args:
+    config: which optimizer and which drift control.
+    params: the server's parameters.
+    opt_state: of `server_direction`.
+    delta: the cohort's mean delta.
+    control: MimeLite's mean gradient of the cohort.
+    finished: [] int32 rounds before this one.
+
+  Returns:
+    (updates to add to the parameters, the next opt_state).
+  """
+  rate = server_learning_rate(config, finished)
+  direction = server_direction(config.server)
+  if config.client.drift_control == 'mime_lite':
+    # The clients made the server optimizer's steps; here it only learns its
+    # moments.
+    _, opt_state = direction.update(control, opt_state, params)
+    return jax.tree.map(lambda d: rate * d, delta), opt_state
+  scale = -1.0
+  if config.server.server_optimizer not in ('fedavg', 'fedavgm'):
+    client_rate = client_learning_rate(config, finished)
+    scale = -1.0 / jnp.where(client_rate > 0, client_rate, 1.0)
+  gradient = jax.tree.map(lambda d: scale * d, delta)
+  updates, opt_state = direction.update(gradient, opt_state, params)
+  return jax.tree.map(lambda u: -rate * u, updates), opt_state
