@@ -201,8 +201,7 @@ def _step_flops(simulation: Simulation) -> float:
         jnp.ones(config.client.batch_size, bool),
         windows.window_stride(config.client, config.model.max_seq_len),
         config.model.max_seq_len)
-    negative = scoring.draw_negatives(
-        jax.random.key(0), view, config, model.num_rows)
+    negative = scoring.draw_negatives(jax.random.key(0), view, config)
     memory = jax.tree.map(lambda x: x[client], state.memories)
     return jax.grad(client_lib.step_loss, has_aux=True)(
         params, model, batch, negative, broadcast.catalogue,

@@ -43,6 +43,10 @@ def data_report(loaded: Loaded) -> str:
         f'interactions (training, validation and test need one each): '
         f'{shown}{more}')
   lines += map(str, loaded.integrity)
+  if loaded.cold:
+    lines.append(
+        f'cold       {dataset.num_cold} items held out of training, the '
+        f'targets of {len(loaded.cold.clients)} clients')
   for kind in ('visual', 'text'):
     if not getattr(dataset, kind).shape[1]:
       lines.append(f'{kind:6} features  none: this expert is left out')
@@ -77,13 +81,18 @@ def banner(simulation: Simulation) -> str:
 def _fusion_lines(simulation: Simulation) -> list[str]:
   model, config = simulation.model, simulation.config
   if model.is_backbone_only:
-    return ['fusion     none: no features, the plain backbone ⟨s, e⟩']
+    return ['fusion     none: no experts, the plain backbone ⟨s, e⟩']
   experts = [name for name, width in (('visual', model.visual_dim),
                                       ('semantic', model.text_dim)) if width]
   parts = ' + '.join(f'w_{e[:3]}·LN({e})' for e in experts)
-  lines = [f'experts    {", ".join(experts)}, over {config.memory.retrieval_size}'
-           f' of {config.memory.memory_capacity} entries of the client\'s own '
-           'memory']
+  memory = config.memory
+  lines = [
+      f'experts    {", ".join(experts)}, over '
+      + (f'{memory.retrieval_size} of {memory.memory_capacity} entries of the '
+         f'client\'s own memory ({memory.memory})'
+         if memory.memory != 'none' else 'no memory')
+      + (' and the candidate\'s own features'
+         if config.model.expert_input == 'candidate' else '')]
   if config.model.fusion == 'gated':
     return lines + [
         f'fusion     LN(s) + g·({parts}), GATED: g starts at '
@@ -132,11 +141,21 @@ def ranking_table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
       for protocol, values in protocols.items()])
 
 
+def _acceptance_line(point: dict[str, Any]) -> str:
+  mark = {True: 'yes', False: 'NO', None: '-'}[point['passed']]
+  return (f'  {mark:3}  {point["name"]} ({point["target"]}): '
+          f'{point["measured"]}')
+
+
 def final_table(summary: dict[str, Any]) -> str:
   """Both protocols of validation and test at the best round, and costs."""
+  rows = {split.replace('_', ' items by '): summary[split]
+          for split in ('val', 'test', 'cold', 'cold_popularity')
+          if split in summary}
   return '\n'.join([
       f'\nbest round {summary["best_round"]} of {summary["rounds"]}\n',
-      ranking_table({split: summary[split] for split in ('val', 'test')}),
+      ranking_table(rows), '\nacceptance', *map(
+          _acceptance_line, summary['acceptance']),
       f'\n{summary["wall_seconds"]:.1f} s in all, '
       f'{summary["round_seconds_median"]:.2f} s training a round (median), '
       f'{summary["targets_per_second"]:,.0f} targets/s, '

@@ -19,10 +19,12 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
+from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import SPLITS
 
 _ROUND = flags.DEFINE_string('round', 'best', 'a number, best or last')
-_SPLIT = flags.DEFINE_enum('split', 'test', [*SPLITS], 'held-out item to rank')
+_SPLIT = flags.DEFINE_enum('split', 'test', [*SPLITS, 'cold'], 'held-out item to rank; cold '
+    'needs a run with --cold_items')
 _PROTOCOL = flags.DEFINE_enum(
     'protocol', 'both', ['both', 'sampled', 'full'], 'candidates to rank '
     'against')
@@ -52,7 +54,9 @@ def main() -> None:
   loaded = load.load(config.data, config.seed)
   print(console.data_report(loaded) + '\n', file=sys.stderr)
   run.check_data(loaded.dataset)
-  simulation = simulation_lib.build(config, loaded.dataset)
+  simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
+  if _SPLIT.value not in simulation.splits:
+    raise UserError(f'{run.path}: --split=cold needs a run with --cold_items')
   like = Checkpoint(simulation.init_state(), Progress.start())
   state = rounds.load(number, like).state
   metrics, _ = simulation.evaluate(state, _SPLIT.value)

@@ -37,7 +37,7 @@ def main() -> None:
 
   loaded = load.load(config.data, config.seed)
   print(console.data_report(loaded))
-  simulation = simulation_lib.build(config, loaded.dataset)
+  simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
   print(console.banner(simulation))
   run.start(config, loaded.dataset)
   print(f'\nrun folder  {run.path}\ncompiling, the first round takes longer\n',
@@ -56,7 +56,7 @@ def main() -> None:
       bar.update()
       stop.check()  # the round is saved by now
     try:
-      summary = training.train(simulation, run, on_round)
+      summary = training.train(simulation, run, on_round, loaded.integrity)
     except Stopped:
       print('stopped; continue with python -m experiments.train --resume '
             f'--workdir={run.path}', file=sys.stderr)

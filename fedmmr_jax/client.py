@@ -32,6 +32,12 @@ from fedmmr_jax.windows import (
     Batch, cut_windows, num_positives, num_steps, num_windows, window_stride)
 
 
+# Metric -> the parameter group whose gradient's norm it is.
+GRADIENT_NORMS = {
+    'gradient_backbone': 'backbone', 'gradient_visual': 'visual_expert',
+    'gradient_semantic': 'semantic_expert'}
+
+
 class Broadcast(NamedTuple):
   """What the server sends to each client of a cohort.
 
@@ -106,6 +112,7 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
       'w_visual': metrics_lib.over(weights[:, VISUAL], usable),
       'w_semantic': metrics_lib.over(weights[:, SEMANTIC], usable),
       'instance_weight': metrics_lib.mean(terms.instance_weight, pairs),
+      'hardest_share': metrics_lib.mean(terms.hardest_share, pairs),
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
   return terms.total, (surprise, step_metrics)
@@ -167,8 +174,7 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
       data = StepData(
           batch=cut_windows(client, index, rank < own_windows, stride,
                             config.model.max_seq_len),
-          negative=draw_negatives(
-              negative_key, client, config, model.num_rows),
+          negative=draw_negatives(negative_key, client, config),
           catalogue=broadcast.catalogue,
           view=memory_view(state.memory, broadcast, config),
           texts=broadcast.catalogue.text, key=dropout_key)
@@ -227,7 +233,7 @@ def _round_vocabulary(model, config, client, key) -> Vocabulary:
 
   def negative(epoch, i):  # the draw that the step will make again
     negative_key, _ = _step_keys(key, epoch, i)
-    return draw_negatives(negative_key, client, config, model.num_rows)
+    return draw_negatives(negative_key, client, config)
 
   negatives = jax.vmap(jax.vmap(negative, (None, 0)), (0, None))(epochs, steps)
   return vocabulary_lib.touched([client.history, negatives], catalogue)
@@ -302,6 +308,11 @@ def _optimise(model, config, optimizer, data: StepData,
   gradient, (surprise, step_metrics) = jax.grad(step_loss, has_aux=True)(
       state.params, model, data.batch, data.negative, data.catalogue,
       data.view, data.key, config)
+  count = jnp.sum(data.batch.valid)
+  step_metrics |= {
+      name: metrics_lib.mean(optax.tree.norm(gradient[group]), count)
+      if group in gradient else metrics_lib.EMPTY
+      for name, group in GRADIENT_NORMS.items()}
   updates, opt_state = optimizer.update(
       gradient, state.opt_state, state.params)
   after = state._replace(
@@ -352,8 +363,7 @@ def fill_memory(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
     rank = i * batch_size + jnp.arange(batch_size)
     batch = cut_windows(client, own_windows - 1 - rank, rank < own_windows,
                         stride, config.model.max_seq_len)
-    negative = draw_negatives(
-        jax.random.fold_in(key, i), client, config, model.num_rows)
+    negative = draw_negatives(jax.random.fold_in(key, i), client, config)
     scores = score_batch(
         model, broadcast.params, batch, negative, broadcast.catalogue,
         memory_view(filled, broadcast, config), None)
@@ -372,7 +382,7 @@ def empty_metrics() -> dict[str, Mean]:
   """Neutral element of the step metrics."""
   return {name: metrics_lib.EMPTY for name in (
       'loss', 'rec_loss', 'contrastive_loss', 'load_balance_loss', 'w_visual',
-      'w_semantic', 'instance_weight')}
+      'w_semantic', 'instance_weight', 'hardest_share', *GRADIENT_NORMS)}
 
 
 def _window_order(config: RunConfig, key, own_windows,

@@ -36,10 +36,14 @@ class DataConfig:
       'file in data_dir if there is one) or none')
   text_features: str = _field(
       'auto', 'text feature matrix: like --visual_features')
+  cold_items: float = _field(
+      0.0, 'share of the items held out of training and ranked at the end of '
+      'the run, as new items', minimum=0.0, maximum=0.9)
   feature_scaling: str = _field(
       'none', 'what the experts see; centred: features minus their mean over '
-      'the catalogue, then of mean square length 1 (missing ones stay zero)',
-      choices=('none', 'centred'))
+      'the catalogue, then of mean square length 1 (missing ones stay zero); '
+      'components: of these the first D principal components',
+      choices=('none', 'centred', 'components'))
   synthetic_users: int = _field(
       400, 'users of the synthetic set', minimum=2)
   synthetic_items: int = _field(

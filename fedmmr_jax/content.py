@@ -10,6 +10,8 @@ starts from what the items are about does not (`--item_embedding`).
   what is learnt about its content.
 """
 
+from typing import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ import numpy as np
 NOISE = 0.3  # of the initial table, relative to the content
 
 
-def components(visual: np.ndarray, text: np.ndarray, dim: int) -> np.ndarray:
+def components(features: Sequence[np.ndarray], dim: int) -> np.ndarray:
   """Principal components of the joined features.
 
   Each modality is centred and scaled to the same mean length over the items
@@ -25,15 +27,16 @@ def components(visual: np.ndarray, text: np.ndarray, dim: int) -> np.ndarray:
   mean.
 
   Args:
-    visual: [V, F] float32, zero row = missing; F may be 0.
-    text: [V, F'] float32, likewise.
+    features: of each modality [V, F] float32, zero row = missing; F may be 0.
     dim: D, how many components; where there are fewer, the rest is 0.
 
   Returns:
     [V, D] float32 rows of length 1 on average (root mean square over items
-    with any features); zero rows for the others.
+    with any features), zero rows for the others; [V, 0] of no features.
   """
-  joined = np.concatenate([centred(visual), centred(text)], axis=1)
+  joined = np.concatenate([centred(matrix) for matrix in features], axis=1)
+  if not joined.shape[1]:
+    return joined.astype(np.float32)
   _, vectors = np.linalg.eigh(joined.T @ joined)  # ascending
   found = joined @ vectors[:, ::-1][:, :dim]
   # An eigenvector's sign is arbitrary: the largest entry of each is positive.

@@ -66,6 +66,13 @@ def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   return scores.reshape(-1)[:model.num_rows]
 
 
+def window_before(client: ClientData, target_at: jax.Array,
+                  max_seq_len: int) -> jax.Array:
+  """[L] the items before a position of the history, left-padded with 0."""
+  position = target_at + jnp.arange(-max_seq_len, 0)
+  return jnp.where(position >= 0, client.history[position], 0)
+
+
 def rank_client(scores: jax.Array, client: ClientData,
                 target_at: jax.Array) -> Ranks:
   """Ranks one client's target.
@@ -108,13 +115,11 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     Ranks with axes [G, C].
   """
   broadcast = server.broadcast(catalogue, config)
-  max_seq_len = config.model.max_seq_len
 
   def rank_one(index, memory):
     client = client_view(data, index, max_items)
     target_at = jnp.maximum(client.num_items - from_end, 0)
-    position = target_at + jnp.arange(-max_seq_len, 0)
-    window = jnp.where(position >= 0, client.history[position], 0)
+    window = window_before(client, target_at, config.model.max_seq_len)
     scores = score_catalogue(model, config, broadcast, window, memory)
     return rank_client(scores, client, target_at)
 
@@ -163,5 +168,10 @@ def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
         f'{split}: {bad.size} of {len(clients)} clients have scores that are '
         'NaN or infinite, the training diverged; lower '
         '--client_learning_rate or --server_learning_rate')
+  return metrics_of(ranks), ranks
+
+
+def metrics_of(ranks: Ranks) -> dict[str, dict[str, float]]:
+  """{'sampled': {'HR@10': …}, 'full': {…}} of ranks [n]."""
   return {'sampled': metrics_lib.ranking(ranks.sampled),
-          'full': metrics_lib.ranking(ranks.full)}, ranks
+          'full': metrics_lib.ranking(ranks.full)}

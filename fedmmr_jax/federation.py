@@ -145,8 +145,10 @@ def _num_train(cohort, lengths):
   return np.where(cohort >= 0, lengths[cohort] - HELD_OUT, 0)
 
 
-@partial(jax.jit, static_argnames=('model', 'config', 'max_items'),
-         donate_argnames='state')
+_STATIC = ('model', 'config', 'max_items')
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames='state')
 def run_round(model: FedDMMR, config: RunConfig, max_items: int,
               state: FederationState, cohort: jax.Array, key: jax.Array,
               catalogue: Catalogue, data: FederatedData
@@ -166,12 +168,37 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     The state after the round and the training metrics of the cohort.
   """
+  return _round(model, config, max_items, catalogue, data, None, state, cohort,
+                key)
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames='states')
+def run_round_of_seeds(
+    model: FedDMMR, config: RunConfig, max_items: int, states: FederationState,
+    cohorts: jax.Array, keys: jax.Array, catalogue: Catalogue,
+    data: FederatedData) -> tuple[FederationState, dict[str, Mean]]:
+  """One round of several runs that differ in their seed, side by side.
+
+  Args:
+    As `run_round`, with a leading axis, the seeds, on the states (donated),
+    the cohorts and the keys, and on what it returns.
+  """
+  run = partial(_round, model, config, max_items, catalogue, data, 'seed')
+  return jax.vmap(run, axis_name='seed')(states, cohorts, keys)
+
+
+def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
+           key):
   broadcast = state.server.broadcast(catalogue, config)
 
   def train_chunk(carry, clients):
     memories, controls, upload, metrics = carry
     views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
     max_steps = jnp.max(windows.num_steps(views.num_train, config))
+    if seed_axis:
+      # One trip count for all seeds: each with its own, a loop has to select
+      # between old and new parameters in every step.
+      max_steps = jax.lax.pmax(max_steps, seed_axis)
     updates = jax.vmap(
         lambda view, memory, control, client: client_lib.local_update(
             model, config, broadcast, view, memory, control,
@@ -217,7 +244,7 @@ def _add(upload: Upload, updates: ClientUpdate) -> Upload:
                 upload.weight + jnp.sum(updates.weight))
 
 
-@partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
+@partial(jax.jit, static_argnames=_STATIC)
 def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
                   state: FederationState, clients: jax.Array, key: jax.Array,
                   catalogue: Catalogue, data: FederatedData) -> Memory:

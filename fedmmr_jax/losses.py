@@ -116,6 +116,8 @@ class LossTerms(NamedTuple):
     contrastive: mean of weight · InfoNCE over positives with both views.
     load_balance: router's imbalance.
     instance_weight: mean instance weight of positives with both views.
+    hardest_share: share of the contrastive loss that the tenth of the
+      positives with the highest surprise carries; 0.1 if all count alike.
   """
 
   total: jax.Array
@@ -123,6 +125,7 @@ class LossTerms(NamedTuple):
   contrastive: jax.Array
   load_balance: jax.Array
   instance_weight: jax.Array
+  hardest_share: jax.Array
 
 
 def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
@@ -159,7 +162,31 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
   total = (rec + config.contrastive_weight * contrastive
            + config.load_balance_weight * load_balance)
   return LossTerms(
-      total, rec, contrastive, load_balance, weighted_mean(weights, pairs))
+      total, rec, contrastive, load_balance, weighted_mean(weights, pairs),
+      hardest_share(weights * per_sample, surprise, pairs))
+
+
+def hardest_share(contributions: jax.Array, surprise: jax.Array,
+                  valid: jax.Array) -> jax.Array:
+  """Share of the sum that the hardest tenth contributes.
+
+  Args:
+    contributions: [T] loss of each sample.
+    surprise: [T] how hard it is.
+    valid: [T] bool.
+
+  Returns:
+    Scalar; the hardest are a tenth of the valid ones, at least one, and those
+    as hard as the last of them. 0 if nothing contributes.
+  """
+  contributions = jnp.where(valid, contributions, 0.0)
+  hardness = jnp.where(valid, surprise, -jnp.inf)
+  count = jnp.maximum(jnp.sum(valid) // 10, 1)
+  bound = -jnp.sort(-hardness)[count - 1]
+  total = jnp.sum(contributions)
+  hardest = jnp.sum(jnp.where(hardness >= bound, contributions, 0.0))
+  return jax.lax.stop_gradient(
+      jnp.where(total > 0, hardest / jnp.where(total > 0, total, 1.0), 0.0))
 
 
 def _unit(x: jax.Array) -> jax.Array:

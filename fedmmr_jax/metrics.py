@@ -60,11 +60,17 @@ def ranking(ranks: np.ndarray) -> dict[str, float]:
   Returns:
     'HR@n', 'NDCG@n' for n in CUTOFFS, and 'MRR'.
   """
+  return {name: float(np.mean(values))
+          for name, values in ranking_of_each(ranks).items()}
+
+
+def ranking_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
+  """As `ranking`, but [K] values, one a user."""
   ranks = np.asarray(ranks, np.float64)
   result = {}
   for n in CUTOFFS:
     hit = ranks < n
-    result[f'HR@{n}'] = float(np.mean(hit))
-    result[f'NDCG@{n}'] = float(np.mean(hit / np.log2(ranks + 2)))
-  result['MRR'] = float(np.mean(1 / (ranks + 1)))
+    result[f'HR@{n}'] = hit.astype(np.float64)
+    result[f'NDCG@{n}'] = hit / np.log2(ranks + 2)
+  result['MRR'] = 1 / (ranks + 1)
   return result

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def free_below(consumed: jax.Array, num_consumed: jax.Array,
-               num_rows: int) -> jax.Array:
+               num_rows: jax.Array | int) -> jax.Array:
   """How many free items lie below each consumed one.
 
   Args:
@@ -37,7 +37,8 @@ def nth_free(rank: jax.Array, below: jax.Array) -> jax.Array:
 
 
 def sample(key: jax.Array, shape: tuple[int, ...], consumed: jax.Array,
-           num_consumed: jax.Array, num_rows: int) -> jax.Array:
+           num_consumed: jax.Array,
+           num_rows: jax.Array | int) -> jax.Array:
   """Independent uniform draws from the complement of `consumed`.
 
   Args:

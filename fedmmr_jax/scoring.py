@@ -36,14 +36,15 @@ class StepScores(NamedTuple):
   counted: jax.Array
 
 
-def draw_negatives(key: jax.Array, client: ClientData, config: RunConfig,
-                   num_rows: int) -> jax.Array:
+def draw_negatives(key: jax.Array, client: ClientData,
+                   config: RunConfig) -> jax.Array:
   """[T, N] own negatives of each target, or [N] shared by all of them."""
   shape = (config.client.num_negatives,)
   if config.client.negatives == 'per_sample':
     shape = (targets_of_step(config), *shape)
   return negatives.sample(
-      key, shape, client.avoided, client.num_avoided, num_rows)
+      key, shape, client.avoided, client.num_avoided,
+      client.num_drawable)
 
 
 def score_batch(model: FedDMMR, params: Params, batch: Batch,

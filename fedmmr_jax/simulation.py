@@ -1,20 +1,37 @@
 """A config and a data set bound to the jitted functions that use them."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax import content as content_lib
-from fedmmr_jax import evaluation, federation, metrics
+from fedmmr_jax import (
+    evaluation, federation, local_only, metrics, popularity)
 from fedmmr_jax.config import DataConfig, EvaluationConfig, RunConfig
 from fedmmr_jax.data import dataset as dataset_lib
+from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset, FederatedData, HELD_OUT
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
+from fedmmr_jax.memory import Memory
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.windows import num_positives
+
+
+class _Ranked(NamedTuple):
+  """What a split is ranked on."""
+
+  data: FederatedData
+  max_items: int
+  clients: np.ndarray
+  split: str  # a key of `evaluation.SPLITS`
+
+
+SHUFFLE_STREAM = 7  # see federation.COHORT_STREAM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +44,8 @@ class Simulation:
     catalogue: item features on the device.
     data: the clients' data on the device.
     lengths: [K] interactions of each client, on the host.
+    dataset: the host's side of `data`.
+    cold: items held out of training, with `--cold_items`.
   """
 
   config: RunConfig
@@ -34,6 +53,8 @@ class Simulation:
   catalogue: Catalogue
   data: FederatedData
   lengths: np.ndarray
+  dataset: Dataset
+  cold: ColdSplit | None = None
 
   @property
   def max_items(self) -> int:
@@ -80,26 +101,99 @@ class Simulation:
 
   def evaluate(self, state: FederationState, split: str
                ) -> tuple[dict[str, dict[str, float]], Ranks]:
-    """Ranks the targets of 'val' or 'test' for `--eval_clients`.
+    """Ranks the targets of 'val' or 'test' for `--eval_clients`, or of 'cold'
+    for the clients that have one.
 
     Raises:
       UserError: a score is NaN or infinite.
     """
-    memories, config = state.memories, self.compiled_config
-    clients = evaluation.evaluated_clients(self.config, len(self.lengths))
-    if self.config.memory.warm_memory:
-      chunks = federation.chunked(
-          clients, self.lengths, self.config.server.clients_per_chunk)
-      memories = federation.warm_memories(
-          self.model, config, self.max_items, state, chunks,
-          federation.warm_key(self.config.seed), self.catalogue, self.data)
+    on = self._ranked(split)
     return evaluation.evaluate(
-        self.model, config, self.max_items, state.server, memories, split,
-        clients, self.config.evaluation.clients_per_eval_chunk, self.catalogue,
+        self.model, self.compiled_config, on.max_items, state.server,
+        self._memories(state), on.split, on.clients,
+        self.config.evaluation.clients_per_eval_chunk, self.catalogue, on.data)
+
+  def rank_by_popularity(self, split: str) -> Ranks:
+    """The popularity baseline's ranks of the same targets."""
+    on = self._ranked(split)
+    return popularity.rank(popularity.training_counts(self.dataset), on.data,
+                           on.clients, on.split, on.max_items)
+
+  def rank_local_only(self, state: FederationState) -> dict[str, Ranks]:
+    """Split -> ranks of `--eval_clients`, each with the model that it trained
+    from the state's, alone, for `--local_epochs`."""
+    chunks = federation.chunked(
+        self.evaluated_clients, self.lengths,
+        self.config.server.clients_per_chunk)
+    from_end = np.array(list(evaluation.SPLITS.values()))
+    ranks = local_only.rank_all(
+        self.model, self.compiled_config, self.max_items, state.server, chunks,
+        federation.round_key(self.config.seed, 1), from_end, self.catalogue,
         self.data)
+    # Back into the order of `evaluated_clients`.
+    present = chunks >= 0
+    order = np.argsort(chunks[present])
+    return {split: jax.tree.map(
+        lambda x: np.asarray(x)[present][order, i], ranks)
+            for i, split in enumerate(evaluation.SPLITS)}
+
+  def with_seed(self, seed: int) -> 'Simulation':
+    """The same data and model; cohorts, start and negatives of another seed."""
+    config = dataclasses.replace(self.config, seed=seed)
+    return dataclasses.replace(
+        self, config=config, data=_to_device(config, self.dataset))
+
+  def with_features(self, change: str) -> 'Simulation':
+    """The same but for what the experts see of the items.
+
+    Args:
+      change: 'zeroed' (all features missing) or 'shuffled' (each item gets
+        another's, by the seed).
+    """
+    visual, text = self.catalogue.visual, self.catalogue.text
+    if change == 'zeroed':
+      visual, text = jnp.zeros_like(visual), jnp.zeros_like(text)
+    else:
+      rng = np.random.default_rng([self.config.seed, SHUFFLE_STREAM])
+      order = np.concatenate(
+          [[0], 1 + rng.permutation(self.model.num_rows - 1)])
+      visual, text = visual[order], text[order]
+    return dataclasses.replace(self, catalogue=Catalogue.from_features(
+        visual, text, self.catalogue.content))
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """What can be evaluated: 'val', 'test' and, with `--cold_items`, 'cold'."""
+    return (*evaluation.SPLITS, *(['cold'] if self.cold else []))
+
+  def _ranked(self, split: str) -> '_Ranked':
+    """The data that a split's targets are in, and who has one."""
+    if split != 'cold':
+      return _Ranked(self.data, self.max_items, self.evaluated_clients, split)
+    # A cold item stands where the test item stands otherwise.
+    return _Ranked(
+        _to_device(self.config, self.cold.dataset),
+        int(self.cold.dataset.lengths.max()), self.cold.clients, 'test')
+
+  @property
+  def evaluated_clients(self) -> np.ndarray:
+    """[n] clients that are ranked."""
+    return evaluation.evaluated_clients(self.config, len(self.lengths))
+
+  def _memories(self, state: FederationState) -> Memory:
+    """Those of the state, warmed if the config says so."""
+    if not self.config.memory.warm_memory:
+      return state.memories
+    chunks = federation.chunked(
+        self.evaluated_clients, self.lengths,
+        self.config.server.clients_per_chunk)
+    return federation.warm_memories(
+        self.model, self.compiled_config, self.max_items, state, chunks,
+        federation.warm_key(self.config.seed), self.catalogue, self.data)
 
 
-def build(config: RunConfig, dataset: Dataset) -> Simulation:
+def build(config: RunConfig, dataset: Dataset,
+          cold: ColdSplit | None = None) -> Simulation:
   """Puts a data set on the device and fits the model to it.
 
   Raises:
@@ -112,15 +206,12 @@ def build(config: RunConfig, dataset: Dataset) -> Simulation:
   text = dataset.text[:, :None if experts in ('both', 'semantic') else 0]
   if config.data.feature_scaling == 'centred':
     visual, text = content_lib.centred(visual), content_lib.centred(text)
+  elif config.data.feature_scaling == 'components':
+    visual, text = (content_lib.components([x], config.model.hidden_dim)
+                    for x in (visual, text))
   if config.model.global_memory and not text.shape[1]:
     raise UserError('--global_memory needs the semantic expert and text '
                     'features: the prototypes are clusters of texts')
-  data = dataset_lib.to_device(
-      dataset,
-      num_negatives=config.client.num_negatives,
-      sampled_negatives=config.data.sampled_negatives,
-      leaky_negatives=config.client.leaky_negatives,
-      seed=config.seed)
   content = None
   if config.model.item_embedding != 'id':
     if not (dataset.visual.any() or dataset.text.any()):
@@ -128,11 +219,20 @@ def build(config: RunConfig, dataset: Dataset) -> Simulation:
           f'--item_embedding={config.model.item_embedding} needs item '
           'features; give some, or say --item_embedding=id')
     content = content_lib.components(
-        dataset.visual, dataset.text, config.model.hidden_dim)
+        [dataset.visual, dataset.text], config.model.hidden_dim)
   return Simulation(
       config=config,
       model=FedDMMR(config.model, dataset.num_rows, visual.shape[1],
                     text.shape[1]),
       catalogue=Catalogue.from_features(visual, text, content),
-      data=data,
-      lengths=dataset.lengths)
+      data=_to_device(config, dataset),
+      lengths=dataset.lengths, dataset=dataset, cold=cold)
+
+
+def _to_device(config: RunConfig, dataset: Dataset) -> FederatedData:
+  return dataset_lib.to_device(
+      dataset,
+      num_negatives=config.client.num_negatives,
+      sampled_negatives=config.data.sampled_negatives,
+      leaky_negatives=config.client.leaky_negatives,
+      seed=config.seed)

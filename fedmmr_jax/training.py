@@ -4,14 +4,17 @@ import resource
 import statistics
 import sys
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from fedmmr_jax import acceptance
+from fedmmr_jax import evaluation
 from fedmmr_jax import federation
 from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
 from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
 from fedmmr_jax.simulation import Simulation
@@ -20,7 +23,8 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 
 
 def train(simulation: Simulation, run: RunFolder,
-          on_round: Callable[[Record], None]) -> dict[str, Any]:
+          on_round: Callable[[Record], None],
+          integrity: Sequence[IntegrityReport] = ()) -> dict[str, Any]:
   """Trains to the end, from the last saved round if there is one.
 
   Args:
@@ -28,6 +32,7 @@ def train(simulation: Simulation, run: RunFolder,
     run: an opened run folder; its metrics, checkpoints and summary are
       written.
     on_round: told each finished round's record.
+    integrity: what the checks of the features found, for the acceptance list.
 
   Returns:
     The content of `summary.json`.
@@ -56,9 +61,15 @@ def train(simulation: Simulation, run: RunFolder,
   best = rounds.load(best_round, checkpoint)
   summary = {
       split: simulation.evaluate(best.state, split)[0]
-      for split in ('val', 'test')}
+      for split in simulation.splits}
+  if simulation.cold:
+    summary['cold_popularity'] = evaluation.metrics_of(
+        simulation.rank_by_popularity('cold'))
   rounds.close()
-  summary |= describe(simulation, run.records(), best_round, wall_seconds())
+  records = run.records()
+  summary |= describe(simulation, records, best_round, wall_seconds())
+  summary['acceptance'] = acceptance.judge(
+      config, records, summary['test'], integrity)
   run.write_summary(summary)
   return summary
 

@@ -16,7 +16,7 @@ def history(n: int, padding: int = 0) -> ClientData:
   """A client that consumed 11, 12, … (n training items and two held out)."""
   items = jnp.concatenate([jnp.arange(11, 13 + n), jnp.zeros(padding, int)])
   return ClientData(items, jnp.int32(n + 2), jnp.arange(11, 11 + n),
-                    jnp.int32(n), jnp.zeros(3, int))
+                    jnp.int32(n), jnp.zeros(3, int), jnp.int32(61))
 
 
 def test_last_objective_has_a_window_for_each_positive():
@@ -137,8 +137,7 @@ def test_negatives_are_never_consumed_in_training_but_may_be_held_out():
   simulation = small.simulation(num_negatives=4)
   client = client_view(simulation.data, jnp.int32(0), simulation.max_items)
   draws = np.concatenate([np.asarray(scoring.draw_negatives(
-      jax.random.key(i), client, simulation.config,
-      simulation.model.num_rows)).ravel() for i in range(60)])
+      jax.random.key(i), client, simulation.config)).ravel() for i in range(60)])
   train = np.asarray(client.history[:int(client.num_train)])
   held_out = np.asarray(client.history[int(client.num_train):][:2])
   assert not np.isin(draws, train).any()

@@ -15,7 +15,8 @@ from tests import small
 
 def client(history, num_items, negatives) -> ClientData:
   return ClientData(jnp.array(history), jnp.int32(num_items),
-                    jnp.zeros(1, int), jnp.int32(0), jnp.array(negatives))
+                    jnp.zeros(1, int), jnp.int32(0), jnp.array(negatives),
+                    jnp.int32(8))
 
 
 # Items 1..7; the client consumed 1, 2, 3 (3 is the test target). Unconsumed:

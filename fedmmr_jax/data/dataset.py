@@ -37,6 +37,8 @@ class Dataset:
     visual: [V, F] float32 features, zero row = missing; F = 0 without.
     text: [V, F] float32 features, likewise.
     titles: [V] strings, or empty if the source has none.
+    num_cold: items at the end of the catalogue that nobody consumed, so that
+      training never draws them as negatives (see `cold.py`).
   """
 
   name: str
@@ -47,6 +49,7 @@ class Dataset:
   visual: np.ndarray
   text: np.ndarray
   titles: tuple[str, ...] = ()
+  num_cold: int = 0
 
   @property
   def num_clients(self) -> int:
@@ -93,6 +96,8 @@ class FederatedData(NamedTuple):
     avoided_length: [K] int32.
     sampled_negatives: [K, n] int32 unseen items of the sampled protocol, n =
       100 by default.
+    num_drawable: [] int32 rows of the catalogue that training negatives are
+      drawn from: V without the cold ones.
   """
 
   items: jax.Array
@@ -102,6 +107,7 @@ class FederatedData(NamedTuple):
   avoided_offset: jax.Array
   avoided_length: jax.Array
   sampled_negatives: jax.Array
+  num_drawable: jax.Array
 
 
 class ClientData(NamedTuple):
@@ -113,6 +119,7 @@ class ClientData(NamedTuple):
     avoided: [A] int32 what its training negatives avoid, ascending.
     num_avoided: [] int32.
     sampled_negatives: [n] int32.
+    num_drawable: [] int32, see `FederatedData`.
   """
 
   history: jax.Array
@@ -120,6 +127,7 @@ class ClientData(NamedTuple):
   avoided: jax.Array
   num_avoided: jax.Array
   sampled_negatives: jax.Array
+  num_drawable: jax.Array
 
   @property
   def num_train(self) -> jax.Array:
@@ -211,7 +219,8 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
       avoided_offset=jnp.asarray(
           np.cumsum(avoided_length) - avoided_length, jnp.int32),
       avoided_length=jnp.asarray(avoided_length, jnp.int32),
-      sampled_negatives=jnp.asarray(sampled, jnp.int32))
+      sampled_negatives=jnp.asarray(sampled, jnp.int32),
+      num_drawable=jnp.int32(dataset.num_rows - dataset.num_cold))
 
 
 def _distinct(dataset, count) -> tuple[np.ndarray, np.ndarray]:
@@ -252,12 +261,12 @@ def client_view(data: FederatedData, client: jax.Array,
       data.avoided, data.avoided_offset, data.avoided_length)
   return ClientData(
       history, num_items, avoided, num_avoided,
-      jnp.where(real, data.sampled_negatives[client], 0))
+      jnp.where(real, data.sampled_negatives[client], 0), data.num_drawable)
 
 
 def _check_unseen(dataset, num_consumed, num_negatives, sampled_negatives):
   client = np.argmax(num_consumed)
-  unseen = dataset.num_items - num_consumed[client]
+  unseen = dataset.num_items - dataset.num_cold - num_consumed[client]
   for flag, wanted in (('num_negatives', num_negatives),
                        ('sampled_negatives', sampled_negatives)):
     if wanted > unseen:

@@ -5,7 +5,9 @@ import pathlib
 from typing import NamedTuple
 
 from fedmmr_jax.config import DataConfig
+from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.data import features, movielens, synthetic
+from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset, from_interactions
 from fedmmr_jax.data.features import IntegrityReport
 
@@ -17,11 +19,13 @@ class Loaded(NamedTuple):
     dataset: interactions and features.
     integrity: one report for each feature matrix in use.
     dropped_users: source ids of users with too few interactions.
+    cold: items held out of training, with `--cold_items`.
   """
 
   dataset: Dataset
   integrity: tuple[IntegrityReport, ...]
   dropped_users: list[int]
+  cold: ColdSplit | None = None
 
 
 def load(config: DataConfig, seed: int) -> Loaded:
@@ -30,9 +34,14 @@ def load(config: DataConfig, seed: int) -> Loaded:
   Raises:
     UserError: anything missing, malformed or too small, with its place.
   """
-  if config.dataset == 'synthetic':
-    return _load_synthetic(config, seed)
-  return _load_movielens(config)
+  loaded = (_load_synthetic(config, seed) if config.dataset == 'synthetic'
+            else _load_movielens(config))
+  if not config.cold_items:
+    return loaded
+  dataset, cold, dropped = cold_lib.hold_out(
+      loaded.dataset, config.cold_items, seed)
+  return loaded._replace(dataset=dataset, cold=cold,
+                         dropped_users=loaded.dropped_users + dropped)
 
 
 def _load_synthetic(config: DataConfig, seed: int) -> Loaded:

@@ -1,0 +1,301 @@
+"""Several variants × several seeds -> one table and one figure.
+
+    python -m experiments.ablate --flagfile=experiments/presets/recommended.flags \\
+        --data_dir=path/to/ml-1m --variants=experiments/ablations/baselines.txt \\
+        --seeds=0,1,2 --workdir=ablation
+
+Every variant is trained from every seed, the seeds side by side in one compiled
+program, and tested at its best validation round. Differences to the first
+variant are paired over users. The folder keeps each variant's ranks: a second
+call goes on where the first one was stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+from typing import Any, Sequence
+
+from absl import flags
+import numpy as np
+from tqdm import tqdm
+
+from experiments import app
+from experiments import console
+from fedmmr_jax import ablation
+from fedmmr_jax.ablation import HEADLINES, Outcome, Variant
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data import load
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import Ranks
+
+_VARIANTS = flags.DEFINE_string(
+    'variants', 'experiments/ablations/baselines.txt', 'file with a variant a '
+    'line, name: --flag=value …; see fedmmr_jax/ablation.py')
+_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds of each variant')
+
+app.define_config_flags()
+
+TABLE, FIGURE, DATA = 'ablation.md', 'ablation.png', 'ablation.json'
+
+
+def main() -> None:
+  if not app.WORKDIR.value:
+    raise UserError('name a folder for the results with --workdir')
+  pyplot = _pyplot()  # before hours of training
+  workdir = pathlib.Path(app.WORKDIR.value)
+  seeds = _seeds()
+  base = app.config_from_flags()
+  variants = ablation.read_variants(pathlib.Path(_VARIANTS.value))
+  configs = [_configured(base, v) for v in variants]
+  loaded = load.load(base.data, base.seed)
+  print(console.data_report(loaded))
+  print(f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n',
+        flush=True)
+  folder = workdir / 'variants'
+  folder.mkdir(parents=True, exist_ok=True)
+
+  outcomes, trained = {}, None
+  for variant, config in zip(variants, configs):
+    path = folder / f'{_key(variant, config, seeds, loaded)}.npz'
+    if path.exists():
+      outcome = _load(path)
+      print(f'{variant.name}: found in {path}')
+    else:
+      needs_trained = variant.special in (ablation.ZEROED, ablation.SHUFFLED)
+      if needs_trained and trained is None:  # its ranks were kept, not its state
+        trained = _train(variants[0], configs[0], loaded, seeds)[1:]
+      if variant.special:
+        outcome = ablation.run_special(
+            variant, config, loaded, seeds, *(trained or ((), ())))
+      else:
+        outcome, *states = _train(variant, config, loaded, seeds)
+        if variant is variants[0]:
+          trained = states
+      _save(path, outcome)
+    outcomes[variant.name] = outcome
+    print(_line(variant.name, outcome), flush=True)
+
+  table = markdown(outcomes, base, seeds)
+  (workdir / TABLE).write_text(table, 'utf-8')
+  (workdir / DATA).write_text(
+      json.dumps(as_json(outcomes), indent=2, allow_nan=False) + '\n')
+  draw(pyplot, outcomes, workdir / FIGURE)
+  print(f'\n{table}\n{workdir / TABLE}   {workdir / FIGURE}   '
+        f'{workdir / DATA}')
+
+
+def _train(variant: Variant, config: RunConfig, loaded, seeds):
+  with tqdm(total=config.server.num_rounds, unit='round', disable=None,
+            file=sys.stdout, desc=variant.name) as bar:
+    def on_round(number, text):
+      if text:
+        tqdm.write(f'{variant.name}  round {number}/{config.server.num_rounds}'
+                   f'  val HR@10{text}', file=sys.stdout)
+        sys.stdout.flush()
+      bar.update()
+    return ablation.run_trained(config, loaded, seeds, on_round)
+
+
+def markdown(outcomes: dict[str, Outcome], base: RunConfig,
+             seeds: Sequence[int]) -> str:
+  """Two tables: ranking on the test item, and what training showed."""
+  names = list(outcomes)
+  baseline = outcomes[names[0]]
+  users = baseline.ranks['test'].full.shape[1]
+  rows = []
+  for name, outcome in outcomes.items():
+    row = [name]
+    for protocol, metric in HEADLINES:
+      row.append(f'{np.mean(outcome.of_each_seed(protocol, metric)):.4f}')
+      d = outcome.difference(baseline, protocol, metric)
+      row.append('' if outcome is baseline else
+                 f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]'
+                 + ('' if d.is_clear else ' n.s.'))
+    row += [f'{np.mean(outcome.of_each_seed(*which)):.4f}'
+            for which in (('sampled', 'NDCG@10'), ('full', 'HR@10'))]
+    row.append(', '.join(map(str, outcome.best_rounds)) or '–')
+    rows.append(row)
+  figures = [[name, *(_figure(o.first_training[f], o.training[f])
+                      for f in ablation.TRAINING_FIGURES), f'{o.seconds:.0f}']
+             for name, o in outcomes.items()]
+  cold = [[name, *(f'{np.mean(o.of_each_seed(*which, "cold")):.4f}'
+                   for which in _COLD_METRICS)]
+          for name, o in outcomes.items() if 'cold' in o.ranks]
+  if cold:
+    cold = ['', 'Items held out of training, ranked as new ones for the clients '
+            'that consumed one:', '', *_pipes(
+                ['variant', *(f'{metric} {protocol}'
+                              for protocol, metric in _COLD_METRICS)], cold)]
+  return '\n'.join([
+      f'# {base.data.dataset}: {len(outcomes)} variants, seeds '
+      + ', '.join(map(str, seeds)),
+      '',
+      f'Test item of {users} users at each seed\'s best validation round; mean '
+      f'of {len(seeds)} seed(s). Differences are to “{names[0]}”, in brackets '
+      'the 95 % interval of a bootstrap over users, paired; n.s. marks one '
+      'that includes 0.',
+      '',
+      *_pipes(['variant', 'HR@10 sampled', 'difference', 'NDCG@10 full',
+               'difference', 'NDCG@10 sampled', 'HR@10 full', 'best rounds'],
+              rows),
+      *cold,
+      '',
+      'Training, first round → last round, mean over the seeds '
+      '(gradients: mean norm of a local step; hardest tenth: its share of the '
+      'contrastive loss).',
+      '',
+      *_pipes(['variant', *(_TITLES.get(f, f)
+                            for f in ablation.TRAINING_FIGURES), 'seconds'],
+              figures), ''])
+
+
+_COLD_METRICS = (('sampled', 'HR@10'), ('sampled', 'NDCG@10'),
+                 ('full', 'HR@10'), ('full', 'NDCG@10'))
+_TITLES = {
+    'rec_loss': 'rec. loss', 'contrastive_loss': 'contrastive',
+    'w_visual': 'router vis.', 'w_semantic': 'router sem.',
+    'hardest_share': 'hardest tenth', 'gradient_backbone': 'grad. backbone',
+    'gradient_visual': 'grad. visual', 'gradient_semantic': 'grad. semantic'}
+
+
+def as_json(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+  """Every seed's metrics and the differences, for programs."""
+  baseline = next(iter(outcomes.values()))
+  return {name: {
+      'seeds': {split: {f'{protocol} {metric}': o.of_each_seed(
+          protocol, metric, split)
+                        for protocol in ('sampled', 'full')
+                        for metric in ('HR@10', 'NDCG@10')}
+                for split in o.ranks},
+      'difference': {f'{protocol} {metric}': o.difference(
+          baseline, protocol, metric)._asdict()
+                     for protocol, metric in HEADLINES},
+      'best_rounds': o.best_rounds, 'training': o.training,
+      'first_training': o.first_training, 'seconds': o.seconds}
+          for name, o in outcomes.items()}
+
+
+def draw(pyplot, outcomes: dict[str, Outcome], path: pathlib.Path) -> None:
+  """Differences to the baseline with their intervals, a panel a metric."""
+  baseline, *others = outcomes.items()
+  figure, axes = pyplot.subplots(
+      1, 2, sharey=True, figsize=(10, 1.2 + 0.38 * len(others)),
+      layout='constrained', squeeze=False)
+  for axis, (protocol, metric) in zip(axes[0], HEADLINES):
+    for row, (name, outcome) in enumerate(others):
+      d = outcome.difference(baseline[1], protocol, metric)
+      colour = ('#59636e' if not d.is_clear
+                else '#0969da' if d.mean > 0 else '#bc4c00')
+      axis.plot([d.low, d.high], [row, row], color=colour, linewidth=2)
+      axis.plot(d.mean, row, 'o', color=colour)
+    axis.axvline(0, color='#1b1f24', linewidth=0.8)
+    value = np.mean(baseline[1].of_each_seed(protocol, metric))
+    axis.set_xlabel(f'{metric}, {protocol}: difference to {value:.4f}')
+    axis.grid(axis='x', color='#d1d9e0', linewidth=0.6)
+    axis.spines[['top', 'right', 'left']].set_visible(False)
+    axis.tick_params(axis='y', length=0)
+  axes[0][0].set_yticks(range(len(others)), [name for name, _ in others])
+  axes[0][0].invert_yaxis()
+  figure.suptitle(f'Differences to “{baseline[0]}”, 95 % intervals')
+  figure.savefig(path, dpi=150)
+
+
+def _pyplot():
+  try:
+    import matplotlib
+  except ImportError:
+    raise UserError('the figure needs matplotlib: pip install '
+                    "'fedmmr_jax[figures]'") from None
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+  return pyplot
+
+
+def _seeds() -> list[int]:
+  try:
+    seeds = [int(text) for text in _SEEDS.value]
+  except ValueError:
+    raise UserError(f'--seeds={",".join(_SEEDS.value)}: not whole numbers with '
+                    'commas between them') from None
+  if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+    raise UserError(f'--seeds={",".join(_SEEDS.value)}: name distinct seeds '
+                    'of 0 or more')
+  return seeds
+
+
+def _configured(base: RunConfig, variant: Variant) -> RunConfig:
+  values = base.as_flat_dict()
+  for name, text in variant.flags.items():
+    if name not in values:
+      raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: there is '
+                      f'no setting --{name}')
+    # The data is loaded once for all variants.
+    if name in dataclasses.asdict(base.data) and name != 'feature_scaling' or (
+        name == 'seed'):
+      raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: --{name} '
+                      'is the same for all variants; give it on the command '
+                      'line')
+    try:
+      values[name] = flags.FLAGS[name].parser.parse(text)
+    except ValueError as error:
+      raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: --{name}='
+                      f'{text}: {error}') from None
+  try:
+    return RunConfig.from_flat_dict(values).validate()
+  except UserError as error:
+    raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: {error}'
+                    ) from None
+
+
+def _key(variant: Variant, config: RunConfig, seeds, loaded) -> str:
+  """A file name that changes with whatever the result depends on."""
+  told = json.dumps([variant.special, config.as_flat_dict(), list(seeds),
+                     loaded.dataset.fingerprint()], sort_keys=True)
+  slug = ''.join(c if c.isalnum() else '-' for c in variant.name.lower())
+  return f'{slug}-{hashlib.sha256(told.encode()).hexdigest()[:8]}'
+
+
+def _save(path: pathlib.Path, outcome: Outcome) -> None:
+  arrays = {f'{split}/{name}': value
+            for split, ranks in outcome.ranks.items()
+            for name, value in ranks._asdict().items()}
+  told = json.dumps({**outcome._asdict(), 'ranks': None})
+  temporary = path.with_suffix('.tmp')
+  with temporary.open('wb') as file:
+    np.savez_compressed(file, outcome=told, **arrays)
+  temporary.replace(path)
+
+
+def _load(path: pathlib.Path) -> Outcome:
+  try:
+    with np.load(path) as saved:
+      told = json.loads(str(saved['outcome']))
+      splits = {name.split('/')[0] for name in saved.files if '/' in name}
+      ranks = {split: Ranks(*(saved[f'{split}/{name}']
+                              for name in Ranks._fields)) for split in splits}
+      return Outcome(**{**told, 'ranks': ranks})
+  except Exception as error:  # NumPy raises what the damage leads to
+    raise UserError(f'{path}: damaged ({error}); delete it, and the variant '
+                    'is trained again') from None
+
+
+def _line(name: str, outcome: Outcome) -> str:
+  return f'{name}: test ' + ', '.join(
+      f'{metric} {protocol} '
+      + ' '.join(f'{v:.4f}' for v in outcome.of_each_seed(protocol, metric))
+      for protocol, metric in HEADLINES) + f', {outcome.seconds:.0f} s'
+
+
+def _figure(first: float | None, last: float | None) -> str:
+  return '–' if last is None else f'{first:.3g} → {last:.3g}'
+
+
+def _pipes(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  lines = [header, ['---'] * len(header), *rows]
+  return ['| ' + ' | '.join(line) + ' |' for line in lines]
+
+
+if __name__ == '__main__':
+  app.run(main)

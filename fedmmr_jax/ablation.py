@@ -1,0 +1,266 @@
+"""Several variants × several seeds -> one comparison, paired over users.
+
+A variants file has a line each, `name: --flag=value --flag=value`, the flags
+over those of the command line; `#` starts a comment. The first variant is the
+baseline that differences are taken to. In place of flags, or in front of them,
+a line may name something that is not trained by rounds:
+
+    @popularity   items by their training interactions
+    @local_only   every client trains alone for --local_epochs
+    @zeroed       the first variant's checkpoints, all features taken away
+    @shuffled     the same, each item with another's features
+"""
+
+import pathlib
+import re
+import statistics
+import time
+from typing import Any, Callable, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmmr_jax import federation
+from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax import training
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.load import Loaded
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.federation import FederationState
+from fedmmr_jax.simulation import Simulation
+from fedmmr_jax.statistics import Difference, paired_bootstrap
+
+POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
+ZEROED, SHUFFLED = '@zeroed', '@shuffled'
+SPECIAL = (POPULARITY, LOCAL_ONLY, ZEROED, SHUFFLED)
+# More than this for the states of all seeds, and they run one after another.
+SIDE_BY_SIDE_BYTES = 4e9
+HEADLINES = (('sampled', 'HR@10'), ('full', 'NDCG@10'))
+TRAINING_FIGURES = (
+    'rec_loss', 'contrastive_loss', 'w_visual', 'w_semantic', 'hardest_share',
+    'gradient_backbone', 'gradient_visual', 'gradient_semantic')
+
+
+class Variant(NamedTuple):
+  """One line of a variants file.
+
+  Attributes:
+    name: its row in the table.
+    special: one of SPECIAL, or '' for a trained variant.
+    flags: name -> text of the flags it changes.
+  """
+
+  name: str
+  special: str
+  flags: dict[str, str]
+
+
+class Outcome(NamedTuple):
+  """What a variant reached.
+
+  Attributes:
+    ranks: split -> Ranks with axes [seeds, users]; 'cold' has other users.
+    best_rounds: of each seed; empty where nothing was trained by rounds.
+    training: `TRAINING_FIGURES` of the last round, mean over the seeds.
+    first_training: the same of the first round.
+    seconds: in all.
+  """
+
+  ranks: dict[str, Ranks]
+  best_rounds: list[int]
+  training: dict[str, float | None]
+  first_training: dict[str, float | None]
+  seconds: float
+
+  def of_each_user(self, protocol: str, metric: str,
+                   split: str = 'test') -> np.ndarray:
+    """[users] a metric, mean over the seeds."""
+    ranks = getattr(self.ranks[split], protocol)
+    return np.mean(
+        [metrics_lib.ranking_of_each(r)[metric] for r in ranks], axis=0)
+
+  def of_each_seed(self, protocol: str, metric: str,
+                   split: str = 'test') -> list[float]:
+    """A metric, mean over the users."""
+    ranks = getattr(self.ranks[split], protocol)
+    return [metrics_lib.ranking(r)[metric] for r in ranks]
+
+  def difference(self, baseline: 'Outcome', protocol: str,
+                 metric: str) -> Difference:
+    """To another variant, on the test split, paired over users."""
+    return paired_bootstrap(self.of_each_user(protocol, metric),
+                            baseline.of_each_user(protocol, metric))
+
+
+def read_variants(path: pathlib.Path) -> list[Variant]:
+  """Parses a variants file.
+
+  Raises:
+    UserError: it cannot be read, a line is malformed, or a name comes twice.
+  """
+  try:
+    lines = path.read_text('utf-8').splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'{path}: cannot be read ({error})') from None
+  variants = []
+  for number, line in enumerate(lines, 1):
+    line = line.split('#')[0].strip()
+    if line:
+      variants.append(_parse(line, f'{path}, line {number}'))
+  names = [v.name for v in variants]
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(f'{path}: the name {name!r} comes twice')
+  if not variants:
+    raise UserError(f'{path}: no variant; a line is name: --flag=value …')
+  if variants[0].special:
+    raise UserError(f'{path}: the first variant is the baseline, and must be '
+                    f'trained by rounds, not {variants[0].special}')
+  return variants
+
+
+def _parse(line: str, place: str) -> Variant:
+  name, colon, rest = line.partition(':')
+  if not colon or not name.strip():
+    raise UserError(f'{place}: {line!r} is not name: --flag=value …')
+  special, flags = '', {}
+  for word in rest.split():
+    match = re.fullmatch(r'--(\w+)=(.*)', word)
+    if word in SPECIAL and not special and not flags:
+      special = word
+    elif match:
+      flags[match[1]] = match[2]
+    else:
+      raise UserError(
+          f'{place}: {word!r} is neither --flag=value nor, in front, one of '
+          + ', '.join(SPECIAL))
+  return Variant(name.strip(), special, flags)
+
+
+def run_trained(config: RunConfig, loaded: Loaded, seeds: Sequence[int],
+                on_round: Callable[[int, str], None]
+                ) -> tuple[Outcome, list[Simulation], list[FederationState]]:
+  """Trains a variant from every seed and tests each at its best round.
+
+  Args:
+    config: the variant's settings; its own seed plays no part.
+    loaded: the data.
+    seeds: of the runs.
+    on_round: told each finished round and how it went.
+
+  Returns:
+    The outcome, and each seed's simulation and best state.
+  """
+  started = time.perf_counter()
+  base = simulation_lib.build(config, loaded.dataset, loaded.cold)
+  simulations = [base.with_seed(seed) for seed in seeds]
+  size = sum(x.size * x.dtype.itemsize
+             for x in jax.tree.leaves(jax.eval_shape(base.init_state)))
+  groups = ([simulations] if size * len(seeds) <= SIDE_BY_SIDE_BYTES
+            else [[s] for s in simulations])
+  best: list[_Best] = []
+  first, last = [], []
+  for group in groups:
+    best_of_group, first_means, last_means = _train_group(group, on_round)
+    best += best_of_group
+    first += first_means
+    last += last_means
+  ranks = {split: _stacked([
+      simulation.evaluate(b.state, split)[1]
+      for simulation, b in zip(simulations, best)]) for split in base.splits}
+  outcome = Outcome(ranks, [b.round for b in best], _mean(last), _mean(first),
+                    time.perf_counter() - started)
+  return outcome, simulations, [b.state for b in best]
+
+
+class _Best(NamedTuple):
+  """The best round of one seed so far, by validation HR@10."""
+
+  value: float
+  round: int
+  state: FederationState
+
+
+def _train_group(simulations, on_round):
+  """Trains seeds side by side, as one compiled program.
+
+  Returns:
+    (best of each seed, its training metrics of the first round, of the last).
+  """
+  base, config = simulations[0], simulations[0].config
+  states = jax.tree.map(
+      lambda *x: jnp.stack(x), *[s.init_state() for s in simulations])
+  best = [_Best(-1.0, 0, None)] * len(simulations)
+  first = None
+  for number in range(1, config.server.num_rounds + 1):
+    cohorts = jnp.stack([s.sample_cohort(number) for s in simulations])
+    keys = jnp.stack([federation.round_key(s.config.seed, number)
+                      for s in simulations])
+    states, means = federation.run_round_of_seeds(
+        base.model, base.compiled_config, base.max_items, states, cohorts,
+        keys, base.catalogue, base.data)
+    if first is None or number == config.server.num_rounds:
+      last = [metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
+              for i in range(len(simulations))]
+      first = first or last
+    text = ''
+    if training.due(number, config):
+      for i, simulation in enumerate(simulations):
+        state = jax.tree.map(lambda x: x[i], states)
+        # Control variates are of no use in testing, and large.
+        state = state._replace(controls=None)
+        value = simulation.evaluate(state, 'val')[0]['sampled']['HR@10']
+        if value > best[i].value:
+          best[i] = _Best(value, number, state)
+        text += f' {value:.4f}'
+    on_round(number, text)
+  return best, first, last
+
+
+def run_special(variant: Variant, config: RunConfig, loaded: Loaded,
+                seeds: Sequence[int], simulations: Sequence[Simulation],
+                states: Sequence[FederationState]) -> Outcome:
+  """The outcome of a variant that is not trained by rounds.
+
+  Args:
+    variant: which.
+    config: its settings.
+    loaded: the data.
+    seeds: of the runs.
+    simulations: of the first variant, one a seed.
+    states: its best states.
+  """
+  started = time.perf_counter()
+  if variant.special in (ZEROED, SHUFFLED):
+    changed = [s.with_features(variant.special[1:]) for s in simulations]
+    ranks = {split: _stacked([
+        simulation.evaluate(state, split)[1]
+        for simulation, state in zip(changed, states)])
+             for split in changed[0].splits}
+  else:
+    base = simulation_lib.build(config, loaded.dataset, loaded.cold)
+    found = []
+    for seed in seeds:
+      simulation = base.with_seed(seed)
+      if variant.special == POPULARITY:
+        found.append({
+            split: simulation.rank_by_popularity(split)
+            for split in base.splits})
+      else:
+        found.append(simulation.rank_local_only(simulation.init_state()))
+    ranks = {split: _stacked([f[split] for f in found]) for split in found[0]}
+  nothing = dict.fromkeys(TRAINING_FIGURES)
+  return Outcome(ranks, [], nothing, nothing, time.perf_counter() - started)
+
+
+def _stacked(ranks: Sequence[Ranks]) -> Ranks:
+  return jax.tree.map(lambda *x: np.stack(x), *ranks)
+
+
+def _mean(means: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+  return {name: None if means[0].get(name) is None
+          else statistics.mean(m[name] for m in means)
+          for name in TRAINING_FIGURES}

@@ -1,0 +1,106 @@
+"""The acceptance list of the original's report, each point measured.
+
+A point is {'name', 'target', 'measured', 'passed'}: `passed` is None where the
+run has nothing to measure, a model without experts for instance.
+"""
+
+import math
+from typing import Any, Sequence
+
+from fedmmr_jax import windows
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.features import IntegrityReport
+
+HR_TARGET = 0.55
+ROUTER_RANGE = (0.3, 0.7)
+CONTRASTIVE_RANGE = (2.0, 4.0)
+
+Point = dict[str, Any]
+
+
+def judge(config: RunConfig, records: Sequence[dict[str, Any]],
+          test: dict[str, dict[str, float]],
+          integrity: Sequence[IntegrityReport]) -> list[Point]:
+  """The list for one finished run.
+
+  Args:
+    config: its settings.
+    records: the lines of its `metrics.jsonl`.
+    test: its test metrics, {'sampled': …, 'full': …}.
+    integrity: reports of the feature matrices that were checked at start.
+  """
+  first, last = records[0]['train'], records[-1]['train']
+  hit_rate = test['sampled']['HR@10']
+  return [
+      _point('test HR@10, sampled', f'> {HR_TARGET}', f'{hit_rate:.4f}',
+             hit_rate > HR_TARGET),
+      _router(first, last),
+      _contrastive(last, config),
+      _gradient_flow(last, config),
+      _integrity(integrity),
+  ]
+
+
+def _point(name, target, measured, passed) -> Point:
+  return {'name': name, 'target': target, 'measured': measured,
+          'passed': passed}
+
+
+def _router(first, last) -> Point:
+  low, high = ROUTER_RANGE
+  name, target = 'router weights', f'each expert in {low} to {high} at the end'
+  if None in (last['w_visual'], last['w_semantic']):
+    return _point(name, target, 'no router in this run', None)
+  weights = ((expert, first[f'w_{expert}'], last[f'w_{expert}'])
+             for expert in ('visual', 'semantic'))
+  return _point(
+      name, target,
+      ', '.join(f'{expert} {_text(start)} -> {end:.2f}'
+                for expert, start, end in weights),
+      all(low <= last[f'w_{expert}'] <= high
+          for expert in ('visual', 'semantic')))
+
+
+def _contrastive(last, config: RunConfig) -> Point:
+  low, high = CONTRASTIVE_RANGE
+  name, target = 'contrastive loss', f'{low:g} to {high:g}'
+  value = last['contrastive_loss']
+  if value is None:
+    return _point(name, target, 'no positive had both experts', None)
+  chance = math.log(windows.targets_of_step(config))
+  why = ''
+  if value > high:
+    why = (f'; guessing among the {windows.targets_of_step(config)} positives '
+           f'of a step gives {chance:.2f}: the experts\' outputs are '
+           + ('worse than unrelated' if value > chance else 'barely related'))
+  elif value < low:
+    why = ('; the experts tell which output belongs to the same item'
+           + (': both see the candidate itself'
+              if config.model.expert_input == 'candidate' else ''))
+  return _point(name, target, f'{value:.2f}{why}', low <= value <= high)
+
+
+def _gradient_flow(last, config: RunConfig) -> Point:
+  name = 'gradient reaching the experts'
+  target = 'no gate, and a gradient at both'
+  norms = [(part, last.get(f'gradient_{part}'))
+           for part in ('visual', 'semantic', 'backbone')]
+  if all(norm is None for part, norm in norms if part != 'backbone'):
+    return _point(name, target, 'no experts in this run', None)
+  fusion = config.model.fusion
+  measured = f'{fusion}; mean norm of a step: ' + ', '.join(
+      f'{part} {_text(norm, 4)}' for part, norm in norms)
+  return _point(name, target, measured, fusion == 'residual' and all(
+      norm is not None and norm > 0 for _, norm in norms))
+
+
+def _integrity(reports: Sequence[IntegrityReport]) -> Point:
+  name, target = 'feature integrity', 'every matrix passed its checks'
+  if not reports:
+    return _point(name, target, 'no features in this run', None)
+  return _point(name, target, ', '.join(
+      f'{r.kind}: {r.covered} of {r.catalogue} items' for r in reports), True)
+
+
+def _text(value: float | None, digits: int = 2) -> str:
+  return '-' if value is None else f'{value:.{digits}f}'

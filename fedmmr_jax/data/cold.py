@@ -1,0 +1,93 @@
+"""Items held out of training, to see whether a new one can be recommended.
+
+Interactions with the held-out (cold) items are taken away from all clients, and
+the items moved to the end of the catalogue, where training negatives are not
+drawn. Each client's latest cold item is then its target, as if it appeared now:
+ranked at the end of the client's history, against everything unconsumed.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from fedmmr_jax.data.dataset import Dataset, MIN_INTERACTIONS
+from fedmmr_jax.errors import UserError
+
+COLD_STREAM = 5  # see federation.COHORT_STREAM
+
+
+class ColdSplit(NamedTuple):
+  """What cold items are evaluated on.
+
+  Attributes:
+    dataset: the clients and the catalogue of the training set, with what was
+      taken away: the other cold items first, where no window reaches them
+      unless a history is short, and the target last.
+    clients: [n] who has a target.
+  """
+
+  dataset: Dataset
+  clients: np.ndarray
+
+
+def hold_out(dataset: Dataset, share: float,
+             seed: int) -> tuple[Dataset, ColdSplit, list[int]]:
+  """Splits a share of the items off.
+
+  Args:
+    dataset: with its features.
+    share: of the items, in (0, 1).
+    seed: of the choice.
+
+  Returns:
+    The training set, the split, and the source ids of users left out because
+    fewer than MIN_INTERACTIONS of their interactions remain.
+
+  Raises:
+    UserError: no client or no cold item remains.
+  """
+  rng = np.random.default_rng([seed, COLD_STREAM])
+  num_cold = round(share * dataset.num_items)
+  is_cold = np.zeros(dataset.num_rows, bool)
+  is_cold[1 + rng.choice(dataset.num_items, num_cold, replace=False)] = True
+  dataset = _cold_last(dataset, is_cold)
+  first_cold = dataset.num_rows - num_cold
+
+  warm, full, clients, dropped = [], [], [], []
+  for client in range(dataset.num_clients):
+    sequence = dataset.sequence(client)
+    cold = sequence[sequence >= first_cold]
+    rest = sequence[sequence < first_cold]
+    if len(rest) < MIN_INTERACTIONS:
+      dropped.append(int(dataset.user_ids[client]))
+      continue
+    if len(cold):
+      clients.append(len(warm))
+    warm.append(rest)
+    full.append(np.concatenate([cold[:-1], rest, cold[-1:]]))
+  if not clients:
+    raise UserError(
+        f'--cold_items={share}: nobody has consumed the {num_cold} items held '
+        'out, or too little else; hold more out, or fewer')
+  kept = dataclasses.replace(dataset, num_cold=num_cold, user_ids=np.delete(
+      dataset.user_ids, np.flatnonzero(np.isin(dataset.user_ids, dropped))))
+  return (_with_sequences(kept, warm),
+          ColdSplit(_with_sequences(kept, full), np.array(clients)), dropped)
+
+
+def _cold_last(dataset: Dataset, is_cold: np.ndarray) -> Dataset:
+  """The same data with its catalogue reordered: cold items at the end."""
+  order = np.argsort(is_cold, kind='stable')  # old row of each new one
+  new_row = np.argsort(order)
+  return dataclasses.replace(
+      dataset, items=new_row[dataset.items].astype(np.int32),
+      item_ids=dataset.item_ids[order], visual=dataset.visual[order],
+      text=dataset.text[order],
+      titles=tuple(dataset.titles[i] for i in order) if dataset.titles else ())
+
+
+def _with_sequences(dataset: Dataset, sequences: list[np.ndarray]) -> Dataset:
+  return dataclasses.replace(
+      dataset, items=np.concatenate(sequences),
+      offsets=np.concatenate([[0], np.cumsum(list(map(len, sequences)))]))

@@ -1,0 +1,70 @@
+"""The local-only baseline: every client trains its own copy of the initial
+model and nobody aggregates. What it reaches beyond popularity a client can
+learn alone."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from fedmmr_jax import client as client_lib
+from fedmmr_jax import evaluation
+from fedmmr_jax import memory as memory_lib
+from fedmmr_jax import vocabulary
+from fedmmr_jax import windows
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.dataset import FederatedData, client_view
+from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.server import ServerState
+
+
+@partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
+def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
+             server: ServerState, clients: jax.Array, key: jax.Array,
+             splits_from_end: jax.Array, catalogue: Catalogue,
+             data: FederatedData) -> Ranks:
+  """Trains each client alone for `local_epochs` and ranks its targets.
+
+  Args:
+    model: the architecture.
+    config: static settings.
+    max_items: H, the longest client's number of interactions.
+    server: the state that all start from.
+    clients: [G, C] int32, −1 where none.
+    key: of the training.
+    splits_from_end: [n] int32, see `evaluation.SPLITS`.
+    catalogue: item features.
+    data: all clients' data.
+
+  Returns:
+    Ranks with axes [G, C, n].
+  """
+  broadcast = server.broadcast(catalogue, config)
+  empty = memory_lib.init(config.memory)
+
+  def rank_one(client, max_steps):
+    view = client_view(data, client, max_items)
+    update = client_lib.local_update(
+        model, config, broadcast, view, empty, None,
+        jax.random.fold_in(key, client), max_steps)
+    ids = update.vocabulary.ids
+    trained = jax.tree.map(
+        jnp.add, vocabulary.take(broadcast.params, ids), update.delta)
+    own = broadcast._replace(params=vocabulary.put(
+        broadcast.params, ids, update.vocabulary.is_first, trained))
+
+    def rank(from_end):
+      target_at = jnp.maximum(view.num_items - from_end, 0)
+      scores = evaluation.score_catalogue(
+          model, config, own, evaluation.window_before(
+              view, target_at, config.model.max_seq_len), update.memory)
+      return evaluation.rank_client(scores, view, target_at)
+    return jax.lax.map(rank, splits_from_end)
+
+  def rank_chunk(chunk):
+    views = jax.vmap(lambda c: client_view(data, c, max_items))(chunk)
+    max_steps = jnp.max(windows.num_steps(views.num_train, config))
+    return jax.vmap(rank_one, (0, None))(chunk, max_steps)
+
+  return jax.lax.map(rank_chunk, clients)

@@ -1,0 +1,45 @@
+"""The popularity baseline: items ranked by how often they were consumed in
+training, the same for everybody."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmmr_jax import evaluation
+from fedmmr_jax.data.dataset import (
+    Dataset, FederatedData, HELD_OUT, client_view)
+from fedmmr_jax.evaluation import Ranks
+
+
+def training_counts(dataset: Dataset) -> np.ndarray:
+  """[V] int: training interactions with each item."""
+  position = np.arange(len(dataset.items))
+  ends = np.repeat(dataset.offsets[1:] - HELD_OUT, dataset.lengths)
+  return np.bincount(
+      dataset.items[position < ends], minlength=dataset.num_rows)
+
+
+def rank(counts: np.ndarray, data: FederatedData, clients: np.ndarray,
+         split: str, max_items: int) -> Ranks:
+  """Ranks of the clients' targets, [n] on the host.
+
+  Args:
+    counts: [V] scores of the items.
+    data: all clients' data.
+    clients: [n] whom to rank.
+    split: a key of `evaluation.SPLITS`.
+    max_items: H, the longest client's number of interactions.
+  """
+  ranks = _rank(jnp.asarray(counts, jnp.float32), data, clients,
+                evaluation.SPLITS[split], max_items)
+  return jax.tree.map(np.asarray, ranks)
+
+
+@partial(jax.jit, static_argnames='max_items')
+def _rank(scores, data, clients, from_end, max_items) -> Ranks:
+  def rank_one(client):
+    view = client_view(data, client, max_items)
+    return evaluation.rank_client(scores, view, view.num_items - from_end)
+  return jax.lax.map(rank_one, clients)
