@@ -72,7 +72,7 @@ def _contrastive(last, config: RunConfig) -> Point:
   if value > high:
     why = (f'; guessing among the {windows.targets_of_step(config)} positives '
            f'of a step gives {chance:.2f}: the experts\' outputs are '
-           + ('worse than unrelated' if value > chance else 'barely related'))
+           + ('unrelated' if value > chance else 'barely related'))
   elif value < low:
     why = ('; the experts tell which output belongs to the same item'
            + (': both see the candidate itself'

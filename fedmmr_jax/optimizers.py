@@ -101,11 +101,12 @@ def server_direction(config: ServerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: ServerConfig) -> optax.GradientTransformation:
-  """Muon (Jordan et al. 2024) for the weight matrices, Adam for the rest.
+  """Muon (Jordan et al. 2024) for the weight matrices, Adam for the rest,
+  both with Nesterov's momentum.
 
-  A matrix takes its momentum with all singular values set to 1, scaled to
-  entries of root mean square 1, which is what Adam's first step has: one
-  learning rate serves both.
+  A matrix takes its momentum with all singular values set to about 1, scaled
+  to entries of root mean square 1, which is what Adam's steps have at most:
+  one learning rate serves both.
   """
   return optax.contrib.muon(
       -1.0,  # a learning rate would be multiplied with −1

@@ -172,7 +172,7 @@ class Simulation:
       return _Ranked(self.data, self.max_items, self.evaluated_clients, split)
     # A cold item stands where the test item stands otherwise.
     return _Ranked(
-        _to_device(self.config, self.cold.dataset),
+        _to_device(self.config, self.cold.dataset, trains=False),
         int(self.cold.dataset.lengths.max()), self.cold.clients, 'test')
 
   @property
@@ -229,10 +229,11 @@ def build(config: RunConfig, dataset: Dataset,
       lengths=dataset.lengths, dataset=dataset, cold=cold)
 
 
-def _to_device(config: RunConfig, dataset: Dataset) -> FederatedData:
+def _to_device(config: RunConfig, dataset: Dataset,
+               trains: bool = True) -> FederatedData:
   return dataset_lib.to_device(
       dataset,
-      num_negatives=config.client.num_negatives,
+      num_negatives=config.client.num_negatives if trains else 0,
       sampled_negatives=config.data.sampled_negatives,
       leaky_negatives=config.client.leaky_negatives,
       seed=config.seed)

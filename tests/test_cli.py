@@ -35,26 +35,6 @@ def refused(*flags, binary='train') -> str:
   return lines[0]
 
 
-@pytest.fixture
-def ml_1m(tmp_path):
-  """A tiny set in MovieLens-1M's own format, with features."""
-  folder = tmp_path / 'ml-1m'
-  folder.mkdir()
-  rng = np.random.default_rng(0)
-  lines = [f'{user}::{item}::5::{1000 + t}'
-           for user in range(1, 7)
-           for t, item in enumerate(rng.permutation(np.arange(1, 31))[:9])]
-  (folder / 'ratings.dat').write_text('\n'.join(lines) + '\n')
-  (folder / 'movies.dat').write_bytes('\n'.join(
-      f'{i}::Amélie {i} (2001)::Drama' for i in range(1, 31)
-  ).encode('latin-1'))
-  for kind, width in (('visual', 8), ('text', 6)):
-    matrix = rng.normal(size=(31, width)).astype(np.float32)
-    matrix[0] = 0
-    np.save(folder / f'{kind}_features.npy', matrix)
-  return folder
-
-
 def test_train_evaluate_inspect(ml_1m, tmp_path):
   workdir = tmp_path / 'run'
   out, _ = run('train', *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')

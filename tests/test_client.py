@@ -47,6 +47,69 @@ def test_windows_never_reach_the_held_out_items():
     assert max(batch.windows.max(), batch.targets.max()) <= 16
 
 
+def test_a_target_further_ahead_stays_inside_the_training_items():
+  # Training items 11..16; of a window 13, 14, 15 the next items are 14, 15, 16.
+  batch = windows.cut_windows(
+      history(6), jnp.arange(2), jnp.array([True, True]), 3, 3,
+      jnp.array([[0, 1, 2], [1, 0, 2]]))
+  np.testing.assert_array_equal(batch.windows, [[13, 14, 15], [0, 11, 12]])
+  np.testing.assert_array_equal(batch.targets, [[14, 16, 16], [12, 12, 15]])
+  np.testing.assert_array_equal(
+      batch.valid, [[True, True, True], [False, True, True]])
+
+
+def test_shifted_windows_end_later_and_the_last_in_nothing():
+  # Training items 11..16; all windows end one item later.
+  batch = windows.cut_windows(
+      history(6), jnp.arange(2), jnp.array([True, True]), 3, 3, shift=1)
+  np.testing.assert_array_equal(batch.windows, [[14, 15, 16], [11, 12, 13]])
+  np.testing.assert_array_equal(
+      batch.targets * batch.valid, [[15, 16, 0], [12, 13, 14]])
+  np.testing.assert_array_equal(
+      batch.valid, [[True, True, False], [True, True, True]])
+
+
+@pytest.mark.parametrize('shift', range(3))
+def test_shifted_windows_cover_each_target_once(shift):
+  for n in range(2, 12):
+    count = windows.num_windows(n + shift, 3)
+    batch = windows.cut_windows(
+        history(n), jnp.arange(count), jnp.ones(count, bool), 3, 3,
+        shift=shift)
+    targets = np.asarray(batch.targets)[np.asarray(batch.valid)]
+    assert sorted(targets.tolist()) == list(range(12, 11 + n))
+
+
+def window_order(own, most, **changes):
+  config = small.config(**changes)
+  return client_lib._window_order(
+      config, jax.random.key(3), jnp.int32(own), most).tolist()
+
+
+def test_windows_come_shuffled_or_in_time_order():
+  shuffled = window_order(6, 9)
+  assert sorted(shuffled[:6]) == list(range(6)) != shuffled[:6]
+  # Window 0 is the latest.
+  assert window_order(6, 9, window_order='chronological')[:6] == [
+      5, 4, 3, 2, 1, 0]
+
+
+def test_a_step_limit_takes_some_windows_in_time_order():
+  taken = window_order(6, 9, window_order='chronological', max_local_steps=2,
+                       batch_size=2)[:4]
+  assert taken == sorted(window_order(6, 9)[:4], reverse=True)
+
+
+def test_a_step_limit_limits_steps_weights_and_clock():
+  simulation = small.simulation(
+      objective='all_positions', negatives='shared', batch_size=1,
+      max_local_steps=2)
+  update = updater(simulation)(index=8)  # 28 training items, 5 windows of 6
+  assert windows.num_steps(28, simulation.config) == 2
+  assert update.weight == 12
+  assert update.metrics['rec_loss'].weight <= 12
+
+
 @pytest.mark.parametrize('n, stride, expected', [
     (0, 1, 0), (1, 1, 0), (2, 1, 1), (7, 1, 6), (7, 3, 2), (8, 3, 3)])
 def test_num_windows(n, stride, expected):

@@ -301,3 +301,36 @@ def test_the_scale_of_surprise_comes_from_the_config():
 def test_infonce_is_finite_where_nothing_is_valid():
   loss = losses.symmetric_infonce(jnp.eye(2), jnp.eye(2), ~BOTH, 0.07)
   assert np.isfinite(loss).all()
+
+
+def test_hardest_tenth_by_hand():
+  # 20 samples: the 2 hardest are numbers 3 and 7, with losses 4 and 2 of 24.
+  surprise = np.linspace(0.0, 0.5, 20)
+  surprise[[3, 7]] = [0.9, 0.8]
+  loss = np.ones(20)
+  loss[[3, 7]] = [4.0, 2.0]
+  everyone = np.ones(20, bool)
+  share = losses.hardest_share(jnp.array(loss), jnp.array(surprise), everyone)
+  assert float(share) == pytest.approx(6 / 24)
+  # An invalid sample is neither hard nor counted.
+  valid = everyone.copy()
+  valid[3] = False
+  share = losses.hardest_share(jnp.array(loss), jnp.array(surprise), valid)
+  assert float(share) == pytest.approx(2 / 20)
+  assert losses.hardest_share(
+      jnp.array(loss), jnp.array(surprise), ~everyone) == 0
+
+
+def test_hard_samples_count_more_with_weights_and_less_with_temperature():
+  rng = np.random.default_rng(0)
+  shared = rng.normal(size=(40, 8))
+  visual = jnp.array(shared + 0.8 * rng.normal(size=(40, 8)))
+  semantic = jnp.array(shared + 0.8 * rng.normal(size=(40, 8)))
+  rec = jnp.array(rng.uniform(0, 6, 40))
+  everyone = jnp.ones(40, bool)
+  share = {drift: float(losses.combine(
+      LossConfig(drift=drift, surprise_scale=2.0), rec, everyone, visual,
+      semantic, everyone, 0.0).hardest_share)
+           for drift in ('instance_weight', 'none', 'adaptive_temperature')}
+  assert share['instance_weight'] > share['none']
+  assert share['adaptive_temperature'] < share['none']

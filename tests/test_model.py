@@ -1,5 +1,6 @@
 """The composed model: causality, padding, masks, exactness of factoring."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -227,3 +228,83 @@ def test_row_zero_starts_at_zero():
   *_, params = build()
   assert not params['item_embedding'][0].any()
   assert params['item_embedding'][1:].any(axis=1).all()
+
+
+CANDIDATE = small.config(
+    dropout=0.0, expert_input='candidate', router_input='features').model
+VIEW = jnp.array([2, 4])
+
+
+def seen(catalogue, apply, items, view=VIEW):
+  return apply(items, catalogue, feddmmr.view_memory(catalogue, view),
+               method='candidates')
+
+
+def changed(catalogue, kind, item):
+  """The catalogue with another feature row of an item outside the memory."""
+  matrix = getattr(catalogue, kind)
+  return catalogue._replace(**{kind: matrix.at[item].add(1.0)})
+
+
+@pytest.mark.parametrize('kind, own, other', [
+    ('visual', 'visual', 'semantic'), ('text', 'semantic', 'visual')])
+def test_an_expert_sees_its_candidates_own_feature(kind, own, other):
+  _, catalogue, apply, _ = build(CANDIDATE)
+  items = jnp.array([6, 7])
+  before = seen(catalogue, apply, items)
+  after = seen(changed(catalogue, kind, 6), apply, items)
+  assert (getattr(before, own)[0] != getattr(after, own)[0]).any()
+  np.testing.assert_array_equal(getattr(before, other), getattr(after, other))
+  assert (before.weights[0] != after.weights[0]).any()  # the router sees it too
+  small.assert_trees_equal(jax.tree.map(lambda x: x[1], before),
+                           jax.tree.map(lambda x: x[1], after))
+
+
+def test_the_originals_semantic_expert_and_router_see_no_candidate_feature():
+  _, catalogue, apply, params = build()
+  items = jnp.array([6])
+  small.assert_trees_equal(
+      seen(catalogue, apply, items),
+      seen(changed(catalogue, 'text', 6), apply, items))
+  assert 'candidate' not in params['visual_expert']
+
+
+def test_a_candidate_with_features_needs_no_memory():
+  _, catalogue, apply, _ = build(CANDIDATE)
+  # 3 has no image, 5 no text.
+  got = seen(catalogue, apply, jnp.array([1, 3, 5]), jnp.zeros(2, jnp.int32))
+  np.testing.assert_array_equal(
+      got.available, [[True, True], [False, True], [True, False]])
+  assert np.isfinite(got.auxiliary).all()
+
+
+def test_expert_outputs_start_as_small_as_asked():
+  _, catalogue, apply, _ = build(CANDIDATE)
+  tenth = dataclasses.replace(CANDIDATE, expert_init_scale=0.1)
+  _, _, apply_tenth, _ = build(tenth)
+  items = jnp.arange(1, 9)
+  np.testing.assert_allclose(
+      seen(catalogue, apply_tenth, items).auxiliary,
+      0.1 * seen(catalogue, apply, items).auxiliary, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('experts, groups', [
+    ('both', {'visual_expert', 'semantic_expert', 'router'}),
+    ('visual', {'visual_expert', 'router'}),
+    ('semantic', {'semantic_expert', 'router'}), ('none', set())])
+def test_experts_that_are_left_out_have_no_parameters(experts, groups):
+  params = small.simulation(experts=experts).init_state().server.params
+  assert groups == {'visual_expert', 'semantic_expert', 'router'} & set(params)
+
+
+@pytest.mark.parametrize('scaling, width', [
+    ('none', 12), ('centred', 12), ('components', 16)])
+def test_scaled_features_keep_missing_rows_and_mean_nothing(scaling, width):
+  catalogue = small.simulation(feature_scaling=scaling).catalogue
+  assert catalogue.visual.shape[1] == width
+  present = np.asarray(catalogue.has_visual)
+  assert not present[[0, 3, 7]].any() and present.sum() == len(present) - 3
+  if scaling != 'none':
+    rows = np.asarray(catalogue.visual)[present]
+    np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-6)
+    assert (rows ** 2).sum(axis=1).mean() == pytest.approx(1, rel=1e-5)

@@ -73,7 +73,8 @@ def hold_out(dataset: Dataset, share: float,
   kept = dataclasses.replace(dataset, num_cold=num_cold, user_ids=np.delete(
       dataset.user_ids, np.flatnonzero(np.isin(dataset.user_ids, dropped))))
   return (_with_sequences(kept, warm),
-          ColdSplit(_with_sequences(kept, full), np.array(clients)), dropped)
+          ColdSplit(_with_sequences(dataclasses.replace(kept, num_cold=0), full),
+                    np.array(clients)), dropped)
 
 
 def _cold_last(dataset: Dataset, is_cold: np.ndarray) -> Dataset:

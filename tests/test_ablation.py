@@ -1,0 +1,159 @@
+"""Variants files, seeds, and the tables of `experiments.ablate`."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fedmmr_jax import ablation
+from fedmmr_jax.ablation import Outcome, Variant
+from fedmmr_jax.data.load import Loaded
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import Ranks
+from tests import small
+from tests.test_cli import ROOT, TINY, refused, run
+
+
+def variants(tmp_path, text):
+  path = tmp_path / 'variants.txt'
+  path.write_text(text)
+  return ablation.read_variants(path)
+
+
+def test_a_variants_file(tmp_path):
+  assert variants(tmp_path, '''
+      # a comment
+      full:
+      ids only: --item_embedding=id --experts=none  # and one more
+      alone: @local_only --local_epochs=3
+  ''') == [
+      Variant('full', '', {}),
+      Variant('ids only', '', {'item_embedding': 'id', 'experts': 'none'}),
+      Variant('alone', '@local_only', {'local_epochs': '3'})]
+
+
+@pytest.mark.parametrize('text, message', [
+    ('', 'no variant'),
+    ('full', "line 1: 'full' is not name"),
+    (': --seed=1', 'is not name'),
+    ('full:\nother: seed=1', "line 2: 'seed=1' is neither"),
+    ('full:\nother: @nonsense', "'@nonsense' is neither"),
+    ('full:\nfull: --seed=1', "'full' comes twice"),
+    ('pop: @popularity', 'the first variant is the baseline')])
+def test_a_malformed_variants_file(tmp_path, text, message):
+  with pytest.raises(UserError, match=message):
+    variants(tmp_path, text)
+
+
+def test_the_files_that_come_along_are_well_formed():
+  files = sorted((ROOT / 'experiments' / 'ablations').glob('*.txt'))
+  assert files
+  for path in files:
+    assert len(ablation.read_variants(path)) > 2
+
+
+def outcome(sampled, full=None):
+  full = sampled if full is None else full
+  ranks = Ranks(np.array(full), np.array(sampled), np.zeros_like(full))
+  nothing = dict.fromkeys(ablation.TRAINING_FIGURES)
+  return Outcome({'test': ranks}, [1], nothing, nothing, 1.0)
+
+
+def test_users_are_averaged_over_seeds_before_they_are_compared():
+  # Seeds × users; hit at 10 where the rank is below 10.
+  ours, baseline = outcome([[0, 20, 3], [0, 5, 20]]), outcome([[0, 20, 20]] * 2)
+  np.testing.assert_allclose(
+      ours.of_each_user('sampled', 'HR@10'), [1.0, 0.5, 0.5])
+  assert ours.of_each_seed('sampled', 'HR@10') == [2 / 3, 2 / 3]
+  difference = ours.difference(baseline, 'sampled', 'HR@10')
+  assert difference.mean == pytest.approx(1 / 3)
+
+
+@pytest.fixture(scope='module')
+def trained():
+  config = small.config(num_rounds=2, client_fraction=0.5)
+  loaded = Loaded(small.dataset(), (), [])
+  told = []
+  found = ablation.run_trained(
+      config, loaded, [0, 1], lambda number, text: told.append(number))
+  return config, loaded, told, found
+
+
+def test_every_seed_is_tested_at_its_own_best_round(trained):
+  config, loaded, told, (found, simulations, states) = trained
+  assert told == [1, 2]
+  assert found.ranks['test'].full.shape == (2, loaded.dataset.num_clients)
+  for i, (simulation, state) in enumerate(zip(simulations, states)):
+    assert simulation.config.seed == i
+    metrics, _ = simulation.evaluate(state, 'test')
+    assert found.of_each_seed('full', 'NDCG@10')[i] == metrics['full']['NDCG@10']
+    assert int(state.server.round) == found.best_rounds[i]
+
+
+def test_features_that_are_taken_away_change_the_ranks(trained):
+  config, loaded, _, (found, simulations, states) = trained
+  ranks = {change: ablation.run_special(
+      Variant(change, change, {}), config, loaded, [0, 1], simulations,
+      states).ranks['test'].full for change in ('@zeroed', '@shuffled')}
+  assert (ranks['@zeroed'] != found.ranks['test'].full).any()
+  assert (ranks['@shuffled'] != ranks['@zeroed']).any()
+
+
+def test_baselines_rank_everybody(trained):
+  config, loaded, *_ = trained
+  for special in ('@popularity', '@local_only'):
+    ranks = ablation.run_special(
+        Variant(special, special, {}), config, loaded, [0, 1], [], []).ranks
+    assert ranks['test'].full.shape == (2, loaded.dataset.num_clients)
+    assert ranks['val'].full.shape == (2, loaded.dataset.num_clients)
+
+
+def test_a_client_alone_learns_its_own_training_items():
+  # Many local epochs: its ranks beat those of the model it started from.
+  simulation = small.simulation(local_epochs=40, client_learning_rate=0.01,
+                                dropout=0.0)
+  state = simulation.init_state()
+  before = simulation.evaluate(state, 'test')[1]
+  after = simulation.rank_local_only(state)
+  assert sorted(after) == ['test', 'val']
+  assert (after['test'].full != before.full).any()
+  assert not after['test'].bad_scores.any()
+
+
+def test_ablate_writes_a_table_a_figure_and_goes_on(ml_1m, tmp_path):
+  (tmp_path / 'v.txt').write_text(
+      'full:\nbackbone: --experts=none\npopular: @popularity\n')
+  arguments = [*TINY, f'--data_dir={ml_1m}', f'--variants={tmp_path / "v.txt"}',
+               '--seeds=0,1', f'--workdir={tmp_path / "out"}']
+  out, _ = run('ablate', *arguments)
+  assert '| backbone |' in out
+  for name in ('ablation.md', 'ablation.png', 'ablation.json'):
+    assert (tmp_path / 'out' / name).stat().st_size > 100
+  told = json.loads((tmp_path / 'out' / 'ablation.json').read_text())
+  assert list(told) == ['full', 'backbone', 'popular']
+  assert len(told['full']['seeds']['test']['sampled HR@10']) == 2
+  assert told['full']['difference']['full NDCG@10']['mean'] == 0
+  table = (tmp_path / 'out' / 'ablation.md').read_text()
+  again, _ = run('ablate', *arguments)
+  assert again.count('found in') == 3
+  assert (tmp_path / 'out' / 'ablation.md').read_text() == table
+
+
+@pytest.mark.parametrize('line, message', [
+    ('--nonsense=1', 'there is no setting --nonsense'),
+    ('--num_rounds=few', '--num_rounds=few'),
+    ('--num_rounds=0', 'below its minimum'),
+    ('--top_k_users=3', 'the same for all variants')])
+def test_ablate_refuses_a_bad_variant(ml_1m, tmp_path, line, message):
+  (tmp_path / 'v.txt').write_text(f'full:\nother: {line}\n')
+  error = refused(*TINY, f'--data_dir={ml_1m}',
+                  f'--variants={tmp_path / "v.txt"}',
+                  f'--workdir={tmp_path / "out"}', binary='ablate')
+  assert "variant 'other'" in error and message in error
+
+
+@pytest.mark.parametrize('seeds', ['', '1,1', 'one', '-1'])
+def test_ablate_refuses_bad_seeds(ml_1m, tmp_path, seeds):
+  error = refused(*TINY, f'--data_dir={ml_1m}', f'--seeds={seeds}',
+                  f'--workdir={tmp_path / "out"}', binary='ablate')
+  assert '--seeds' in error
