@@ -155,7 +155,8 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   """
   stride = window_stride(config.client, config.model.max_seq_len)
   batch_size = config.client.batch_size
-  most_windows = batch_size * num_steps(client.history.shape[0], config)
+  own_windows = num_windows(client.num_train, stride)
+  most_windows = num_windows(client.history.shape[0], stride)
   vocabulary = _round_vocabulary(model, config, client, key)
   sent = vocabulary_lib.take(broadcast.params, vocabulary.ids)
   optimizer = optimizers.client_optimizer(
@@ -163,22 +164,16 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
           _correction(config, broadcast, control), vocabulary.ids))
 
   def epoch(number, state):
-    shift_key, order_key = jax.random.split(_epoch_key(key, number))
-    shift = 0
-    if config.client.shift_windows:
-      shift = jax.random.randint(shift_key, (), 0, stride)
-    own_windows = num_windows(
-        client.num_train + shift * (client.num_train > 1), stride)
-    order = _window_order(config, order_key, own_windows, most_windows)
+    order = _window_order(
+        config, _order_key(key, number), own_windows, most_windows)
 
     def step(i, state):
       rank = i * batch_size + jnp.arange(batch_size)
       index = order.at[rank].get(mode='fill', fill_value=0)
-      negative_key, dropout_key, target_key = _step_keys(key, number, i)
+      negative_key, dropout_key = _step_keys(key, number, i)
       data = StepData(
           batch=cut_windows(client, index, rank < own_windows, stride,
-                            config.model.max_seq_len,
-                            _ahead(target_key, config, stride), shift),
+                            config.model.max_seq_len),
           negative=draw_negatives(negative_key, client, config),
           catalogue=broadcast.catalogue,
           view=memory_view(state.memory, broadcast, config),
@@ -237,32 +232,23 @@ def _round_vocabulary(model, config, client, key) -> Vocabulary:
   steps = jnp.arange(num_steps(client.history.shape[0] - HELD_OUT, config))
 
   def negative(epoch, i):  # the draw that the step will make again
-    negative_key, _, _ = _step_keys(key, epoch, i)
+    negative_key, _ = _step_keys(key, epoch, i)
     return draw_negatives(negative_key, client, config)
 
   negatives = jax.vmap(jax.vmap(negative, (None, 0)), (0, None))(epochs, steps)
   return vocabulary_lib.touched([client.history, negatives], catalogue)
 
 
-def _epoch_key(key, epoch) -> jax.Array:
-  """Key of how an epoch cuts and orders its windows."""
+def _order_key(key, epoch) -> jax.Array:
+  """Key of the order in which an epoch takes its windows."""
   return jax.random.fold_in(jax.random.fold_in(key, epoch), 0)
 
 
-def _step_keys(key, epoch, step) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Keys of a step's negatives, of its dropout and of its targets."""
+def _step_keys(key, epoch, step) -> tuple[jax.Array, jax.Array]:
+  """Keys of a step's negatives and of its dropout."""
   step_key = jax.random.fold_in(jax.random.fold_in(key, epoch), step + 1)
   negative_key, dropout_key = jax.random.split(step_key)
-  return negative_key, dropout_key, jax.random.fold_in(step_key, 2)
-
-
-def _ahead(key, config, stride) -> jax.Array | int:
-  """[B, Q] int32 how far after the next item each target lies."""
-  horizon = config.client.target_horizon
-  if horizon == 1:
-    return 0
-  return jax.random.randint(
-      key, (config.client.batch_size, stride), 0, horizon)
+  return negative_key, dropout_key
 
 
 class StepData(NamedTuple):

@@ -168,12 +168,6 @@ class ClientConfig:
       'last', 'last: a window predicts the item after it; all_positions: '
       'every position of a window predicts its next item',
       choices=('last', 'all_positions'))
-  shift_windows: bool = _field(
-      False, 'start the cutting of windows at another item each pass, so that '
-      'a target does not always have the same context (all_positions)')
-  target_horizon: int = _field(
-      1, 'a position predicts one of the next so many items, drawn anew each '
-      'time; 1: always the next one', minimum=1)
   negatives: str = _field(
       'per_sample', 'per_sample: each target draws its own negatives; shared: '
       'one draw a step serves all its targets',

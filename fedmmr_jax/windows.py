@@ -54,8 +54,6 @@ def num_steps(num_train, config: RunConfig):
   """Local steps of one epoch; works on ints, NumPy and traced arrays."""
   stride = window_stride(config.client, config.model.max_seq_len)
   batch_size = config.client.batch_size
-  if config.client.shift_windows:  # at most; see `cut_windows`
-    num_train = num_train + (stride - 1) * (num_train > 1)
   steps = (num_windows(num_train, stride) + batch_size - 1) // batch_size
   limit = config.client.max_local_steps
   return _at_most(steps, limit) if limit else steps
@@ -74,8 +72,7 @@ def _at_most(value, limit: int):
 
 
 def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,
-                stride: int, max_seq_len: int, ahead: jax.Array | int = 0,
-                shift: jax.Array | int = 0) -> Batch:
+                stride: int, max_seq_len: int) -> Batch:
   """The windows of given numbers; window 0 ends at the latest positive.
 
   Counted from the end, so that only the earliest window is short and the
@@ -87,23 +84,15 @@ def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,
     present: [B] bool, False for padding windows.
     stride: see `window_stride`.
     max_seq_len: L.
-    ahead: [B, Q] int32 how many items after the next one a target lies; at
-      the end of the training sequence as many as there are.
-    shift: [] int32 below `stride`: so many items later all windows end, the
-      last of them in nothing.
   """
-  # Position of the last target.
-  end = client.num_train - 1 + shift - index * stride
+  end = client.num_train - 1 - index * stride  # position of the last target
   offset = jnp.arange(-max_seq_len, 1)
   position = end[:, None] + offset  # [B, L + 1]: the window and one more
-  inside = ((position >= 0) & (position < client.num_train)
-            & present[:, None])
-  windows = jnp.where(inside, client.history[position], 0)[:, :-1]
+  inside = (position >= 0) & present[:, None]
+  items = jnp.where(inside, client.history[position], 0)
   # As many targets as the window moves on: Q = stride.
-  target_at = jnp.minimum(position[:, -stride:] + ahead, client.num_train - 1)
   return Batch(
-      windows=windows,
-      targets=jnp.where(
-          inside[:, -stride:], client.history[target_at], 0),
+      windows=items[:, :-1],
+      targets=items[:, -stride:],
       # A target needs an item before it.
-      valid=inside[:, -stride - 1:-1] & inside[:, -stride:])
+      valid=inside[:, -stride - 1:-1])

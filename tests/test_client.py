@@ -47,39 +47,6 @@ def test_windows_never_reach_the_held_out_items():
     assert max(batch.windows.max(), batch.targets.max()) <= 16
 
 
-def test_a_target_further_ahead_stays_inside_the_training_items():
-  # Training items 11..16; of a window 13, 14, 15 the next items are 14, 15, 16.
-  batch = windows.cut_windows(
-      history(6), jnp.arange(2), jnp.array([True, True]), 3, 3,
-      jnp.array([[0, 1, 2], [1, 0, 2]]))
-  np.testing.assert_array_equal(batch.windows, [[13, 14, 15], [0, 11, 12]])
-  np.testing.assert_array_equal(batch.targets, [[14, 16, 16], [12, 12, 15]])
-  np.testing.assert_array_equal(
-      batch.valid, [[True, True, True], [False, True, True]])
-
-
-def test_shifted_windows_end_later_and_the_last_in_nothing():
-  # Training items 11..16; all windows end one item later.
-  batch = windows.cut_windows(
-      history(6), jnp.arange(2), jnp.array([True, True]), 3, 3, shift=1)
-  np.testing.assert_array_equal(batch.windows, [[14, 15, 16], [11, 12, 13]])
-  np.testing.assert_array_equal(
-      batch.targets * batch.valid, [[15, 16, 0], [12, 13, 14]])
-  np.testing.assert_array_equal(
-      batch.valid, [[True, True, False], [True, True, True]])
-
-
-@pytest.mark.parametrize('shift', range(3))
-def test_shifted_windows_cover_each_target_once(shift):
-  for n in range(2, 12):
-    count = windows.num_windows(n + shift, 3)
-    batch = windows.cut_windows(
-        history(n), jnp.arange(count), jnp.ones(count, bool), 3, 3,
-        shift=shift)
-    targets = np.asarray(batch.targets)[np.asarray(batch.valid)]
-    assert sorted(targets.tolist()) == list(range(12, 11 + n))
-
-
 def window_order(own, most, **changes):
   config = small.config(**changes)
   return client_lib._window_order(
