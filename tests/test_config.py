@@ -40,8 +40,6 @@ def test_defaults_are_valid():
 def test_field_names_are_unique_across_groups():
   names = [field.name for field in FIELDS]
   assert len(names) == len(set(names))
-  assert not {f.name for f in dataclasses.fields(RunConfig)
-              if f.name != 'seed'} & set(names)
 
 
 @pytest.mark.parametrize('field', FIELDS, ids=lambda f: f.name)
@@ -109,7 +107,9 @@ def test_unknown_choice(field):
 def test_every_choice_is_accepted(field):
   assert field.default in field.metadata['choices']
   for choice in field.metadata['choices']:
-    config(**{'data_dir': 'folder', field.name: choice}).validate()
+    # Of the client optimizers only sgd goes with all of drift control.
+    config(**{'data_dir': 'folder', 'client_optimizer': 'sgd',
+              field.name: choice}).validate()
 
 
 @pytest.mark.parametrize('field', having('minimum'))

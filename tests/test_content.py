@@ -27,7 +27,7 @@ def test_components_by_hand():
   # One direction, centred at 2: -1, 1 -> length 1 each; the sign is chosen so
   # that the largest entry is positive.
   visual = np.array([[0.], [1.], [3.]], np.float32)
-  got = content.components(visual, np.zeros((3, 0), np.float32), 2)
+  got = content.components([visual, np.zeros((3, 0), np.float32)], 2)
   np.testing.assert_allclose(got[:, 1], 0)
   np.testing.assert_allclose(np.abs(got[:, 0]), [0, 1, 1])
   assert got[1, 0] == -got[2, 0]
@@ -35,7 +35,7 @@ def test_components_by_hand():
 
 def test_components_keep_the_geometry_of_the_features():
   visual, text = features()
-  got = content.components(visual, text, 16)
+  got = content.components([visual, text], 16)
   assert got.shape == (40, 16) and got.dtype == np.float32
   assert not got[0].any()
   np.testing.assert_allclose(
@@ -46,7 +46,7 @@ def test_components_keep_the_geometry_of_the_features():
   # Scale and offset of a modality do not matter.
   moved = np.where(visual.any(1, keepdims=True), visual * 7 + 3, 0)
   np.testing.assert_allclose(
-      np.abs(content.components(moved, text, 16)), np.abs(got),
+      np.abs(content.components([moved, text], 16)), np.abs(got),
       rtol=1e-3, atol=1e-4)
 
 
@@ -54,8 +54,8 @@ def test_components_keep_the_geometry_of_the_features():
 def test_one_modality_is_enough(kind):
   visual, text = features()
   empty = np.zeros((40, 0), np.float32)
-  got = content.components(visual if kind == 'visual' else empty,
-                           text if kind == 'text' else empty, 4)
+  got = content.components([visual if kind == 'visual' else empty,
+                            text if kind == 'text' else empty], 4)
   assert got[1:].any() and np.isfinite(got).all()
 
 

@@ -6,11 +6,13 @@ import shutil
 import jax
 import pytest
 
+from experiments import console
 from fedmmr_jax import checkpoint as checkpoint_lib
 from fedmmr_jax import report
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
 from fedmmr_jax.checkpoint import Progress, Rounds
+from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
 from tests import small
@@ -50,7 +52,9 @@ def test_writes_every_file_of_the_contract(straight):
   for line in lines:
     assert set(line['train']) == {
         'loss', 'rec_loss', 'contrastive_loss', 'load_balance_loss',
-        'w_visual', 'w_semantic', 'instance_weight', 'memory_fill'}
+        'w_visual', 'w_semantic', 'instance_weight', 'hardest_share',
+        'gradient_backbone', 'gradient_visual', 'gradient_semantic',
+        'memory_fill'}
     assert 1 <= line['train']['instance_weight'] <= 1.5
     assert line['train']['w_visual'] + line['train']['w_semantic'] == (
         pytest.approx(1, abs=1e-5))
@@ -178,6 +182,37 @@ def test_a_run_is_continued_with_its_own_settings_only(straight):
   with pytest.raises(UserError, match='other data'):
     RunFolder(path).start(
         small.config(), small.dataset(seed=1))
+
+
+def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
+  path = tmp_path / 'run'
+  train(path, num_rounds=1, server_schedule='cosine')
+  with pytest.raises(UserError, match='--num_rounds=1, not 2'):
+    RunFolder(path).start(
+        small.config(num_rounds=2, server_schedule='cosine'), small.dataset())
+
+
+def test_a_run_with_control_variates_resumes_as_if_straight(tmp_path):
+  changes = dict(drift_control='scaffold', client_optimizer='sgd',
+                 client_learning_rate=0.05, server_optimizer='fedmuon',
+                 server_learning_rate=0.01)
+  train(tmp_path / 'straight', num_rounds=3, **changes)
+  train(tmp_path / 'resumed', num_rounds=2, **changes)
+  train(tmp_path / 'resumed', num_rounds=3, **changes)
+  small.assert_trees_equal(final_state(tmp_path / 'straight', 3),
+                           final_state(tmp_path / 'resumed', 3))
+
+
+def test_cold_items_and_acceptance_are_in_the_summary(tmp_path):
+  dataset, cold, _ = cold_lib.hold_out(small.dataset(), 0.2, seed=0)
+  simulation = simulation_lib.build(small.config(), dataset, cold)
+  run = RunFolder(tmp_path / 'run')
+  run.start(simulation.config, dataset)
+  summary = training.train(simulation, run, lambda record: None)
+  assert set(summary['cold']) == set(summary['cold_popularity']) == {
+      'sampled', 'full'}
+  assert len(summary['acceptance']) == 5
+  assert 'cold items by popularity, full' in console.final_table(summary)
 
 
 def test_a_folder_with_a_run_is_refused_without_resume(straight):
