@@ -69,13 +69,31 @@ def banner(simulation: Simulation) -> str:
       *(f'  {line}' for line in _fusion_lines(simulation)),
       f'  loss       cross-entropy against {c.num_negatives} negatives '
       f'({c.negatives}), {c.objective}; drift: {drift}',
-      f'  client     {c.client_optimizer} {c.client_learning_rate:g}, '
+      f'  client     {_stepping(c)}, '
       f'epochs {c.local_epochs}, batch {c.batch_size} '
       f'({steps:.0f} steps on average)',
-      f'  server     {s.server_optimizer} {s.server_learning_rate:g}, '
+      f'  server     {s.server_optimizer} {s.server_learning_rate:g}'
+      f'{_decay(s.server_schedule)}, '
       f'{size} of {len(simulation.lengths)} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
   ])
+
+
+def _stepping(config) -> str:
+  """How a client makes its steps."""
+  optimizer = config.client_optimizer
+  if config.drift_control == 'mime_lite':
+    optimizer = 'the server optimizer (MimeLite)'
+  elif config.drift_control == 'scaffold':
+    optimizer += ' with SCAFFOLD'
+  if config.proximal_mu:
+    optimizer += f', FedProx {config.proximal_mu:g}'
+  return (f'{optimizer} {config.client_learning_rate:g}'
+          f'{_decay(config.client_schedule)}')
+
+
+def _decay(schedule: str) -> str:
+  return '' if schedule == 'constant' else f' ({schedule} decay)'
 
 
 def _fusion_lines(simulation: Simulation) -> list[str]:

@@ -36,6 +36,10 @@ _TEXT = flags.DEFINE_string(
     'text_features', None, 'the text feature matrix, if it has moved')
 _CLIENTS = flags.DEFINE_integer(
     'eval_clients', None, 'rank so many clients (0 = all)')
+_FEATURES = flags.DEFINE_enum(
+    'features', 'trained', ['trained', 'zeroed', 'shuffled'], 'what the experts '
+    'see of the items; zeroed: nothing, shuffled: each item has another\'s. '
+    'Does the model look at them?')
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of a table')
 _WARM_MEMORY = flags.DEFINE_boolean(
     'warm_memory', None, 'fill the memories of clients that were never '
@@ -59,6 +63,8 @@ def main() -> None:
     raise UserError(f'{run.path}: --split=cold needs a run with --cold_items')
   like = Checkpoint(simulation.init_state(), Progress.start())
   state = rounds.load(number, like).state
+  if _FEATURES.value != 'trained':
+    simulation = simulation.with_features(_FEATURES.value)
   metrics, _ = simulation.evaluate(state, _SPLIT.value)
   if _PROTOCOL.value != 'both':
     metrics = {_PROTOCOL.value: metrics[_PROTOCOL.value]}
@@ -66,7 +72,7 @@ def main() -> None:
     print(json.dumps({'round': number, _SPLIT.value: metrics}, indent=2,
                      allow_nan=False))
   else:
-    print(f'{run.path}, round {number}\n')
+    print(f'{run.path}, round {number}, features as {_FEATURES.value}\n')
     print(console.ranking_table({_SPLIT.value: metrics}))
 
 

@@ -99,8 +99,9 @@ def aggregate(state: ServerState, upload: Upload, total_weight: jax.Array,
       config, state.params, state.opt_state, delta, mean_control, state.round)
   control = state.control
   if control is not None:  # keeps it the weighted mean of all clients'
+    total = jnp.where(total_weight > 0, total_weight, 1.0)
     control = jax.tree.map(
-        lambda c, change: c + change / total_weight, control, upload.control)
+        lambda c, change: c + change / total, control, upload.control)
   return ServerState(
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,

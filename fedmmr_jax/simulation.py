@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax import content as content_lib
-from fedmmr_jax import (
-    evaluation, federation, local_only, metrics, popularity)
+from fedmmr_jax import evaluation, federation, local_only, metrics, popularity
 from fedmmr_jax.config import DataConfig, EvaluationConfig, RunConfig
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
@@ -21,6 +20,7 @@ from fedmmr_jax.memory import Memory
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.windows import num_positives
 
+SHUFFLE_STREAM = 7  # see federation.COHORT_STREAM
 
 class _Ranked(NamedTuple):
   """What a split is ranked on."""
@@ -29,9 +29,6 @@ class _Ranked(NamedTuple):
   max_items: int
   clients: np.ndarray
   split: str  # a key of `evaluation.SPLITS`
-
-
-SHUFFLE_STREAM = 7  # see federation.COHORT_STREAM
 
 
 @dataclasses.dataclass(frozen=True)

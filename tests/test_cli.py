@@ -64,6 +64,9 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   summary = json.loads((workdir / 'summary.json').read_text())
   out, _ = run('evaluate', f'--workdir={workdir}', '--json')
   assert json.loads(out)['test'] == summary['test']
+  blind, _ = run('evaluate', f'--workdir={workdir}', '--json',
+                 '--features=zeroed')
+  assert json.loads(blind)['test'] != summary['test']
   out, _ = run('evaluate', f'--workdir={workdir}', '--json', '--eval_clients=1')
   assert set(json.loads(out)['test']['full'].values()) != set(
       summary['test']['full'].values())
