@@ -4,6 +4,7 @@
 JSON is strict: a value that is not a number is null, never NaN.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ from fedmmr_jax.errors import UserError
 
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
 SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
+LOCK = '.lock'
 # Settings that may change when a run is continued
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = (
@@ -30,6 +32,7 @@ class RunFolder:
 
   def __init__(self, path: str | pathlib.Path):
     self.path = pathlib.Path(path)
+    self._lock = None  # an open file, while this process trains here
 
   def holds_run(self) -> bool:
     return any((self.path / name).exists()
@@ -50,19 +53,20 @@ class RunFolder:
 
   def start(self, config: RunConfig, dataset: Dataset) -> None:
     """Writes `config.json` and `ids.json` (what the rows of the checkpoints
-    mean), or checks that they fit when a run is continued.
+    mean), or checks that they fit when a run is continued. From then on no
+    other process may start here, until this object is gone.
 
     Raises:
-      UserError: the folder's run had other settings or other data, or the
-        folder cannot be written.
+      UserError: the folder's run had other settings or other data, another
+        process trains in it, or it cannot be written.
     """
+    self._hold()
     versions = _versions()
     if (self.path / CONFIG).exists():
       self._check_same(config)
       self.check_data(dataset)
       versions = self._read(CONFIG, 'versions')
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
       self._write(CONFIG, {
           'flags': config.as_flat_dict(),
           'versions': versions,
@@ -71,6 +75,21 @@ class RunFolder:
           'user_ids': dataset.user_ids.tolist(),
           'item_ids': dataset.item_ids.tolist(),
           'titles': dataset.titles}, indent=None)
+    except OSError as error:
+      raise UserError(
+          f'--workdir={self.path}: cannot be written ({error.strerror})'
+      ) from None
+
+  def _hold(self) -> None:
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._lock = (self.path / LOCK).open('w')
+      # The kernel lets go of it when the process ends, however it ends.
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(
+          f'--workdir={self.path}: another process is training in this folder; '
+          'wait for it, or name another folder') from None
     except OSError as error:
       raise UserError(
           f'--workdir={self.path}: cannot be written ({error.strerror})'

@@ -22,6 +22,7 @@ from fedmmr_jax.windows import num_positives
 
 SHUFFLE_STREAM = 7  # see federation.COHORT_STREAM
 
+
 class _Ranked(NamedTuple):
   """What a split is ranked on."""
 

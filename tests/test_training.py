@@ -184,6 +184,15 @@ def test_a_run_is_continued_with_its_own_settings_only(straight):
         small.config(), small.dataset(seed=1))
 
 
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+  first, second = RunFolder(tmp_path / 'run'), RunFolder(tmp_path / 'run')
+  first.start(small.config(), small.dataset())
+  with pytest.raises(UserError, match='another process is training'):
+    second.start(small.config(), small.dataset())
+  del first  # as when its process ends
+  RunFolder(tmp_path / 'run').start(small.config(), small.dataset())
+
+
 def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
   path = tmp_path / 'run'
   train(path, num_rounds=1, server_schedule='cosine')
