@@ -1,15 +1,20 @@
-"""Looks into the checkpoints of a run, without its flags or its data.
+"""Looks into the checkpoints of a run, without its flags and, but for
+`recommend`, without its data.
 
     python -m experiments.inspect_checkpoint --workdir=RUN list
     python -m experiments.inspect_checkpoint --workdir=RUN show ROUND
     python -m experiments.inspect_checkpoint --workdir=RUN compare ROUND ROUND
     python -m experiments.inspect_checkpoint --workdir=RUN memory ROUND USER
+    python -m experiments.inspect_checkpoint --workdir=RUN recommend ROUND USER
+    python -m experiments.inspect_checkpoint --workdir=RUN export ROUND FILE.npz
 
 ROUND is a number, `best` or `last`; USER is the id in the data set. `--json`
-prints the same for programs.
+prints the same for programs. `recommend` takes `--k`, and `--data_dir` if the
+data has moved.
 """
 
 import json
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -19,13 +24,20 @@ import numpy as np
 from experiments import app
 from experiments import console
 from fedmmr_jax import memory as memory_lib
-from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data import load
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
 
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
+_K = flags.DEFINE_integer('k', 10, 'how many items to recommend', lower_bound=1)
+_DATA_DIR = flags.DEFINE_string(
+    'data_dir', None, 'folder of the data set, if it has moved')
 
-USAGE = 'list | show ROUND | compare ROUND ROUND | memory ROUND USER'
+USAGE = ('list | show ROUND | compare ROUND ROUND | memory ROUND USER | '
+         'recommend ROUND USER | export ROUND FILE.npz')
 
 
 def main(*words: str) -> None:
@@ -39,6 +51,11 @@ def main(*words: str) -> None:
     case ['memory', which, user]:
       content, text = show_memory(
           run, rounds, app.find_round(rounds, which), user)
+    case ['recommend', which, user]:
+      content, text = recommend(
+          run, rounds, app.find_round(rounds, which), user)
+    case ['export', which, path]:
+      content, text = export(rounds, app.find_round(rounds, which), path)
     case ['compare', first, second]:
       content, text = compare(rounds, app.find_round(rounds, first),
                               app.find_round(rounds, second))
@@ -151,6 +168,64 @@ def compare(rounds: Rounds, first: int, second: int) -> tuple[Any, str]:
       ['group', 'count', 'distance', 'relative change', 'cosine'], rows)
 
 
+def recommend(run: RunFolder, rounds: Rounds, number: int,
+              user: str) -> tuple[Any, str]:
+  """What a user has not consumed, best first, asked after the last item.
+
+  Raises:
+    UserError: no such user, or the data is not the run's.
+  """
+  client = _client(run, user)
+  config = run.config()
+  if _DATA_DIR.value is not None:
+    config = RunConfig.from_flat_dict(
+        config.as_flat_dict() | {'data_dir': _DATA_DIR.value}).validate()
+  loaded = load.load(config.data, config.seed)
+  run.check_data(loaded.dataset)
+  simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
+  like = Checkpoint(simulation.init_state(), Progress.start())
+  items, scores = simulation.recommend(
+      rounds.load(number, like).state, client, _K.value)
+  ids = run.ids()
+  entries = [{'item_id': ids['item_ids'][row], 'score': float(score),
+              'title': ids['titles'][row] if ids['titles'] else ''}
+             for row, score in zip(items, scores)]
+  rows = [[e['item_id'], f'{e["score"]:.4f}', e['title'].ljust(1)]
+          for e in entries]
+  return ({'round': number, 'user_id': int(user), 'entries': entries},
+          f'round {number}, user {user}\n\n'
+          + console.table(['item', 'score', 'title'], rows))
+
+
+def export(rounds: Rounds, number: int, path: str) -> tuple[Any, str]:
+  """Writes the parameters as NumPy arrays named `group/layer/weight`.
+
+  Raises:
+    UserError: the file exists, or is no .npz.
+  """
+  if not path.endswith('.npz'):
+    raise UserError(f'{path}: name a file that ends in .npz')
+  if pathlib.Path(path).exists():
+    raise UserError(f'{path}: exists; name another file')
+  params = rounds.load_as_saved(number)['state']['server']['params']
+  arrays = {'/'.join(key.key for key in keys): value
+            for keys, value in jax.tree_util.tree_leaves_with_path(params)}
+  np.savez(path, **arrays)
+  return ({'round': number, 'file': path, 'arrays': sorted(arrays)},
+          f'round {number}: {len(arrays)} arrays in {path}')
+
+
+def _client(run: RunFolder, user: str) -> int:
+  """The number of the client that a user id of the data set names."""
+  ids = run.ids()
+  users = {str(u): k for k, u in enumerate(ids['user_ids'])}
+  if user not in users:
+    raise UserError(
+        f'{run.path}: there is no user {user!r}; ids go from '
+        f'{ids["user_ids"][0]} to {ids["user_ids"][-1]}')
+  return users[user]
+
+
 def show_memory(run: RunFolder, rounds: Rounds, number: int,
                 user: str) -> tuple[Any, str]:
   """One client's memory, most useful entry first.
@@ -158,15 +233,10 @@ def show_memory(run: RunFolder, rounds: Rounds, number: int,
   Raises:
     UserError: no such user.
   """
-  ids = run.ids()
-  users = {str(u): k for k, u in enumerate(ids['user_ids'])}
-  if user not in users:
-    raise UserError(
-        f'{run.path}: there is no user {user!r}; ids go from '
-        f'{ids["user_ids"][0]} to {ids["user_ids"][-1]}')
+  client, ids = _client(run, user), run.ids()
   memories = rounds.load_as_saved(number)['state']['memories']
   memory = memory_lib.Memory(
-      **{name: value[users[user]] for name, value in memories.items()})
+      **{name: value[client] for name, value in memories.items()})
   utility = np.asarray(
       memory_lib.utility(memory, memory.clock, run.config().memory))
   entries = []

@@ -111,6 +111,26 @@ class Simulation:
         self._memories(state), on.split, on.clients,
         self.config.evaluation.clients_per_eval_chunk, self.catalogue, on.data)
 
+  def recommend(self, state: FederationState, client: int,
+                count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a client has not consumed, best first, asked after its last item.
+
+    Returns:
+      ([count] int rows of the catalogue, [count] float32 scores); fewer where
+      the client has left fewer.
+    """
+    history = self.dataset.sequence(client)
+    length = self.config.model.max_seq_len
+    window = np.pad(history[-length:], (max(0, length - len(history)), 0))
+    scores = np.array(evaluation.score_catalogue(
+        self.model, self.compiled_config,
+        state.server.broadcast(self.catalogue, self.compiled_config), window,
+        jax.tree.map(lambda x: x[client], state.memories)))
+    scores[0] = scores[history] = -np.inf
+    best = np.argsort(-scores, kind='stable')[:count]
+    best = best[np.isfinite(scores[best])]
+    return best, scores[best]
+
   def rank_by_popularity(self, split: str) -> Ranks:
     """The popularity baseline's ranks of the same targets."""
     on = self._ranked(split)

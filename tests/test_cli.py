@@ -75,6 +75,22 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   assert '<- best' in out
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'show', 'last')
   assert 'visual_expert/query/kernel' in out and '8 x 8' in out
+  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--json', '--k=4',
+               'recommend', 'best', '3')
+  consumed = {line.split('::')[1] for line in
+              (ml_1m / 'ratings.dat').read_text().splitlines()
+              if line.startswith('3::')}
+  entries = json.loads(out)['entries']
+  assert len(entries) == 4
+  assert not consumed & {str(e['item_id']) for e in entries}
+  assert all(e['title'].startswith('Amélie') for e in entries)
+  assert entries == sorted(entries, key=lambda e: -e['score'])
+  exported = tmp_path / 'params.npz'
+  run('inspect_checkpoint', f'--workdir={workdir}', 'export', 'last', exported)
+  with np.load(exported) as arrays:
+    assert arrays['visual_expert/query/kernel'].shape == (8, 8)
+  assert 'exists' in refused(f'--workdir={workdir}', 'export', 'last', exported,
+                             binary='inspect_checkpoint')
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--json',
                'compare', '1', '1')
   assert all(g['distance'] == 0 and abs(g['cosine'] - 1) < 1e-9
