@@ -24,6 +24,7 @@ from tqdm import tqdm
 from experiments import app
 from experiments import console
 from fedmmr_jax import ablation
+from fedmmr_jax import run_folder
 from fedmmr_jax.ablation import HEADLINES, Outcome, Variant
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
@@ -37,6 +38,7 @@ _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds of each variant')
 
 app.define_config_flags()
 
+_FROM_FIRST = (ablation.ZEROED, ablation.SHUFFLED)
 TABLE, FIGURE, DATA = 'ablation.md', 'ablation.png', 'ablation.json'
 
 
@@ -47,6 +49,9 @@ def main() -> None:
   workdir = pathlib.Path(app.WORKDIR.value)
   seeds = _seeds()
   base = app.config_from_flags()
+  if base.evaluation.eval_clients and len(seeds) > 1:
+    raise UserError('--eval_clients draws other clients for each seed; leave it '
+                    'out, or name one seed')
   variants = ablation.read_variants(pathlib.Path(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
   loaded = load.load(base.data, base.seed)
@@ -54,17 +59,18 @@ def main() -> None:
   print(f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n',
         flush=True)
   folder = workdir / 'variants'
-  folder.mkdir(parents=True, exist_ok=True)
+  lock = run_folder.hold(folder)  # until this process ends
 
   outcomes, trained = {}, None
   for variant, config in zip(variants, configs):
-    path = folder / f'{_key(variant, config, seeds, loaded)}.npz'
+    # Two kinds of rows are the first variant's with other features.
+    told = configs[0] if variant.special in _FROM_FIRST else config
+    path = folder / f'{_key(variant, told, seeds, loaded)}.npz'
     if path.exists():
       outcome = _load(path)
       print(f'{variant.name}: found in {path}')
     else:
-      needs_trained = variant.special in (ablation.ZEROED, ablation.SHUFFLED)
-      if needs_trained and trained is None:  # its ranks were kept, not its state
+      if variant.special in _FROM_FIRST and trained is None:  # its ranks were kept, not its state
         trained = _train(variants[0], configs[0], loaded, seeds)[1:]
       if variant.special:
         outcome = ablation.run_special(
@@ -82,11 +88,19 @@ def main() -> None:
   (workdir / DATA).write_text(
       json.dumps(as_json(outcomes), indent=2, allow_nan=False) + '\n')
   draw(pyplot, outcomes, workdir / FIGURE)
+  lock.close()
   print(f'\n{table}\n{workdir / TABLE}   {workdir / FIGURE}   '
         f'{workdir / DATA}')
 
 
 def _train(variant: Variant, config: RunConfig, loaded, seeds):
+  try:
+    return _trained(variant, config, loaded, seeds)
+  except UserError as error:
+    raise UserError(f'variant {variant.name!r}: {error}') from None
+
+
+def _trained(variant: Variant, config: RunConfig, loaded, seeds):
   with tqdm(total=config.server.num_rounds, unit='round', disable=None,
             file=sys.stdout, desc=variant.name) as bar:
     def on_round(number, text):
@@ -219,9 +233,10 @@ def _seeds() -> list[int]:
   except ValueError:
     raise UserError(f'--seeds={",".join(_SEEDS.value)}: not whole numbers with '
                     'commas between them') from None
-  if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+  if (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0
+      or max(seeds) >= 2 ** 32):
     raise UserError(f'--seeds={",".join(_SEEDS.value)}: name distinct seeds '
-                    'of 0 or more')
+                    'from 0 to 4294967295')
   return seeds
 
 
@@ -231,9 +246,9 @@ def _configured(base: RunConfig, variant: Variant) -> RunConfig:
     if name not in values:
       raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: there is '
                       f'no setting --{name}')
-    # The data is loaded once for all variants.
+    # The data is loaded once, and differences are paired over users.
     if name in dataclasses.asdict(base.data) and name != 'feature_scaling' or (
-        name == 'seed'):
+        name in ('seed', 'eval_clients')):
       raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: --{name} '
                       'is the same for all variants; give it on the command '
                       'line')
@@ -289,7 +304,9 @@ def _line(name: str, outcome: Outcome) -> str:
 
 
 def _figure(first: float | None, last: float | None) -> str:
-  return '–' if last is None else f'{first:.3g} → {last:.3g}'
+  if last is None:
+    return '–'
+  return f'{"–" if first is None else format(first, ".3g")} → {last:.3g}'
 
 
 def _pipes(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -64,6 +64,9 @@ def main() -> None:
                       f'{", ".join(parts)}')
   _sizes(_COHORTS), _sizes(_CATALOGUES)  # before anything takes time
   config = app.config_from_flags()
+  if config.client.drift_control != 'none':
+    raise UserError('the benchmark has no parts for --drift_control; leave it '
+                    'out')
   dataset = load.load(config.data, config.seed).dataset
   # An own cache: a compilation is cold the first time, whatever ran before.
   with tempfile.TemporaryDirectory() as cache:

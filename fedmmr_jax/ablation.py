@@ -9,6 +9,8 @@ a line may name something that is not trained by rounds:
     @local_only   every client trains alone for --local_epochs
     @zeroed       the first variant's checkpoints, all features taken away
     @shuffled     the same, each item with another's features
+
+All rounds of a variant are run: `--patience` plays no part.
 """
 
 import pathlib
@@ -31,7 +33,7 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
 from fedmmr_jax.simulation import Simulation
-from fedmmr_jax.statistics import Difference, paired_bootstrap
+from fedmmr_jax.bootstrap import Difference, paired_bootstrap
 
 POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
 ZEROED, SHUFFLED = '@zeroed', '@shuffled'
@@ -137,6 +139,9 @@ def _parse(line: str, place: str) -> Variant:
       raise UserError(
           f'{place}: {word!r} is neither --flag=value nor, in front, one of '
           + ', '.join(SPECIAL))
+  if flags and special in (ZEROED, SHUFFLED):
+    raise UserError(f'{place}: {special} takes no flags, it is the first '
+                    'variant with other features')
   return Variant(name.strip(), special, flags)
 
 
@@ -261,6 +266,9 @@ def _stacked(ranks: Sequence[Ranks]) -> Ranks:
 
 
 def _mean(means: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-  return {name: None if means[0].get(name) is None
-          else statistics.mean(m[name] for m in means)
-          for name in TRAINING_FIGURES}
+  """Over the seeds that have a value."""
+  result = {}
+  for name in TRAINING_FIGURES:
+    values = [m[name] for m in means if m[name] is not None]
+    result[name] = statistics.mean(values) if values else None
+  return result

@@ -49,8 +49,10 @@ def _point(name, target, measured, passed) -> Point:
 def _router(first, last) -> Point:
   low, high = ROUTER_RANGE
   name, target = 'router weights', f'each expert in {low} to {high} at the end'
-  if None in (last['w_visual'], last['w_semantic']):
-    return _point(name, target, 'no router in this run', None)
+  # A weight of 0 beside an expert that does not exist is no weight.
+  if None in (last['gradient_visual'], last['gradient_semantic'],
+              last['w_visual']):
+    return _point(name, target, 'no choice between experts in this run', None)
   weights = ((expert, first[f'w_{expert}'], last[f'w_{expert}'])
              for expert in ('visual', 'semantic'))
   return _point(
@@ -82,16 +84,17 @@ def _contrastive(last, config: RunConfig) -> Point:
 
 def _gradient_flow(last, config: RunConfig) -> Point:
   name = 'gradient reaching the experts'
-  target = 'no gate, and a gradient at both'
-  norms = [(part, last.get(f'gradient_{part}'))
-           for part in ('visual', 'semantic', 'backbone')]
-  if all(norm is None for part, norm in norms if part != 'backbone'):
+  target = 'no gate, and a gradient at each'
+  norms = [(part, last[f'gradient_{part}'])
+           for part in ('visual', 'semantic', 'backbone')
+           if last[f'gradient_{part}'] is not None]
+  if len(norms) < 2:
     return _point(name, target, 'no experts in this run', None)
   fusion = config.model.fusion
   measured = f'{fusion}; mean norm of a step: ' + ', '.join(
       f'{part} {_text(norm, 4)}' for part, norm in norms)
   return _point(name, target, measured, fusion == 'residual' and all(
-      norm is not None and norm > 0 for _, norm in norms))
+      norm > 0 for _, norm in norms))
 
 
 def _integrity(reports: Sequence[IntegrityReport]) -> Point:

@@ -189,10 +189,10 @@ class ClientConfig:
       1e-5, 'L2 term added to the local gradient', minimum=0.0)
   max_local_steps: int = _field(
       0, 'local steps of an epoch at most, on windows drawn anew each round '
-      '(0 = as many as a pass takes)', minimum=0)
+      '(0 = as many as a pass takes); a client weighs what so many hold at most', minimum=0)
   client_schedule: str = _field(
       'constant', 'how the client learning rate falls over the rounds (see '
-      'fedmmr_jax/schedules.py)', choices=SCHEDULES)
+      'fedmmr_jax/optimizers.py)', choices=SCHEDULES)
   client_warmup_rounds: int = _field(
       0, 'rounds over which the client learning rate rises to its value',
       minimum=0)
@@ -202,7 +202,8 @@ class ClientConfig:
   drift_control: str = _field(
       'none', 'scaffold: control variates, as much state as parameters for '
       'every client; mime_lite: local steps are the server optimizer\'s, with '
-      'its moments held (see fedmmr_jax/drift_control.py)',
+      'its moments held, and --server_learning_rate=1 is the mean of the '
+      'clients (see fedmmr_jax/drift_control.py)',
       choices=('none', 'scaffold', 'mime_lite'))
 
 

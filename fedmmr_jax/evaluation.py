@@ -87,6 +87,8 @@ def rank_client(scores: jax.Array, client: ClientData,
   # Row 0 is consumed too: histories are padded with it, and it is no item.
   unconsumed = jnp.ones(scores.shape, bool).at[client.history].set(False)
   unconsumed = unconsumed.at[0].set(False)
+  # Nor are items held out of training candidates, until they are the target.
+  unconsumed &= jnp.arange(len(scores)) < client.num_drawable
   return Ranks(
       full=jnp.sum(at_least & unconsumed),
       sampled=jnp.sum(at_least[client.sampled_negatives]),
@@ -162,13 +164,18 @@ def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
                    SPLITS[split], catalogue, data)
   ranks = jax.tree.map(
       lambda x: np.asarray(x).reshape(-1)[:len(clients)], ranks)
+  check_finite(ranks, split)
+  return metrics_of(ranks), ranks
+
+
+def check_finite(ranks: Ranks, split: str) -> None:
+  """Raises UserError if a score was NaN or infinite."""
   bad = np.flatnonzero(ranks.bad_scores)
   if bad.size:
     raise UserError(
-        f'{split}: {bad.size} of {len(clients)} clients have scores that are '
-        'NaN or infinite, the training diverged; lower '
+        f'{split}: {bad.size} of {len(ranks.bad_scores)} clients have scores '
+        'that are NaN or infinite, the training diverged; lower '
         '--client_learning_rate or --server_learning_rate')
-  return metrics_of(ranks), ranks
 
 
 def metrics_of(ranks: Ranks) -> dict[str, dict[str, float]]:

@@ -9,6 +9,7 @@ traced number: one compilation serves every cohort. Sorting the cohort by
 length keeps the masked steps few.
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -135,7 +136,9 @@ def masked_fraction(cohort: np.ndarray, lengths: np.ndarray,
                     config: RunConfig) -> float:
   """Share of a round's executed window slots that train nothing."""
   stride = windows.window_stride(config.client, config.model.max_seq_len)
-  used = windows.num_windows(_num_train(cohort, lengths), stride).sum()
+  num_train = _num_train(cohort, lengths)
+  own_slots = windows.num_steps(num_train, config) * config.client.batch_size
+  used = np.minimum(windows.num_windows(num_train, stride), own_slots).sum()
   slots = executed_steps(cohort, lengths, config) * config.client.batch_size
   return float(1 - used / slots)
 
@@ -257,6 +260,8 @@ def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
     The memories of all clients; those sampled before are unchanged.
   """
   broadcast = state.server.broadcast(catalogue, config)
+  config = dataclasses.replace(config, client=dataclasses.replace(
+      config.client, max_local_steps=0))  # all of the history
 
   def warm_chunk(memories, clients):
     views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)

@@ -107,7 +107,9 @@ def update(memory: Memory, item: jax.Array, surprise: jax.Array,
     slot = _slot(memory, stored & is_short,
                  jnp.where(is_short, _recency(memory), jnp.inf))
     memory = _write(memory, slot, item, surprise, now, valid)
-    merged = ~is_short & (stored | (similarity >= config.merge_similarity))
+    alike = (memory.item > 0) & (similarity >= config.merge_similarity)
+    own = ~is_short & stored
+    merged = jnp.where(jnp.any(own), own, ~is_short & alike)
     slot = _slot(memory, merged, jnp.where(is_short, jnp.inf, value))
     # What is merged keeps the item it had.
     kept = jnp.where(jnp.any(merged), memory.item[slot], item)

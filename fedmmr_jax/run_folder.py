@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, TextIO
 
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
@@ -18,6 +18,8 @@ from fedmmr_jax.errors import UserError
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
 SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
 LOCK = '.lock'
+# Of the checkpoints; 1 had the server optimizers' state in another structure.
+FORMAT = 2
 # Settings that may change when a run is continued
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = (
@@ -25,6 +27,26 @@ MAY_CHANGE = (
     'items_per_eval_block', 'data_dir', 'visual_features', 'text_features')
 _PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
              'orbax-checkpoint', 'numpy', 'absl-py')
+
+
+def hold(path: pathlib.Path) -> TextIO:
+  """Makes a folder and keeps other processes out until the result is closed.
+
+  Raises:
+    UserError: another process is there, or the folder cannot be written.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / LOCK).open('w')
+    # The kernel lets go of it when the process ends, however it ends.
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise UserError(f'{path}: another process is training in this folder; wait '
+                    'for it, or name another --workdir') from None
+  except OSError as error:
+    raise UserError(
+        f'--workdir={path}: cannot be written ({error.strerror})') from None
+  return lock
 
 
 class RunFolder:
@@ -60,7 +82,7 @@ class RunFolder:
       UserError: the folder's run had other settings or other data, another
         process trains in it, or it cannot be written.
     """
-    self._hold()
+    self._lock = hold(self.path)
     versions = _versions()
     if (self.path / CONFIG).exists():
       self._check_same(config)
@@ -68,6 +90,7 @@ class RunFolder:
       versions = self._read(CONFIG, 'versions')
     try:
       self._write(CONFIG, {
+          'format': FORMAT,
           'flags': config.as_flat_dict(),
           'versions': versions,
           'data_fingerprint': dataset.fingerprint()})
@@ -75,21 +98,6 @@ class RunFolder:
           'user_ids': dataset.user_ids.tolist(),
           'item_ids': dataset.item_ids.tolist(),
           'titles': dataset.titles}, indent=None)
-    except OSError as error:
-      raise UserError(
-          f'--workdir={self.path}: cannot be written ({error.strerror})'
-      ) from None
-
-  def _hold(self) -> None:
-    try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = (self.path / LOCK).open('w')
-      # The kernel lets go of it when the process ends, however it ends.
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(
-          f'--workdir={self.path}: another process is training in this folder; '
-          'wait for it, or name another folder') from None
     except OSError as error:
       raise UserError(
           f'--workdir={self.path}: cannot be written ({error.strerror})'
@@ -112,7 +120,13 @@ class RunFolder:
     return self._read(CONFIG, 'flags')
 
   def check_data(self, dataset: Dataset) -> None:
-    """Raises UserError if this is not the data the run was trained on."""
+    """Raises UserError if this is not the data the run was trained on, or the
+    run is of a version whose checkpoints have another structure."""
+    found = self._read(CONFIG).get('format', 1)
+    if found != FORMAT:
+      raise UserError(
+          f'{self.path}: its checkpoints are of format {found}, this version '
+          f'reads format {FORMAT}; use the version that began the run')
     if self._read(CONFIG, 'data_fingerprint') != dataset.fingerprint():
       raise UserError(
           f'{self.path}: the run was trained on other data; the files of '

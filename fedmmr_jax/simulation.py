@@ -108,7 +108,7 @@ class Simulation:
     on = self._ranked(split)
     return evaluation.evaluate(
         self.model, self.compiled_config, on.max_items, state.server,
-        self._memories(state), on.split, on.clients,
+        self._memories(state, on.clients), on.split, on.clients,
         self.config.evaluation.clients_per_eval_chunk, self.catalogue, on.data)
 
   def recommend(self, state: FederationState, client: int,
@@ -125,7 +125,8 @@ class Simulation:
     scores = np.array(evaluation.score_catalogue(
         self.model, self.compiled_config,
         state.server.broadcast(self.catalogue, self.compiled_config), window,
-        jax.tree.map(lambda x: x[client], state.memories)))
+        jax.tree.map(lambda x: x[client],
+                     self._memories(state, np.array([client])))))
     scores[0] = scores[history] = -np.inf
     best = np.argsort(-scores, kind='stable')[:count]
     best = best[np.isfinite(scores[best])]
@@ -139,21 +140,31 @@ class Simulation:
 
   def rank_local_only(self, state: FederationState) -> dict[str, Ranks]:
     """Split -> ranks of `--eval_clients`, each with the model that it trained
-    from the state's, alone, for `--local_epochs`."""
+    from the state's, alone, for `--local_epochs` and without drift control.
+
+    Raises:
+      UserError: a score is NaN or infinite.
+    """
+    config = dataclasses.replace(
+        self.compiled_config, client=dataclasses.replace(
+            self.config.client, drift_control='none'))
     chunks = federation.chunked(
         self.evaluated_clients, self.lengths,
         self.config.server.clients_per_chunk)
     from_end = np.array(list(evaluation.SPLITS.values()))
     ranks = local_only.rank_all(
-        self.model, self.compiled_config, self.max_items, state.server, chunks,
+        self.model, config, self.max_items, state.server, chunks,
         federation.round_key(self.config.seed, 1), from_end, self.catalogue,
         self.data)
     # Back into the order of `evaluated_clients`.
     present = chunks >= 0
     order = np.argsort(chunks[present])
-    return {split: jax.tree.map(
+    found = {split: jax.tree.map(
         lambda x: np.asarray(x)[present][order, i], ranks)
-            for i, split in enumerate(evaluation.SPLITS)}
+             for i, split in enumerate(evaluation.SPLITS)}
+    for split, ranks in found.items():
+      evaluation.check_finite(ranks, split)
+    return found
 
   def with_seed(self, seed: int) -> 'Simulation':
     """The same data and model; cohorts, start and negatives of another seed."""
@@ -198,13 +209,12 @@ class Simulation:
     """[n] clients that are ranked."""
     return evaluation.evaluated_clients(self.config, len(self.lengths))
 
-  def _memories(self, state: FederationState) -> Memory:
-    """Those of the state, warmed if the config says so."""
+  def _memories(self, state: FederationState, clients: np.ndarray) -> Memory:
+    """Those of the state; of these [n] clients warm, if the config says so."""
     if not self.config.memory.warm_memory:
       return state.memories
     chunks = federation.chunked(
-        self.evaluated_clients, self.lengths,
-        self.config.server.clients_per_chunk)
+        clients, self.lengths, self.config.server.clients_per_chunk)
     return federation.warm_memories(
         self.model, self.compiled_config, self.max_items, state, chunks,
         federation.warm_key(self.config.seed), self.catalogue, self.data)
@@ -227,6 +237,9 @@ def build(config: RunConfig, dataset: Dataset,
   elif config.data.feature_scaling == 'components':
     visual, text = (content_lib.components([x], config.model.hidden_dim)
                     for x in (visual, text))
+  if config.memory.memory == 'two_tier' and not text.shape[1]:
+    raise UserError('--memory=two_tier needs the semantic expert and text '
+                    'features: novelty is measured on texts')
   if config.model.global_memory and not text.shape[1]:
     raise UserError('--global_memory needs the semantic expert and text '
                     'features: the prototypes are clusters of texts')

@@ -10,6 +10,8 @@ then does not grow with the catalogue.
 Plain SGD without weight decay gives the same parameters either way. Otherwise
 the two differ, because rows outside a step stay as they are:
 * weight decay and FedProx's pull act on the rows of a step only;
+* SCAFFOLD's correction and MimeLite's momentum reach a row in the steps that
+  touch it only, where they would move it in every step;
 * Adam's moments of a row decay in the steps that touch it only ("lazy Adam"),
   and a row without gradient does not coast on its momentum.
 

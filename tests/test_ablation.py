@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments import ablate
 from fedmmr_jax import ablation
 from fedmmr_jax.ablation import Outcome, Variant
 from fedmmr_jax.data.load import Loaded
@@ -39,6 +40,7 @@ def test_a_variants_file(tmp_path):
     ('full:\nother: seed=1', "line 2: 'seed=1' is neither"),
     ('full:\nother: @nonsense', "'@nonsense' is neither"),
     ('full:\nfull: --seed=1', "'full' comes twice"),
+    ('full:\nzero: @zeroed --dropout=0', 'takes no flags'),
     ('pop: @popularity', 'the first variant is the baseline')])
 def test_a_malformed_variants_file(tmp_path, text, message):
   with pytest.raises(UserError, match=message):
@@ -67,6 +69,29 @@ def test_users_are_averaged_over_seeds_before_they_are_compared():
   assert ours.of_each_seed('sampled', 'HR@10') == [2 / 3, 2 / 3]
   difference = ours.difference(baseline, 'sampled', 'HR@10')
   assert difference.mean == pytest.approx(1 / 3)
+
+
+def test_a_figure_that_only_some_seeds_or_rounds_have():
+  means = [dict.fromkeys(ablation.TRAINING_FIGURES) | {'w_visual': v}
+           for v in (None, 0.25, 0.75)]
+  assert ablation._mean(means)['w_visual'] == 0.5
+  assert ablation._mean(means)['rec_loss'] is None
+  assert ablate._figure(None, None) == '–'
+  assert ablate._figure(None, 0.5) == '– → 0.5'
+
+
+def test_a_diverged_client_alone_is_an_error_and_no_hit():
+  simulation = small.simulation(
+      client_optimizer='sgd', client_learning_rate=1e30)
+  with pytest.raises(UserError, match='NaN or infinite'):
+    simulation.rank_local_only(simulation.init_state())
+
+
+@pytest.mark.parametrize('drift_control', ['scaffold', 'mime_lite'])
+def test_a_client_alone_needs_no_drift_control(drift_control):
+  simulation = small.simulation(
+      client_optimizer='sgd', drift_control=drift_control)
+  simulation.rank_local_only(simulation.init_state())
 
 
 @pytest.fixture(scope='module')
@@ -143,6 +168,7 @@ def test_ablate_writes_a_table_a_figure_and_goes_on(ml_1m, tmp_path):
     ('--nonsense=1', 'there is no setting --nonsense'),
     ('--num_rounds=few', '--num_rounds=few'),
     ('--num_rounds=0', 'below its minimum'),
+    ('--eval_clients=2', 'the same for all variants'),
     ('--top_k_users=3', 'the same for all variants')])
 def test_ablate_refuses_a_bad_variant(ml_1m, tmp_path, line, message):
   (tmp_path / 'v.txt').write_text(f'full:\nother: {line}\n')
@@ -152,7 +178,7 @@ def test_ablate_refuses_a_bad_variant(ml_1m, tmp_path, line, message):
   assert "variant 'other'" in error and message in error
 
 
-@pytest.mark.parametrize('seeds', ['', '1,1', 'one', '-1'])
+@pytest.mark.parametrize('seeds', ['', '1,1', 'one', '-1', '4294967296'])
 def test_ablate_refuses_bad_seeds(ml_1m, tmp_path, seeds):
   error = refused(*TINY, f'--data_dir={ml_1m}', f'--seeds={seeds}',
                   f'--workdir={tmp_path / "out"}', binary='ablate')

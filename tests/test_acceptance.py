@@ -50,6 +50,12 @@ def test_a_run_without_experts_has_nothing_to_say_about_them():
   assert passed(points) == [True, None, None, None, None]
 
 
+def test_one_expert_alone_has_no_choice_but_a_gradient():
+  points = judge(last=train(w_visual=1.0, w_semantic=0.0,
+                            contrastive_loss=None, gradient_semantic=None))
+  assert passed(points) == [True, None, None, True, True]
+
+
 def test_the_router_is_told_from_start_to_end():
   points = judge(first=train(w_visual=0.9, w_semantic=0.1))
   assert points['router weights']['measured'] == (

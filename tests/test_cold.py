@@ -84,6 +84,11 @@ def test_cold_rows_are_never_trained_and_can_be_ranked(split):
   metrics, ranks = simulation.evaluate(state, 'cold')
   assert len(ranks.full) == len(cold.clients)
   assert 0 <= metrics['sampled']['HR@10'] <= 1
+  # Neither is a candidate for the other items' rankings.
+  simulation_test = simulation.evaluate(state, 'test')[1]
+  assert simulation_test.full.max() <= warm.num_items - warm.num_cold
+  assert np.asarray(simulation.data.sampled_negatives).max() < (
+      warm.num_rows - warm.num_cold)
   # Nobody consumed them in training: popularity ranks them last.
   popular = simulation.rank_by_popularity('cold')
   assert (popular.sampled == config.data.sampled_negatives).all()

@@ -221,6 +221,15 @@ def test_what_got_no_update_does_not_move(name):
 
 
 
+def test_masked_fraction_under_a_step_limit():
+  lengths = np.array([32, 13])  # 30 and 11 training items: 5 and 2 windows of 6
+  config = small.config(objective='all_positions', negatives='shared',
+                        batch_size=1, max_local_steps=3)
+  # Chunks run 3 steps; 3 and 2 of them train something.
+  assert federation.masked_fraction(
+      np.array([[0, 1]]), lengths, config) == pytest.approx(1 - 5 / 6)
+
+
 def test_nobody_trained_leaves_the_parameters(simulation):
   start = simulation.init_state()
   after, means = run(simulation, [[-1, -1]])

@@ -319,6 +319,22 @@ def test_two_tiers_long_term_merges_what_is_nearly_equal():
   assert memory.last_update.tolist() == [2, 3, 3, 1, 2]
 
 
+def test_two_tiers_prefer_the_item_itself_to_one_like_it():
+  # 5 is like 1 (0.995), but both are stored for long: 5 refreshes 5.
+  config = dataclasses.replace(TIERS, long_term_capacity=4,
+                               merge_similarity=0.999)
+  memory = remembering(1, 2, 3, 5, 2, 3, config=config)
+  lenient = dataclasses.replace(config, merge_similarity=0.95)
+  memory = _update(memory, 5, 1.0, True, FEATURES, config=lenient)
+  frequency = dict(zip(memory.item.tolist()[2:], memory.frequency.tolist()[2:]))
+  assert frequency[5] == 2 and frequency[1] == 1
+
+
+def test_two_tiers_empty_slots_are_like_nothing():
+  everything = dataclasses.replace(TIERS, merge_similarity=0.0)
+  assert remembering(7, config=everything).item.tolist() == [7, 0, 7, 0]
+
+
 def test_two_tiers_retrieve_the_latest_and_then_the_lasting():
   memory = remembering(1, 2, 7, 8, config=TIERS)
   # 7 and 8 have no features: like nothing, so they are novel too.

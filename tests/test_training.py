@@ -184,6 +184,16 @@ def test_a_run_is_continued_with_its_own_settings_only(straight):
         small.config(), small.dataset(seed=1))
 
 
+def test_a_run_of_another_format_is_refused(straight, tmp_path):
+  shutil.copytree(straight[0], tmp_path / 'run')
+  path = tmp_path / 'run' / 'config.json'
+  told = json.loads(path.read_text())
+  del told['format']  # as the first version wrote it
+  path.write_text(json.dumps(told))
+  with pytest.raises(UserError, match='format 1, this version reads format 2'):
+    RunFolder(tmp_path / 'run').start(small.config(), small.dataset())
+
+
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
   first, second = RunFolder(tmp_path / 'run'), RunFolder(tmp_path / 'run')
   first.start(small.config(), small.dataset())

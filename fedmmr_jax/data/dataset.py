@@ -96,8 +96,8 @@ class FederatedData(NamedTuple):
     avoided_length: [K] int32.
     sampled_negatives: [K, n] int32 unseen items of the sampled protocol, n =
       100 by default.
-    num_drawable: [] int32 rows of the catalogue that training negatives are
-      drawn from: V without the cold ones.
+    num_drawable: [] int32 rows of the catalogue that negatives are drawn from
+      and targets ranked against: V without the cold ones.
   """
 
   items: jax.Array
@@ -209,7 +209,8 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
   own = np.split(consumed, np.cumsum(consumed_length)[:-1])
   sampled = np.stack([
       _draw_unseen(np.random.default_rng([seed, NEGATIVES_STREAM, user]),
-                   items, dataset.num_rows, sampled_negatives)
+                   items, dataset.num_rows - dataset.num_cold,
+                   sampled_negatives)
       for user, items in zip(dataset.user_ids.tolist(), own)])
   return FederatedData(
       items=jnp.asarray(dataset.items),
