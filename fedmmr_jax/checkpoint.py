@@ -99,7 +99,7 @@ class Rounds:
            record: dict[str, Any], wall_seconds: float) -> None:
     """Writes one round; returns when it is complete."""
     self._checkpointer.save(
-        round_number, checkpoint, custom_metadata={
+        round_number, _without_empty(checkpoint), custom_metadata={
             'record': record, 'wall_seconds': wall_seconds,
             'best_round': int(checkpoint.progress.best_round)})
 
@@ -110,9 +110,12 @@ class Rounds:
       UserError: no such round, or one that cannot be read.
     """
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _without_empty(like))
     with self._reading(round_number):
-      return self._checkpointer.load(round_number, abstract)
+      saved = self._checkpointer.load(round_number, abstract)
+    return jax.tree.map(
+        lambda x, found: found if x.size else jnp.zeros(x.shape, x.dtype),
+        like, saved)
 
   def load_as_saved(self, round_number: int) -> dict[str, Any]:
     """Reads one round without knowing its structure: nested dicts and lists
@@ -162,3 +165,9 @@ class Rounds:
           f'{self.folder / str(round_number)}: cannot be read '
           f'({type(error).__name__}: {reason}); move it away and go on from '
           'an earlier round') from error
+
+
+def _without_empty(tree: Any) -> Any:
+  """None for arrays without an entry (prototypes of a run without texts),
+  which Orbax does not save."""
+  return jax.tree.map(lambda x: x if x.size else None, tree)
