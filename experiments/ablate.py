@@ -25,9 +25,10 @@ from experiments import app
 from experiments import console
 from fedmmr_jax import ablation
 from fedmmr_jax import run_folder
-from fedmmr_jax.ablation import HEADLINES, Outcome, Variant
+from fedmmr_jax.ablation import Differences, HEADLINES, Outcome, Variant
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
+from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 
@@ -38,7 +39,6 @@ _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds of each variant')
 
 app.define_config_flags()
 
-_FROM_FIRST = (ablation.ZEROED, ablation.SHUFFLED)
 TABLE, FIGURE, DATA = 'ablation.md', 'ablation.png', 'ablation.json'
 
 
@@ -59,38 +59,44 @@ def main() -> None:
   print(f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n',
         flush=True)
   folder = workdir / 'variants'
-  lock = run_folder.hold(folder)  # until this process ends
+  with run_folder.hold(folder):
+    outcomes = _outcomes(variants, configs, loaded, seeds, folder)
+  differences = ablation.differences(outcomes)
+  table = markdown(outcomes, differences, base, seeds)
+  (workdir / TABLE).write_text(table, 'utf-8')
+  (workdir / DATA).write_text(json.dumps(
+      as_json(outcomes, differences), indent=2, allow_nan=False) + '\n')
+  draw(pyplot, outcomes, differences, workdir / FIGURE)
+  print(f'\n{table}\n{workdir / TABLE}   {workdir / FIGURE}   '
+        f'{workdir / DATA}')
 
-  outcomes, trained = {}, None
+
+def _outcomes(variants: Sequence[Variant], configs: Sequence[RunConfig],
+              loaded: Loaded, seeds: Sequence[int],
+              folder: pathlib.Path) -> dict[str, Outcome]:
+  """Each variant's outcome: as an earlier call left it, or found now."""
+  outcomes = {}
+  trained = None  # simulations and states of the first variant
   for variant, config in zip(variants, configs):
-    # Two kinds of rows are the first variant's with other features.
-    told = configs[0] if variant.special in _FROM_FIRST else config
+    from_first = variant.special in ablation.FROM_FIRST
+    told = configs[0] if from_first else config
     path = folder / f'{_key(variant, told, seeds, loaded)}.npz'
     if path.exists():
       outcome = _load(path)
       print(f'{variant.name}: found in {path}')
     else:
-      if variant.special in _FROM_FIRST and trained is None:  # its ranks were kept, not its state
+      if from_first and trained is None:  # an earlier call kept its ranks only
         trained = _train(variants[0], configs[0], loaded, seeds)[1:]
       if variant.special:
         outcome = ablation.run_special(
             variant, config, loaded, seeds, *(trained or ((), ())))
       else:
         outcome, *states = _train(variant, config, loaded, seeds)
-        if variant is variants[0]:
-          trained = states
+        trained = trained or states
       _save(path, outcome)
     outcomes[variant.name] = outcome
     print(_line(variant.name, outcome), flush=True)
-
-  table = markdown(outcomes, base, seeds)
-  (workdir / TABLE).write_text(table, 'utf-8')
-  (workdir / DATA).write_text(
-      json.dumps(as_json(outcomes), indent=2, allow_nan=False) + '\n')
-  draw(pyplot, outcomes, workdir / FIGURE)
-  lock.close()
-  print(f'\n{table}\n{workdir / TABLE}   {workdir / FIGURE}   '
-        f'{workdir / DATA}')
+  return outcomes
 
 
 def _train(variant: Variant, config: RunConfig, loaded, seeds):
@@ -112,36 +118,11 @@ def _trained(variant: Variant, config: RunConfig, loaded, seeds):
     return ablation.run_trained(config, loaded, seeds, on_round)
 
 
-def markdown(outcomes: dict[str, Outcome], base: RunConfig,
-             seeds: Sequence[int]) -> str:
-  """Two tables: ranking on the test item, and what training showed."""
+def markdown(outcomes: dict[str, Outcome], differences: Differences,
+             base: RunConfig, seeds: Sequence[int]) -> str:
+  """Ranking on the test item, cold items if any, and what training showed."""
   names = list(outcomes)
-  baseline = outcomes[names[0]]
-  users = baseline.ranks['test'].full.shape[1]
-  rows = []
-  for name, outcome in outcomes.items():
-    row = [name]
-    for protocol, metric in HEADLINES:
-      row.append(f'{np.mean(outcome.of_each_seed(protocol, metric)):.4f}')
-      d = outcome.difference(baseline, protocol, metric)
-      row.append('' if outcome is baseline else
-                 f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]'
-                 + ('' if d.is_clear else ' n.s.'))
-    row += [f'{np.mean(outcome.of_each_seed(*which)):.4f}'
-            for which in (('sampled', 'NDCG@10'), ('full', 'HR@10'))]
-    row.append(', '.join(map(str, outcome.best_rounds)) or '–')
-    rows.append(row)
-  figures = [[name, *(_figure(o.first_training[f], o.training[f])
-                      for f in ablation.TRAINING_FIGURES), f'{o.seconds:.0f}']
-             for name, o in outcomes.items()]
-  cold = [[name, *(f'{np.mean(o.of_each_seed(*which, "cold")):.4f}'
-                   for which in _COLD_METRICS)]
-          for name, o in outcomes.items() if 'cold' in o.ranks]
-  if cold:
-    cold = ['', 'Items held out of training, ranked as new ones for the clients '
-            'that consumed one:', '', *_pipes(
-                ['variant', *(f'{metric} {protocol}'
-                              for protocol, metric in _COLD_METRICS)], cold)]
+  users = outcomes[names[0]].ranks['test'].full.shape[1]
   return '\n'.join([
       f'# {base.data.dataset}: {len(outcomes)} variants, seeds '
       + ', '.join(map(str, seeds)),
@@ -151,18 +132,56 @@ def markdown(outcomes: dict[str, Outcome], base: RunConfig,
       'the 95 % interval of a bootstrap over users, paired; n.s. marks one '
       'that includes 0.',
       '',
-      *_pipes(['variant', 'HR@10 sampled', 'difference', 'NDCG@10 full',
-               'difference', 'NDCG@10 sampled', 'HR@10 full', 'best rounds'],
-              rows),
-      *cold,
+      *_ranking_lines(outcomes, differences),
+      *_cold_lines(outcomes),
       '',
       'Training, first round → last round, mean over the seeds '
       '(gradients: mean norm of a local step; hardest tenth: its share of the '
       'contrastive loss).',
       '',
-      *_pipes(['variant', *(_TITLES.get(f, f)
-                            for f in ablation.TRAINING_FIGURES), 'seconds'],
-              figures), ''])
+      *_training_lines(outcomes), ''])
+
+
+def _ranking_lines(outcomes, differences) -> list[str]:
+  rows = []
+  for i, (name, outcome) in enumerate(outcomes.items()):
+    row = [name]
+    for headline in HEADLINES:
+      d = differences[name][headline]
+      row += [_mean(outcome, *headline), '' if not i else
+              f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]'
+              + ('' if d.is_clear else ' n.s.')]
+    row += [_mean(outcome, 'sampled', 'NDCG@10'),
+            _mean(outcome, 'full', 'HR@10'),
+            ', '.join(map(str, outcome.best_rounds)) or '–']
+    rows.append(row)
+  return _pipes(
+      ['variant', 'HR@10 sampled', 'difference', 'NDCG@10 full', 'difference',
+       'NDCG@10 sampled', 'HR@10 full', 'best rounds'], rows)
+
+
+def _cold_lines(outcomes) -> list[str]:
+  rows = [[name, *(_mean(outcome, *which, 'cold') for which in _COLD_METRICS)]
+          for name, outcome in outcomes.items() if 'cold' in outcome.ranks]
+  if not rows:
+    return []
+  return ['', 'Items held out of training, ranked as new ones for the clients '
+          'that consumed one:', '', *_pipes(
+              ['variant', *(f'{metric} {protocol}'
+                            for protocol, metric in _COLD_METRICS)], rows)]
+
+
+def _training_lines(outcomes) -> list[str]:
+  rows = [[name, *(_figure(o.first_training[f], o.training[f])
+                   for f in ablation.TRAINING_FIGURES), f'{o.seconds:.0f}']
+          for name, o in outcomes.items()]
+  return _pipes(['variant', *(_TITLES[f] for f in ablation.TRAINING_FIGURES),
+                 'seconds'], rows)
+
+
+def _mean(outcome: Outcome, protocol: str, metric: str,
+          split: str = 'test') -> str:
+  return f'{np.mean(outcome.of_each_seed(protocol, metric, split)):.4f}'
 
 
 _COLD_METRICS = (('sampled', 'HR@10'), ('sampled', 'NDCG@10'),
@@ -174,45 +193,45 @@ _TITLES = {
     'gradient_visual': 'grad. visual', 'gradient_semantic': 'grad. semantic'}
 
 
-def as_json(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+def as_json(outcomes: dict[str, Outcome],
+            differences: Differences) -> dict[str, Any]:
   """Every seed's metrics and the differences, for programs."""
-  baseline = next(iter(outcomes.values()))
   return {name: {
       'seeds': {split: {f'{protocol} {metric}': o.of_each_seed(
           protocol, metric, split)
                         for protocol in ('sampled', 'full')
                         for metric in ('HR@10', 'NDCG@10')}
                 for split in o.ranks},
-      'difference': {f'{protocol} {metric}': o.difference(
-          baseline, protocol, metric)._asdict()
-                     for protocol, metric in HEADLINES},
+      'difference': {' '.join(headline): d._asdict()
+                     for headline, d in differences[name].items()},
       'best_rounds': o.best_rounds, 'training': o.training,
       'first_training': o.first_training, 'seconds': o.seconds}
           for name, o in outcomes.items()}
 
 
-def draw(pyplot, outcomes: dict[str, Outcome], path: pathlib.Path) -> None:
+def draw(pyplot, outcomes: dict[str, Outcome], differences: Differences,
+         path: pathlib.Path) -> None:
   """Differences to the baseline with their intervals, a panel a metric."""
-  baseline, *others = outcomes.items()
+  baseline, *others = outcomes
   figure, axes = pyplot.subplots(
       1, 2, sharey=True, figsize=(10, 1.2 + 0.38 * len(others)),
       layout='constrained', squeeze=False)
   for axis, (protocol, metric) in zip(axes[0], HEADLINES):
-    for row, (name, outcome) in enumerate(others):
-      d = outcome.difference(baseline[1], protocol, metric)
+    for row, name in enumerate(others):
+      d = differences[name][protocol, metric]
       colour = ('#59636e' if not d.is_clear
                 else '#0969da' if d.mean > 0 else '#bc4c00')
       axis.plot([d.low, d.high], [row, row], color=colour, linewidth=2)
       axis.plot(d.mean, row, 'o', color=colour)
     axis.axvline(0, color='#1b1f24', linewidth=0.8)
-    value = np.mean(baseline[1].of_each_seed(protocol, metric))
-    axis.set_xlabel(f'{metric}, {protocol}: difference to {value:.4f}')
+    value = _mean(outcomes[baseline], protocol, metric)
+    axis.set_xlabel(f'{metric}, {protocol}: difference to {value}')
     axis.grid(axis='x', color='#d1d9e0', linewidth=0.6)
     axis.spines[['top', 'right', 'left']].set_visible(False)
     axis.tick_params(axis='y', length=0)
-  axes[0][0].set_yticks(range(len(others)), [name for name, _ in others])
+  axes[0][0].set_yticks(range(len(others)), others)
   axes[0][0].invert_yaxis()
-  figure.suptitle(f'Differences to “{baseline[0]}”, 95 % intervals')
+  figure.suptitle(f'Differences to “{baseline}”, 95 % intervals')
   figure.savefig(path, dpi=150)
 
 
@@ -241,27 +260,26 @@ def _seeds() -> list[int]:
 
 
 def _configured(base: RunConfig, variant: Variant) -> RunConfig:
+  def refuse(reason):
+    raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: {reason}')
+
   values = base.as_flat_dict()
   for name, text in variant.flags.items():
     if name not in values:
-      raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: there is '
-                      f'no setting --{name}')
+      refuse(f'there is no setting --{name}')
     # The data is loaded once, and differences are paired over users.
     if name in dataclasses.asdict(base.data) and name != 'feature_scaling' or (
         name in ('seed', 'eval_clients')):
-      raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: --{name} '
-                      'is the same for all variants; give it on the command '
-                      'line')
+      refuse(f'--{name} is the same for all variants; give it on the command '
+             'line')
     try:
       values[name] = flags.FLAGS[name].parser.parse(text)
     except ValueError as error:
-      raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: --{name}='
-                      f'{text}: {error}') from None
+      refuse(f'--{name}={text}: {error}')
   try:
     return RunConfig.from_flat_dict(values).validate()
   except UserError as error:
-    raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: {error}'
-                    ) from None
+    refuse(error)
 
 
 def _key(variant: Variant, config: RunConfig, seeds, loaded) -> str:

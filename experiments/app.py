@@ -12,10 +12,15 @@ from absl import flags
 from absl import logging
 import jax
 
-from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
 from fedmmr_jax.config import RunConfig, walk_fields
+from fedmmr_jax.data import load
+from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.federation import FederationState
 from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.simulation import Simulation
 
 USER_ERROR, INTERRUPTED = 2, 130
 PRESETS = pathlib.Path(__file__).parent / 'presets'
@@ -83,6 +88,26 @@ def find_round(rounds: Rounds, which: str) -> int:
   if not which.isdecimal():
     raise UserError(f'{which!r} is no round; say a number, best or last')
   return int(which)
+
+
+def load_round(run: RunFolder, rounds: Rounds, number: int,
+               given: dict[str, Any]
+               ) -> tuple[Loaded, Simulation, FederationState]:
+  """A saved round ready for use: the run's data, its simulation, its state.
+
+  Args:
+    given: settings that stand for the run's own.
+
+  Raises:
+    UserError: the round cannot be read, or the data is not the run's.
+  """
+  config = RunConfig.from_flat_dict(
+      run.config().as_flat_dict() | given).validate()
+  loaded = load.load(config.data, config.seed)
+  run.check_data(loaded.dataset)
+  simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
+  like = Checkpoint(simulation.init_state(), Progress.start())
+  return loaded, simulation, rounds.load(number, like).state
 
 
 def run(main: Callable[..., None], commands: bool = False) -> None:

@@ -79,11 +79,6 @@ def banner(simulation: Simulation) -> str:
   ])
 
 
-def _slots(memory) -> int:
-  return memory.memory_capacity + (
-      memory.long_term_capacity if memory.memory == 'two_tier' else 0)
-
-
 def _stepping(config) -> str:
   """How a client makes its steps."""
   optimizer = config.client_optimizer
@@ -111,7 +106,7 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
   memory = config.memory
   lines = [
       f'experts    {", ".join(experts)}, over '
-      + (f'{memory.retrieval_size} of {_slots(memory)} entries of the '
+      + (f'{memory.retrieval_size} of {memory.num_slots} entries of the '
          f'client\'s own memory ({memory.memory})'
          if memory.memory != 'none' else 'no memory')
       + (' and the candidate\'s own features'

@@ -15,10 +15,7 @@ from absl import flags
 
 from experiments import app
 from experiments import console
-from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
-from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data import load
+from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import SPLITS
 
@@ -53,16 +50,10 @@ def main() -> None:
   given = {flag.name: flag.value
            for flag in (_DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY, _CLIENTS)
            if flag.value is not None}
-  config = RunConfig.from_flat_dict(
-      run.config().as_flat_dict() | given).validate()
-  loaded = load.load(config.data, config.seed)
+  loaded, simulation, state = app.load_round(run, rounds, number, given)
   print(console.data_report(loaded) + '\n', file=sys.stderr)
-  run.check_data(loaded.dataset)
-  simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
   if _SPLIT.value not in simulation.splits:
     raise UserError(f'{run.path}: --split=cold needs a run with --cold_items')
-  like = Checkpoint(simulation.init_state(), Progress.start())
-  state = rounds.load(number, like).state
   if _FEATURES.value != 'trained':
     simulation = simulation.with_features(_FEATURES.value)
   metrics, _ = simulation.evaluate(state, _SPLIT.value)

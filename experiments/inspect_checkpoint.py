@@ -24,10 +24,7 @@ import numpy as np
 from experiments import app
 from experiments import console
 from fedmmr_jax import memory as memory_lib
-from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
-from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data import load
+from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
 
@@ -176,16 +173,9 @@ def recommend(run: RunFolder, rounds: Rounds, number: int,
     UserError: no such user, or the data is not the run's.
   """
   client = _client(run, user)
-  config = run.config()
-  if _DATA_DIR.value is not None:
-    config = RunConfig.from_flat_dict(
-        config.as_flat_dict() | {'data_dir': _DATA_DIR.value}).validate()
-  loaded = load.load(config.data, config.seed)
-  run.check_data(loaded.dataset)
-  simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
-  like = Checkpoint(simulation.init_state(), Progress.start())
-  items, scores = simulation.recommend(
-      rounds.load(number, like).state, client, _K.value)
+  given = {} if _DATA_DIR.value is None else {'data_dir': _DATA_DIR.value}
+  _, simulation, state = app.load_round(run, rounds, number, given)
+  items, scores = simulation.recommend(state, client, _K.value)
   ids = run.ids()
   entries = [{'item_id': ids['item_ids'][row], 'score': float(score),
               'title': ids['titles'][row] if ids['titles'] else ''}

@@ -27,16 +27,17 @@ from fedmmr_jax import federation
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
+from fedmmr_jax.bootstrap import Difference, paired_bootstrap
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
 from fedmmr_jax.simulation import Simulation
-from fedmmr_jax.bootstrap import Difference, paired_bootstrap
 
 POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
 ZEROED, SHUFFLED = '@zeroed', '@shuffled'
+FROM_FIRST = (ZEROED, SHUFFLED)  # they need the first variant's states
 SPECIAL = (POPULARITY, LOCAL_ONLY, ZEROED, SHUFFLED)
 # More than this for the states of all seeds, and they run one after another.
 SIDE_BY_SIDE_BYTES = 4e9
@@ -97,6 +98,18 @@ class Outcome(NamedTuple):
                             baseline.of_each_user(protocol, metric))
 
 
+# Variant -> (protocol, metric) of HEADLINES -> difference to the first variant.
+Differences = dict[str, dict[tuple[str, str], Difference]]
+
+
+def differences(outcomes: dict[str, Outcome]) -> Differences:
+  """Of every variant to the first one, on the test split."""
+  baseline = next(iter(outcomes.values()))
+  return {name: {headline: outcome.difference(baseline, *headline)
+                 for headline in HEADLINES}
+          for name, outcome in outcomes.items()}
+
+
 def read_variants(path: pathlib.Path) -> list[Variant]:
   """Parses a variants file.
 
@@ -139,7 +152,7 @@ def _parse(line: str, place: str) -> Variant:
       raise UserError(
           f'{place}: {word!r} is neither --flag=value nor, in front, one of '
           + ', '.join(SPECIAL))
-  if flags and special in (ZEROED, SHUFFLED):
+  if flags and special in FROM_FIRST:
     raise UserError(f'{place}: {special} takes no flags, it is the first '
                     'variant with other features')
   return Variant(name.strip(), special, flags)
@@ -173,12 +186,11 @@ def run_trained(config: RunConfig, loaded: Loaded, seeds: Sequence[int],
     best += best_of_group
     first += first_means
     last += last_means
-  ranks = {split: _stacked([
-      simulation.evaluate(b.state, split)[1]
-      for simulation, b in zip(simulations, best)]) for split in base.splits}
-  outcome = Outcome(ranks, [b.round for b in best], _mean(last), _mean(first),
-                    time.perf_counter() - started)
-  return outcome, simulations, [b.state for b in best]
+  states = [b.state for b in best]
+  outcome = Outcome(
+      _rank(simulations, states), [b.round for b in best], _mean(last),
+      _mean(first), time.perf_counter() - started)
+  return outcome, simulations, states
 
 
 class _Best(NamedTuple):
@@ -239,12 +251,9 @@ def run_special(variant: Variant, config: RunConfig, loaded: Loaded,
     states: its best states.
   """
   started = time.perf_counter()
-  if variant.special in (ZEROED, SHUFFLED):
-    changed = [s.with_features(variant.special[1:]) for s in simulations]
-    ranks = {split: _stacked([
-        simulation.evaluate(state, split)[1]
-        for simulation, state in zip(changed, states)])
-             for split in changed[0].splits}
+  if variant.special in FROM_FIRST:
+    ranks = _rank([s.with_features(variant.special[1:]) for s in simulations],
+                  states)
   else:
     base = simulation_lib.build(config, loaded.dataset, loaded.cold)
     found = []
@@ -259,6 +268,15 @@ def run_special(variant: Variant, config: RunConfig, loaded: Loaded,
     ranks = {split: _stacked([f[split] for f in found]) for split in found[0]}
   nothing = dict.fromkeys(TRAINING_FIGURES)
   return Outcome(ranks, [], nothing, nothing, time.perf_counter() - started)
+
+
+def _rank(simulations: Sequence[Simulation],
+          states: Sequence[FederationState]) -> dict[str, Ranks]:
+  """Split -> ranks of the states, [seeds, users]."""
+  return {split: _stacked([
+      simulation.evaluate(state, split)[1]
+      for simulation, state in zip(simulations, states)])
+          for split in simulations[0].splits}
 
 
 def _stacked(ranks: Sequence[Ranks]) -> Ranks:

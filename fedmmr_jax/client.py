@@ -31,7 +31,6 @@ from fedmmr_jax.vocabulary import Vocabulary
 from fedmmr_jax.windows import (
     Batch, cut_windows, num_positives, num_steps, num_windows, window_stride)
 
-
 # Metric -> the parameter group whose gradient's norm it is.
 GRADIENT_NORMS = {
     'gradient_backbone': 'backbone', 'gradient_visual': 'visual_expert',

@@ -11,7 +11,6 @@ from typing import Any, Iterator
 
 from fedmmr_jax.errors import UserError
 
-
 SCHEDULES = ('constant', 'cosine', 'linear')
 
 
@@ -152,6 +151,12 @@ class MemoryConfig:
       False, 'fill the memories of clients that were never sampled by a '
       'forward pass over their training history before evaluation')
 
+  @property
+  def num_slots(self) -> int:
+    """M; of two_tier the short-term and then the long-term slots."""
+    return self.memory_capacity + (
+        self.long_term_capacity if self.memory == 'two_tier' else 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class ClientConfig:
@@ -189,7 +194,8 @@ class ClientConfig:
       1e-5, 'L2 term added to the local gradient', minimum=0.0)
   max_local_steps: int = _field(
       0, 'local steps of an epoch at most, on windows drawn anew each round '
-      '(0 = as many as a pass takes); a client weighs what so many hold at most', minimum=0)
+      '(0 = as many as a pass takes); a client weighs what so many hold at '
+      'most', minimum=0)
   client_schedule: str = _field(
       'constant', 'how the client learning rate falls over the rounds (see '
       'fedmmr_jax/optimizers.py)', choices=SCHEDULES)

@@ -66,13 +66,6 @@ def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   return scores.reshape(-1)[:model.num_rows]
 
 
-def window_before(client: ClientData, target_at: jax.Array,
-                  max_seq_len: int) -> jax.Array:
-  """[L] the items before a position of the history, left-padded with 0."""
-  position = target_at + jnp.arange(-max_seq_len, 0)
-  return jnp.where(position >= 0, client.history[position], 0)
-
-
 def rank_client(scores: jax.Array, client: ClientData,
                 target_at: jax.Array) -> Ranks:
   """Ranks one client's target.
@@ -93,6 +86,18 @@ def rank_client(scores: jax.Array, client: ClientData,
       full=jnp.sum(at_least & unconsumed),
       sampled=jnp.sum(at_least[client.sampled_negatives]),
       bad_scores=jnp.sum(~jnp.isfinite(scores)))
+
+
+def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
+                client: ClientData, memory: Memory,
+                from_end: jax.Array) -> Ranks:
+  """Ranks one client's target, `from_end` [] int32 items before its end, with
+  the parameters of `broadcast` and its memory."""
+  target_at = jnp.maximum(client.num_items - from_end, 0)
+  position = target_at + jnp.arange(-config.model.max_seq_len, 0)
+  window = jnp.where(position >= 0, client.history[position], 0)
+  scores = score_catalogue(model, config, broadcast, window, memory)
+  return rank_client(scores, client, target_at)
 
 
 @partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
@@ -120,10 +125,7 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
 
   def rank_one(index, memory):
     client = client_view(data, index, max_items)
-    target_at = jnp.maximum(client.num_items - from_end, 0)
-    window = window_before(client, target_at, config.model.max_seq_len)
-    scores = score_catalogue(model, config, broadcast, window, memory)
-    return rank_client(scores, client, target_at)
+    return rank_target(model, config, broadcast, client, memory, from_end)
 
   return jax.lax.map(
       lambda chunk: jax.vmap(rank_one)(

@@ -54,13 +54,9 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     own = broadcast._replace(params=vocabulary.put(
         broadcast.params, ids, update.vocabulary.is_first, trained))
 
-    def rank(from_end):
-      target_at = jnp.maximum(view.num_items - from_end, 0)
-      scores = evaluation.score_catalogue(
-          model, config, own, evaluation.window_before(
-              view, target_at, config.model.max_seq_len), update.memory)
-      return evaluation.rank_client(scores, view, target_at)
-    return jax.lax.map(rank, splits_from_end)
+    return jax.lax.map(
+        partial(evaluation.rank_target, model, config, own, view,
+                update.memory), splits_from_end)
 
   def rank_chunk(chunk):
     views = jax.vmap(lambda c: client_view(data, c, max_items))(chunk)

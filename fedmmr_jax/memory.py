@@ -43,12 +43,9 @@ class Memory(NamedTuple):
 
 def init(config: MemoryConfig) -> Memory:
   """An empty memory; the short-term slots come before the long-term ones."""
-  slots = config.memory_capacity
-  if config.memory == 'two_tier':
-    slots += config.long_term_capacity
-  zeros = jnp.zeros((slots,), jnp.int32)
+  zeros = jnp.zeros((config.num_slots,), jnp.int32)
   return Memory(item=zeros, last_update=zeros, frequency=zeros,
-                surprise=jnp.zeros((slots,), jnp.float32), inserted=zeros,
+                surprise=jnp.zeros((config.num_slots,), jnp.float32), inserted=zeros,
                 clock=jnp.zeros((), jnp.int32))
 
 

@@ -1,6 +1,7 @@
 """A config and a data set bound to the jitted functions that use them."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,7 +42,6 @@ class Simulation:
     model: the architecture, fitted to the data set's widths.
     catalogue: item features on the device.
     data: the clients' data on the device.
-    lengths: [K] interactions of each client, on the host.
     dataset: the host's side of `data`.
     cold: items held out of training, with `--cold_items`.
   """
@@ -50,9 +50,13 @@ class Simulation:
   model: FedDMMR
   catalogue: Catalogue
   data: FederatedData
-  lengths: np.ndarray
   dataset: Dataset
   cold: ColdSplit | None = None
+
+  @functools.cached_property
+  def lengths(self) -> np.ndarray:
+    """[K] interactions of each client, on the host."""
+    return self.dataset.lengths
 
   @property
   def max_items(self) -> int:
@@ -195,11 +199,15 @@ class Simulation:
     """What can be evaluated: 'val', 'test' and, with `--cold_items`, 'cold'."""
     return (*evaluation.SPLITS, *(['cold'] if self.cold else []))
 
-  def _ranked(self, split: str) -> '_Ranked':
+  def _ranked(self, split: str) -> _Ranked:
     """The data that a split's targets are in, and who has one."""
     if split != 'cold':
       return _Ranked(self.data, self.max_items, self.evaluated_clients, split)
-    # A cold item stands where the test item stands otherwise.
+    return self._cold_ranked
+
+  @functools.cached_property
+  def _cold_ranked(self) -> _Ranked:
+    """A cold item stands where the test item stands otherwise."""
     return _Ranked(
         _to_device(self.config, self.cold.dataset, trains=False),
         int(self.cold.dataset.lengths.max()), self.cold.clients, 'test')
@@ -257,7 +265,7 @@ def build(config: RunConfig, dataset: Dataset,
                     text.shape[1]),
       catalogue=Catalogue.from_features(visual, text, content),
       data=_to_device(config, dataset),
-      lengths=dataset.lengths, dataset=dataset, cold=cold)
+      dataset=dataset, cold=cold)
 
 
 def _to_device(config: RunConfig, dataset: Dataset,

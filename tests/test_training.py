@@ -211,21 +211,14 @@ def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
         small.config(num_rounds=2, server_schedule='cosine'), small.dataset())
 
 
-def test_a_run_without_experts_resumes_as_if_straight(tmp_path):
-  # Its prototypes have width 0, which Orbax does not save.
-  changes = dict(experts='none', item_embedding='content_plus_id',
-                 server_optimizer='fedmuon', server_learning_rate=0.01)
-  train(tmp_path / 'straight', num_rounds=3, **changes)
-  train(tmp_path / 'resumed', num_rounds=2, **changes)
-  train(tmp_path / 'resumed', num_rounds=3, **changes)
-  small.assert_trees_equal(final_state(tmp_path / 'straight', 3),
-                           final_state(tmp_path / 'resumed', 3))
-
-
-def test_a_run_with_control_variates_resumes_as_if_straight(tmp_path):
-  changes = dict(drift_control='scaffold', client_optimizer='sgd',
-                 client_learning_rate=0.05, server_optimizer='fedmuon',
-                 server_learning_rate=0.01)
+@pytest.mark.parametrize('changes', [
+    # Its prototypes have width 0, which Orbax does not save.
+    dict(experts='none', item_embedding='content_plus_id'),
+    dict(drift_control='scaffold', client_optimizer='sgd',
+         client_learning_rate=0.05)], ids=['no experts', 'control variates'])
+def test_a_variant_resumes_as_if_straight(tmp_path, changes):
+  changes = changes | dict(
+      server_optimizer='fedmuon', server_learning_rate=0.01)
   train(tmp_path / 'straight', num_rounds=3, **changes)
   train(tmp_path / 'resumed', num_rounds=2, **changes)
   train(tmp_path / 'resumed', num_rounds=3, **changes)

@@ -70,8 +70,9 @@ def hold_out(dataset: Dataset, share: float,
     raise UserError(
         f'--cold_items={share}: nobody has consumed the {num_cold} items held '
         'out, or too little else; hold more out, or fewer')
-  kept = dataclasses.replace(dataset, num_cold=num_cold, user_ids=np.delete(
-      dataset.user_ids, np.flatnonzero(np.isin(dataset.user_ids, dropped))))
+  kept = dataclasses.replace(
+      dataset, num_cold=num_cold,
+      user_ids=dataset.user_ids[~np.isin(dataset.user_ids, dropped)])
   return (_with_sequences(kept, warm),
           ColdSplit(_with_sequences(dataclasses.replace(kept, num_cold=0), full),
                     np.array(clients)), dropped)
