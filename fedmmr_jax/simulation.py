@@ -131,7 +131,9 @@ class Simulation:
         state.server.broadcast(self.catalogue, self.compiled_config), window,
         jax.tree.map(lambda x: x[client],
                      self._memories(state, np.array([client])))))
-    scores[0] = scores[history] = -np.inf
+    # Consumed items that were held out of training are consumed too.
+    everything = self.cold.dataset if self.cold else self.dataset
+    scores[0] = scores[everything.sequence(client)] = -np.inf
     best = np.argsort(-scores, kind='stable')[:count]
     best = best[np.isfinite(scores[best])]
     return best, scores[best]

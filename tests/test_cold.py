@@ -89,6 +89,12 @@ def test_cold_rows_are_never_trained_and_can_be_ranked(split):
   assert simulation_test.full.max() <= warm.num_items - warm.num_cold
   assert np.asarray(simulation.data.sampled_negatives).max() < (
       warm.num_rows - warm.num_cold)
+  # A client gets new items recommended, but not those that it consumed.
+  for client in cold.clients[:3]:
+    items, _ = simulation.recommend(state, client, warm.num_rows)
+    consumed = cold.dataset.sequence(client)
+    assert not np.isin(items, consumed).any()
+    assert len(items) == warm.num_items - len(consumed)
   # Nobody consumed them in training: popularity ranks them last.
   popular = simulation.rank_by_popularity('cold')
   assert (popular.sampled == config.data.sampled_negatives).all()
