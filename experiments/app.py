@@ -106,7 +106,8 @@ def load_round(run: RunFolder, rounds: Rounds, number: int,
   loaded = load.load(config.data, config.seed)
   run.check_data(loaded.dataset)
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
-  like = Checkpoint(simulation.init_state(), Progress.start())
+  like = jax.eval_shape(
+      lambda: Checkpoint(simulation.init_state(), Progress.start()))
   return loaded, simulation, rounds.load(number, like).state
 
 

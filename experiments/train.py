@@ -19,6 +19,7 @@ from experiments import console
 from fedmmr_jax import report
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
+from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.data import load
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
@@ -39,9 +40,11 @@ def main() -> None:
   print(console.data_report(loaded))
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
   print(console.banner(simulation))
-  run.start(config, loaded.dataset)
-  print(f'\nrun folder  {run.path}\ncompiling, the first round takes longer\n',
-        flush=True)
+  run.start(config, loaded.dataset, loaded.integrity)
+  print(f'\nrun folder  {run.path}')
+  for path in Rounds(run.path, create=True).clear_leftovers():
+    print(f'passed over {path}: half written when the run was cut off')
+  print('compiling, the first round takes longer\n', flush=True)
 
   stop = StopSignal()
   done, figures = len(run.records()), {}
@@ -54,7 +57,7 @@ def main() -> None:
       figures.update(console.progress(record))
       bar.set_postfix(figures)
       bar.update()
-      stop.check()  # the round is saved by now
+      stop.check()  # leaving waits for the round to be saved
     try:
       summary = training.train(simulation, run, on_round, loaded.integrity)
     except Stopped:

@@ -271,6 +271,16 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Which rounds stay on disk; the best one always does."""
+
+  keep_last: int = _field(
+      5, 'keep the last n rounds (0 = all)', minimum=0)
+  keep_every: int = _field(
+      10, 'and every m-th (0 = none)', minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """Everything that determines a run's numbers."""
 
@@ -284,6 +294,7 @@ class RunConfig:
   client: ClientConfig = ClientConfig()
   server: ServerConfig = ServerConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
+  checkpoints: CheckpointConfig = CheckpointConfig()
 
   def validate(self) -> 'RunConfig':
     """Returns self; raises UserError naming the first field out of bounds."""

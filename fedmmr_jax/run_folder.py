@@ -9,22 +9,27 @@ import importlib.metadata
 import json
 import os
 import pathlib
-from typing import Any, TextIO
+from typing import Any, Sequence, TextIO
+import zlib
 
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
+from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
 
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
 SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
 LOCK = '.lock'
-# Of the checkpoints; 1 had the server optimizers' state in another structure.
-FORMAT = 2
+CHECKSUM = 'checksum'  # a key of config.json and ids.json
+# Of the checkpoints; 1 had the server optimizers' state in another structure,
+# 2 no checksums.
+FORMAT = 3
 # Settings that may change when a run is continued
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = (
     'num_rounds', 'patience', 'eval_every', 'clients_per_eval_chunk',
-    'items_per_eval_block', 'data_dir', 'visual_features', 'text_features')
+    'items_per_eval_block', 'data_dir', 'visual_features', 'text_features',
+    'keep_last', 'keep_every')
 _PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
              'orbax-checkpoint', 'numpy', 'absl-py')
 
@@ -73,10 +78,16 @@ class RunFolder:
           f'--workdir={self.path} already holds a run; continue it with '
           '--resume or name another folder')
 
-  def start(self, config: RunConfig, dataset: Dataset) -> None:
+  def start(self, config: RunConfig, dataset: Dataset,
+            integrity: Sequence[IntegrityReport] = ()) -> None:
     """Writes `config.json` and `ids.json` (what the rows of the checkpoints
     mean), or checks that they fit when a run is continued. From then on no
     other process may start here, until this object is gone.
+
+    Args:
+      config: the settings.
+      dataset: the data.
+      integrity: what the checks of its features found.
 
     Raises:
       UserError: the folder's run had other settings or other data, another
@@ -89,15 +100,16 @@ class RunFolder:
       self.check_data(dataset)
       versions = self._read(CONFIG, 'versions')
     try:
-      self._write(CONFIG, {
+      self._write(CONFIG, _with_checksum({
           'format': FORMAT,
           'flags': config.as_flat_dict(),
           'versions': versions,
-          'data_fingerprint': dataset.fingerprint()})
-      self._write(IDS, {
+          'data_fingerprint': dataset.fingerprint(),
+          'integrity': [report._asdict() for report in integrity]}))
+      self._write(IDS, _with_checksum({
           'user_ids': dataset.user_ids.tolist(),
           'item_ids': dataset.item_ids.tolist(),
-          'titles': dataset.titles}, indent=None)
+          'titles': dataset.titles}), indent=None)
     except OSError as error:
       raise UserError(
           f'--workdir={self.path}: cannot be written ({error.strerror})'
@@ -114,6 +126,11 @@ class RunFolder:
       return RunConfig.from_flat_dict(flags).validate()
     except UserError as error:
       raise UserError(f'{self.path / CONFIG}: {error}') from None
+
+  def integrity(self) -> list[IntegrityReport]:
+    """What the checks of the features found when the run was started."""
+    return [IntegrityReport(**report) for report in self._read(
+        CONFIG, 'integrity')]
 
   def flags(self) -> dict[str, Any]:
     """Flag name -> value of the run in this folder; raises as `config`."""
@@ -162,13 +179,16 @@ class RunFolder:
     with (self.path / METRICS).open('a') as file:
       file.write(_dumps(record) + '\n')
 
-  def rewind(self, last: dict[str, Any]) -> None:
-    """Makes `metrics.jsonl` end with the record of the last saved round.
+  def rewind(self, last: dict[str, Any] | None) -> None:
+    """Makes `metrics.jsonl` end with the record of the last saved round, None
+    if there is none.
 
-    A process killed after saving leaves that line out, or half of it; and
-    somebody may have moved later, unreadable rounds away.
+    A killed process leaves that line out, or half of it, or adds the one of a
+    round it had not saved; and somebody may have moved later, damaged rounds
+    away.
     """
-    kept = [r for r in self.records() if r['round'] < last['round']] + [last]
+    kept = [r for r in self.records() if last and r['round'] < last['round']]
+    kept += [last] if last else []
     self._replace(METRICS, ''.join(_dumps(r) + '\n' for r in kept))
 
   def remove_results(self) -> None:
@@ -205,9 +225,16 @@ class RunFolder:
       content = json.loads(path.read_text('utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise UserError(f'{path}: damaged, not JSON ({error})') from None
+    if not isinstance(content, dict):
+      raise UserError(f'{path}: damaged, not a JSON object')
+    # Files of which nothing is read back have none.
+    if content.get(CHECKSUM, _checksum(content)) != _checksum(content):
+      raise UserError(
+          f'{path}: damaged or edited, its checksum differs; put the file back '
+          'as it was')
     if key is None:
       return content
-    if not isinstance(content, dict) or key not in content:
+    if key not in content:
       raise UserError(f'{path}: damaged, it has no {key!r}')
     return content[key]
 
@@ -220,6 +247,16 @@ class RunFolder:
     temporary = self.path / f'.{name}.tmp'
     temporary.write_text(text, 'utf-8')
     os.replace(temporary, self.path / name)
+
+
+def _with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+  return content | {CHECKSUM: _checksum(content)}
+
+
+def _checksum(content: dict[str, Any]) -> int:
+  """CRC-32 of what else is in a file."""
+  return zlib.crc32(_dumps(
+      {k: v for k, v in content.items() if k != CHECKSUM}).encode())
 
 
 def _versions() -> dict[str, str]:

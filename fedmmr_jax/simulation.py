@@ -10,7 +10,8 @@ import numpy as np
 
 from fedmmr_jax import content as content_lib
 from fedmmr_jax import evaluation, federation, local_only, metrics, popularity
-from fedmmr_jax.config import DataConfig, EvaluationConfig, RunConfig
+from fedmmr_jax.config import (
+    CheckpointConfig, DataConfig, EvaluationConfig, RunConfig)
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset, FederatedData, HELD_OUT
@@ -74,7 +75,7 @@ class Simulation:
         items_per_eval_block=self.config.evaluation.items_per_eval_block)
     return dataclasses.replace(
         self.config, seed=0, data=DataConfig(), evaluation=evaluation_,
-        server=server)
+        server=server, checkpoints=CheckpointConfig())
 
   def init_state(self) -> FederationState:
     """State before round 1, drawn from the seed."""

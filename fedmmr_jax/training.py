@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fedmmr_jax import acceptance
 from fedmmr_jax import evaluation
 from fedmmr_jax import federation
-from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
+from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
@@ -48,14 +48,20 @@ def train(simulation: Simulation, run: RunFolder,
   def wall_seconds() -> float:
     return wall_before + time.perf_counter() - started
 
-  while (last_round < config.server.num_rounds
-         and not out_of_patience(last_round, checkpoint.progress, config)):
-    last_round += 1
-    run.remove_results()  # of an earlier, shorter run
-    checkpoint, record = train_round(simulation, checkpoint, last_round)
-    rounds.save(last_round, checkpoint, record, wall_seconds())
-    run.append(record)
-    on_round(record)
+  saving_seconds = 0.0
+  # Leaving it, by an exception too, waits for the last round to be on disk.
+  with Saver(rounds, config.checkpoints) as saver:
+    while (last_round < config.server.num_rounds
+           and not out_of_patience(last_round, checkpoint.progress, config)):
+      last_round += 1
+      run.remove_results()  # of an earlier, shorter run
+      checkpoint, record = train_round(simulation, checkpoint, last_round)
+      record['saving_seconds'] = saving_seconds
+      start = time.perf_counter()
+      saver.save(last_round, checkpoint, record, wall_seconds())
+      saving_seconds = time.perf_counter() - start
+      run.append(record)
+      on_round(record)
 
   best_round = rounds.best()
   best = rounds.load(best_round, checkpoint)
@@ -65,7 +71,6 @@ def train(simulation: Simulation, run: RunFolder,
   if simulation.cold:
     summary['cold_popularity'] = evaluation.metrics_of(
         simulation.rank_by_popularity('cold'))
-  rounds.close()
   records = run.records()
   summary |= describe(simulation, records, best_round, wall_seconds())
   summary['acceptance'] = acceptance.judge(
@@ -79,10 +84,12 @@ def restore(simulation: Simulation, run: RunFolder,
   """(state, its round, seconds spent so far): the last saved, or the start."""
   start = Checkpoint(simulation.init_state(), Progress.start())
   if not rounds.numbers():
-    if run.records():
+    # The line of round 1 may be there before the round is.
+    if len(run.records()) > 1:
       raise UserError(
           f'{run.path}: there are metrics but no saved round to continue from; '
           'name another --workdir')
+    run.rewind(None)
     return start, 0, 0.0
   last = rounds.last()
   metadata = rounds.metadata(last)

@@ -55,7 +55,7 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   # A run is continued with its own settings: none need be repeated, and one
   # that the version which began it did not know has its default.
   started = json.loads((workdir / 'config.json').read_text())
-  del started['flags']['vocabulary']
+  del started['flags']['vocabulary'], started['checksum']
   (workdir / 'config.json').write_text(json.dumps(started))
   out, _ = run('train', f'--workdir={workdir}', '--resume', '--num_rounds=3')
   assert 'round 3/3' in out and 'round 2/3' not in out

@@ -1,0 +1,104 @@
+"""SIGKILL at any moment, then --resume: as if nothing had happened.
+
+`FEDMMR_KILLS=12` for the long form; CI kills a few times.
+"""
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+from fedmmr_jax.checkpoint import Rounds
+from tests import small
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KILLS = int(os.environ.get('FEDMMR_KILLS', 3))
+ROUNDS = 4 * KILLS
+# Retention is on, so that a kill may also meet the removal of a round.
+FLAGS = ('--synthetic_users=40', '--synthetic_items=60', '--hidden_dim=16',
+         '--num_blocks=1', '--num_heads=2', '--semantic_heads=2',
+         '--max_seq_len=8', '--num_negatives=5', '--sampled_negatives=10',
+         '--memory_capacity=8', '--retrieval_size=4', '--client_fraction=0.2',
+         '--server_optimizer=fedadam', '--server_learning_rate=0.01',
+         '--client_optimizer=sgd', '--eval_every=2', '--patience=0',
+         '--keep_last=2', '--keep_every=0', f'--num_rounds={ROUNDS}')
+
+
+def command(workdir) -> list[str]:
+  return [sys.executable, '-m', 'experiments.train', '--resume', *FLAGS,
+          f'--workdir={workdir}']
+
+
+def numbers(rounds: pathlib.Path) -> list[int]:
+  if not rounds.exists():
+    return []
+  return [int(p.name) for p in rounds.iterdir() if p.name.isdecimal()]
+
+
+def run_until_killed(workdir, rng: random.Random) -> str:
+  """Starts or resumes the run and kills it; returns when, in words."""
+  rounds = workdir / 'rounds'
+  before = max(numbers(rounds), default=0)
+  at_start = rng.random() < 0.15
+  after = before + rng.randrange(1, 4)  # rounds that are saved first
+  in_save = rng.random() < 0.5
+  delay = rng.uniform(0, 0.3)
+  with subprocess.Popen(command(workdir), cwd=ROOT, stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT) as process:
+    if at_start:
+      time.sleep(rng.uniform(0, 8))
+    else:
+      while process.poll() is None and max(
+          numbers(rounds), default=0) < after:
+        time.sleep(0.002)
+      if in_save:
+        while process.poll() is None and not list(rounds.glob('.saving-*')):
+          pass
+        delay /= 10
+      time.sleep(delay)
+    process.kill()
+    output = process.communicate()[0].decode()
+  assert process.returncode == -9, output
+  return (f'after round {max(numbers(rounds), default=0)}'
+          + (', a step half written' if list(rounds.glob('.saving-*')) else ''))
+
+
+def finish(workdir) -> str:
+  done = subprocess.run(command(workdir), cwd=ROOT, capture_output=True,
+                        text=True, check=False)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout
+
+
+def without_times(record):
+  return {k: v for k, v in record.items() if not k.endswith('seconds')}
+
+
+def test_killed_anywhere_a_resumed_run_equals_the_straight_one(tmp_path):
+  finish(tmp_path / 'straight')
+  rng = random.Random(int(os.environ.get('FEDMMR_KILL_SEED', 0)))
+  killed = tmp_path / 'killed'
+  moments = [run_until_killed(killed, rng) for _ in range(KILLS)]
+  print('\n'.join(moments))
+  half_written = list((killed / 'rounds').glob('.saving-*'))
+  output = finish(killed)
+  for path in half_written:
+    assert f'passed over {path}' in output
+
+  for folder in (killed, tmp_path / 'straight'):
+    assert not list((folder / 'rounds').glob('.*'))
+  first, second = ([json.loads(line) for line in (
+      folder / 'metrics.jsonl').read_text().splitlines()]
+                   for folder in (killed, tmp_path / 'straight'))
+  assert [r['round'] for r in first] == list(range(1, ROUNDS + 1))
+  assert list(map(without_times, first)) == list(map(without_times, second))
+  a, b = Rounds(killed), Rounds(tmp_path / 'straight')
+  assert a.numbers() == b.numbers() and a.best() == b.best()
+  for number in a.numbers():
+    small.assert_trees_equal(a.load_as_saved(number), b.load_as_saved(number))
+  summaries = [json.loads((folder / 'summary.json').read_text())
+               for folder in (killed, tmp_path / 'straight')]
+  assert summaries[0]['test'] == summaries[1]['test']
