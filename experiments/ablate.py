@@ -260,26 +260,17 @@ def _seeds() -> list[int]:
 
 
 def _configured(base: RunConfig, variant: Variant) -> RunConfig:
-  def refuse(reason):
-    raise UserError(f'{_VARIANTS.value}: variant {variant.name!r}: {reason}')
-
-  values = base.as_flat_dict()
-  for name, text in variant.flags.items():
-    if name not in values:
-      refuse(f'there is no setting --{name}')
+  place = f'{_VARIANTS.value}: variant {variant.name!r}'
+  for name in variant.flags:
     # The data is loaded once, and differences are paired over users.
     if name in dataclasses.asdict(base.data) and name != 'feature_scaling' or (
         name in ('seed', 'eval_clients')):
-      refuse(f'--{name} is the same for all variants; give it on the command '
-             'line')
-    try:
-      values[name] = flags.FLAGS[name].parser.parse(text)
-    except ValueError as error:
-      refuse(f'--{name}={text}: {error}')
+      raise UserError(f'{place}: --{name} is the same for all variants; give '
+                      'it on the command line')
   try:
-    return RunConfig.from_flat_dict(values).validate()
+    return app.with_flags(base, variant.flags)
   except UserError as error:
-    refuse(error)
+    raise UserError(f'{place}: {error}') from None
 
 
 def _key(variant: Variant, config: RunConfig, seeds, loaded) -> str:

@@ -13,7 +13,8 @@ from absl import logging
 import jax
 
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
+from fedmmr_jax import training
+from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.config import RunConfig, walk_fields
 from fedmmr_jax.data import load
 from fedmmr_jax.data.load import Loaded
@@ -65,6 +66,23 @@ def config_from_flags(before: dict[str, Any] | None = None) -> RunConfig:
   return RunConfig.from_flat_dict(values).validate()
 
 
+def with_flags(config: RunConfig, changes: dict[str, str]) -> RunConfig:
+  """The settings with some flags given as text, as on a command line.
+
+  Raises:
+    UserError: no such flag, or a value that is none of its.
+  """
+  values = config.as_flat_dict()
+  for name, text in changes.items():
+    if name not in values:
+      raise UserError(f'there is no setting --{name}')
+    try:
+      values[name] = flags.FLAGS[name].parser.parse(text)
+    except ValueError as error:
+      raise UserError(f'--{name}={text}: {error}') from None
+  return RunConfig.from_flat_dict(values).validate()
+
+
 def open_run() -> RunFolder:
   """The run folder that --workdir names, for the binaries that read one.
 
@@ -106,9 +124,8 @@ def load_round(run: RunFolder, rounds: Rounds, number: int,
   loaded = load.load(config.data, config.seed)
   run.check_data(loaded.dataset)
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
-  like = jax.eval_shape(
-      lambda: Checkpoint(simulation.init_state(), Progress.start()))
-  return loaded, simulation, rounds.load(number, like).state
+  saved = rounds.load(number, training.structure(simulation))
+  return loaded, simulation, saved.state
 
 
 def run(main: Callable[..., None], commands: bool = False) -> None:

@@ -5,11 +5,13 @@ from typing import Any, Sequence
 import jax
 
 from fedmmr_jax import federation
+from fedmmr_jax import warm_start
 from fedmmr_jax import windows
 from fedmmr_jax.data.dataset import HELD_OUT
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.metrics import CUTOFFS
 from fedmmr_jax.simulation import Simulation
+from fedmmr_jax.warm_start import WarmStart
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -71,12 +73,23 @@ def banner(simulation: Simulation) -> str:
       f'({c.negatives}), {c.objective}; drift: {drift}',
       f'  client     {_stepping(c)}, '
       f'epochs {c.local_epochs}, batch {c.batch_size} '
-      f'({steps:.0f} steps on average)',
+      f'({steps:.0f} steps on average)'
+      + (f', frozen: {", ".join(c.frozen_groups)}' if c.freeze else ''),
       f'  server     {s.server_optimizer} {s.server_learning_rate:g}'
       f'{_decay(s.server_schedule)}, '
       f'{size} of {len(simulation.lengths)} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
   ])
+
+
+def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
+  """What was taken over, what was left as drawn, what did not fit."""
+  rows = [[part.name, part.group, part.status, f'{part.count:,}',
+           'frozen' if part.group in frozen and part.status != warm_start.UNFIT
+           else '', part.note.ljust(1)] for part in start.table]
+  return (f'warm start from {start.source}; the server optimizer starts '
+          'afresh\n'
+          + table(['part', 'group', '', 'numbers', '', ''], rows))
 
 
 def _stepping(config) -> str:

@@ -7,19 +7,23 @@
 Any flag after the preset overrides it; `--helpfull` lists them all.
 """
 
+import pathlib
 import signal
 import sys
 import time
+from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
 from experiments import app
 from experiments import console
+from experiments import stages
 from fedmmr_jax import report
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
 from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
@@ -28,18 +32,40 @@ _RESUME = flags.DEFINE_boolean(
     'resume', False, 'continue the run in --workdir with its settings; starts '
     'afresh where there is none')
 
+_STAGES = flags.DEFINE_string(
+    'stages', '', 'file with a run a line, name: --flag=value …, each from the '
+    'best round of the one before; see experiments/stages.py')
+
 app.define_config_flags()
 
 
 def main() -> None:
-  run = RunFolder(_workdir())
-  run.check_free(_RESUME.value)
-  config = app.config_from_flags(run.flags() if run.holds_run() else None)
+  workdir = pathlib.Path(_workdir())
+  try:
+    chained = stages.saved(workdir)
+    if _STAGES.value or chained:
+      train_stages(workdir, chained)
+    else:
+      run = RunFolder(workdir)
+      run.check_free(_RESUME.value)
+      train_run(run, app.config_from_flags(
+          run.flags() if run.holds_run() else None))
+  except Stopped:
+    print('stopped; continue with python -m experiments.train --resume '
+          f'--workdir={workdir}', file=sys.stderr)
+    sys.exit(app.INTERRUPTED)
 
+
+def train_run(run: RunFolder, config: RunConfig) -> None:
+  """Trains one run to its end and writes its report."""
   loaded = load.load(config.data, config.seed)
   print(console.data_report(loaded))
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
   print(console.banner(simulation))
+  fresh = not run.holds_rounds()
+  if fresh and simulation.warm_start:  # refused before anything is written
+    print('\n' + console.warm_start_report(
+        simulation.warm_start, config.client.frozen_groups))
   run.start(config, loaded.dataset, loaded.integrity)
   print(f'\nrun folder  {run.path}')
   for path in Rounds(run.path, create=True).clear_leftovers():
@@ -58,15 +84,32 @@ def main() -> None:
       bar.set_postfix(figures)
       bar.update()
       stop.check()  # leaving waits for the round to be saved
-    try:
-      summary = training.train(simulation, run, on_round, loaded.integrity)
-    except Stopped:
-      print('stopped; continue with python -m experiments.train --resume '
-            f'--workdir={run.path}', file=sys.stderr)
-      sys.exit(app.INTERRUPTED)
+    summary = training.train(simulation, run, on_round, loaded.integrity)
   report.write(run, loaded.integrity)
   print(console.final_table(summary))
   print(f'\nrun folder  {run.path}   report  {run.path / "report.html"}')
+
+
+def train_stages(workdir: pathlib.Path, saved: dict[str, Any] | None) -> None:
+  """Trains the runs of `--stages`, or goes on with those in the folder."""
+  if saved and not _RESUME.value:
+    raise UserError(
+        f'--workdir={workdir} already holds staged runs; continue them with '
+        '--resume or name another folder')
+  base = app.config_from_flags(saved['flags'] if saved else None)
+  lines = saved['stages'] if saved else stages.read(
+      pathlib.Path(_STAGES.value))
+  chain = stages.chain(workdir, base, lines)
+  if not saved:
+    RunFolder(workdir).check_free(resume=False)
+    stages.save(workdir, base, lines)
+  for number, stage in enumerate(chain, 1):
+    print(f'\nstage {number} of {len(chain)}: {stage.name}\n')
+    if stage.run.summary():
+      print(f'finished, in {stage.run.path}')
+    else:
+      started = stage.run.holds_run()
+      train_run(stage.run, stage.run.config() if started else stage.config)
 
 
 class Stopped(Exception):

@@ -176,7 +176,7 @@ def run_trained(config: RunConfig, loaded: Loaded, seeds: Sequence[int],
   base = simulation_lib.build(config, loaded.dataset, loaded.cold)
   simulations = [base.with_seed(seed) for seed in seeds]
   size = sum(x.size * x.dtype.itemsize
-             for x in jax.tree.leaves(jax.eval_shape(base.init_state)))
+             for x in jax.tree.leaves(base.abstract_state))
   groups = ([simulations] if size * len(seeds) <= SIDE_BY_SIDE_BYTES
             else [[s] for s in simulations])
   best: list[_Best] = []

@@ -90,6 +90,10 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
   Returns:
     (total loss, (surprise [T] for the memory, metrics of the step)).
   """
+  # What is frozen gets no gradient, and none is computed for it.
+  frozen = optimizers.frozen_names(config.client)
+  params = {name: jax.lax.stop_gradient(part) if name in frozen else part
+            for name, part in params.items()}
   scores = score_batch(model, params, batch, negative, catalogue, view, key)
   valid = batch.valid.reshape(-1)
   both = jnp.all(scores.candidates.available, axis=-1)

@@ -12,6 +12,10 @@ from typing import Any, Iterator
 from fedmmr_jax.errors import UserError
 
 SCHEDULES = ('constant', 'cosine', 'linear')
+# Names of `--load` and `--freeze`; which parameters they mean:
+# models/feddmmr.py.
+GROUPS = ('embeddings', 'backbone', 'experts', 'router', 'fusion')
+ALL_GROUPS, MEMORIES = 'all', 'memories'
 
 
 def _field(default: Any, help: str, **bounds: Any) -> Any:
@@ -211,6 +215,13 @@ class ClientConfig:
       'its moments held, and --server_learning_rate=1 is the mean of the '
       'clients (see fedmmr_jax/drift_control.py)',
       choices=('none', 'scaffold', 'mime_lite'))
+  freeze: str = _field(
+      '', 'what is not trained, with commas between: ' + ', '.join(GROUPS),
+      names=GROUPS)
+
+  @property
+  def frozen_groups(self) -> tuple[str, ...]:
+    return _names(self.freeze)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +282,23 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StartConfig:
+  """What a run starts from (see fedmmr_jax/warm_start.py)."""
+
+  pretrained_path: str = _field(
+      '', 'another run to start from: its folder (its best round) or '
+      'RUN/rounds/N')
+  load: str = _field(
+      ALL_GROUPS, 'what to take over from it, with commas between: '
+      + ', '.join(GROUPS) + ' (all = each that this model has), and '
+      + f'{MEMORIES} (of all clients)', names=(*GROUPS, ALL_GROUPS, MEMORIES))
+
+  @property
+  def load_groups(self) -> tuple[str, ...]:
+    return _names(self.load)
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """Which rounds stay on disk; the best one always does."""
 
@@ -294,6 +322,7 @@ class RunConfig:
   client: ClientConfig = ClientConfig()
   server: ServerConfig = ServerConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
+  start: StartConfig = StartConfig()
   checkpoints: CheckpointConfig = CheckpointConfig()
 
   def validate(self) -> 'RunConfig':
@@ -320,6 +349,14 @@ class RunConfig:
       raise UserError(
           '--drift_control=mime_lite makes the local steps with the server '
           'optimizer; say --client_optimizer=sgd')
+    if self.start.load != ALL_GROUPS and not self.start.pretrained_path:
+      raise UserError(f'--load={self.start.load} needs --pretrained_path, the '
+                      'run to load from')
+    if self.start.pretrained_path and not self.start.load_groups:
+      raise UserError('--load= is empty; say what to take over from '
+                      '--pretrained_path')
+    if set(self.client.frozen_groups) == set(GROUPS):
+      raise UserError(f'--freeze={self.client.freeze} leaves nothing to train')
     if self.data.dataset != 'synthetic' and not self.data.data_dir:
       raise UserError(
           f'--dataset={self.data.dataset} needs --data_dir, the folder that '
@@ -368,8 +405,16 @@ def walk_fields(
       yield '', field, value
 
 
+def _names(text: str) -> tuple[str, ...]:
+  return tuple(name.strip() for name in text.split(',') if name.strip())
+
+
 def _validate_field(field: dataclasses.Field, value: Any) -> None:
   meta = field.metadata
+  for name in _names(value) if 'names' in meta else ():
+    if name not in meta['names']:
+      raise UserError(f'--{field.name}={value}: there is no {name!r}; choose '
+                      f'from {", ".join(meta["names"])}')
   if 'choices' in meta and value not in meta['choices']:
     raise UserError(
         f'--{field.name}={value} is unknown; choose from '

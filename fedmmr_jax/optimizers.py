@@ -17,6 +17,7 @@ import optax.contrib
 
 from fedmmr_jax import drift_control
 from fedmmr_jax.config import ClientConfig, RunConfig, ServerConfig
+from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
 from fedmmr_jax.scoring import Params
 
 
@@ -55,6 +56,19 @@ def needs_gradient(config: ClientConfig) -> bool:
   return config.drift_control != 'none'
 
 
+def frozen_names(config: ClientConfig) -> tuple[str, ...]:
+  """Top-level names of the parameters that `--freeze` leaves as they are."""
+  return tuple(name for group in config.frozen_groups
+               for name in PARAMETER_GROUPS[group])
+
+
+def _trained(config: ClientConfig) -> Any:
+  """Mask of parameters for optax."""
+  return lambda params: {
+      name: jax.tree.map(lambda _: name not in frozen_names(config), part)
+      for name, part in params.items()}
+
+
 def client_optimizer(config: RunConfig, learning_rate: jax.Array | float,
                      control: Any = None) -> optax.GradientTransformation:
   """Local optimizer; with drift control, its state's first entry is a
@@ -70,7 +84,8 @@ def client_optimizer(config: RunConfig, learning_rate: jax.Array | float,
   """
   c = config.client
   parts = [drift_control.record_gradient()] if needs_gradient(c) else []
-  parts.append(optax.add_decayed_weights(c.weight_decay))
+  parts.append(optax.add_decayed_weights(
+      c.weight_decay, mask=_trained(c) if c.freeze else None))
   if c.proximal_mu:
     parts.append(drift_control.fedprox(c.proximal_mu))
   if c.drift_control == 'mime_lite':

@@ -65,6 +65,12 @@ class RunFolder:
     return any((self.path / name).exists()
                for name in (CONFIG, METRICS, SUMMARY, ROUNDS))
 
+  def holds_rounds(self) -> bool:
+    """Is there a whole round to go on from?"""
+    folder = self.path / ROUNDS
+    return folder.exists() and any(
+        path.name.isdecimal() for path in folder.iterdir())
+
   def check_free(self, resume: bool) -> None:
     """Refuses a folder that holds a run, unless it is to be continued.
 
@@ -144,10 +150,14 @@ class RunFolder:
       raise UserError(
           f'{self.path}: its checkpoints are of format {found}, this version '
           f'reads format {FORMAT}; use the version that began the run')
-    if self._read(CONFIG, 'data_fingerprint') != dataset.fingerprint():
+    if self.data_fingerprint() != dataset.fingerprint():
       raise UserError(
           f'{self.path}: the run was trained on other data; the files of '
           '--data_dir have changed since')
+
+  def data_fingerprint(self) -> str:
+    """SHA-256 of the data it was trained on."""
+    return self._read(CONFIG, 'data_fingerprint')
 
   def ids(self) -> dict[str, list]:
     """'user_ids' [K], 'item_ids' [V] and 'titles' [V] (or empty)."""

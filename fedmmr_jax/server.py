@@ -10,12 +10,13 @@ from fedmmr_jax import optimizers
 from fedmmr_jax import prototypes as prototypes_lib
 from fedmmr_jax.client import Broadcast
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.models.feddmmr import Catalogue
+from fedmmr_jax.models.feddmmr import Catalogue, PARAMETER_GROUPS
 from fedmmr_jax.prototypes import Prototypes
 from fedmmr_jax.scoring import Params
 
 # Aggregated from the first round on, also during partial aggregation.
-ALWAYS_AGGREGATED = ('item_embedding', 'content_projection', 'backbone')
+ALWAYS_AGGREGATED = (
+    *PARAMETER_GROUPS['embeddings'], *PARAMETER_GROUPS['backbone'])
 
 
 class ServerState(NamedTuple):

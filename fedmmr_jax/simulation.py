@@ -10,8 +10,9 @@ import numpy as np
 
 from fedmmr_jax import content as content_lib
 from fedmmr_jax import evaluation, federation, local_only, metrics, popularity
+from fedmmr_jax import warm_start as warm_start_lib
 from fedmmr_jax.config import (
-    CheckpointConfig, DataConfig, EvaluationConfig, RunConfig)
+    CheckpointConfig, DataConfig, EvaluationConfig, RunConfig, StartConfig)
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset, FederatedData, HELD_OUT
@@ -20,6 +21,7 @@ from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.warm_start import WarmStart
 from fedmmr_jax.windows import num_positives
 
 SHUFFLE_STREAM = 7  # see federation.COHORT_STREAM
@@ -75,10 +77,35 @@ class Simulation:
         items_per_eval_block=self.config.evaluation.items_per_eval_block)
     return dataclasses.replace(
         self.config, seed=0, data=DataConfig(), evaluation=evaluation_,
-        server=server, checkpoints=CheckpointConfig())
+        server=server, start=StartConfig(),
+        checkpoints=CheckpointConfig())
 
   def init_state(self) -> FederationState:
-    """State before round 1, drawn from the seed."""
+    """State before round 1: drawn from the seed, over that the warm start.
+
+    Raises:
+      UserError: see `warm_start`.
+    """
+    state = self._fresh_state()
+    return self.warm_start.put_into(state) if self.warm_start else state
+
+  @functools.cached_property
+  def abstract_state(self) -> FederationState:
+    """Shapes and types of a state; nothing is drawn or read."""
+    return jax.eval_shape(self._fresh_state)
+
+  @functools.cached_property
+  def warm_start(self) -> WarmStart | None:
+    """What `--pretrained_path` gives, read once; None without.
+
+    Raises:
+      UserError: it cannot be loaded as asked.
+    """
+    if not self.config.start.pretrained_path:
+      return None
+    return warm_start_lib.load(self.config, self.dataset, self.abstract_state)
+
+  def _fresh_state(self) -> FederationState:
     return federation.init(
         self.model, self.catalogue, self.config, len(self.lengths))
 

@@ -82,7 +82,6 @@ def train(simulation: Simulation, run: RunFolder,
 def restore(simulation: Simulation, run: RunFolder,
             rounds: Rounds) -> tuple[Checkpoint, int, float]:
   """(state, its round, seconds spent so far): the last saved, or the start."""
-  start = Checkpoint(simulation.init_state(), Progress.start())
   if not rounds.numbers():
     # The line of round 1 may be there before the round is.
     if len(run.records()) > 1:
@@ -90,12 +89,18 @@ def restore(simulation: Simulation, run: RunFolder,
           f'{run.path}: there are metrics but no saved round to continue from; '
           'name another --workdir')
     run.rewind(None)
-    return start, 0, 0.0
+    return Checkpoint(simulation.init_state(), Progress.start()), 0, 0.0
   last = rounds.last()
   metadata = rounds.metadata(last)
-  checkpoint = rounds.load(last, start)
+  checkpoint = rounds.load(last, structure(simulation))
   run.rewind(metadata['record'])
   return checkpoint, last, metadata['wall_seconds']
+
+
+def structure(simulation: Simulation) -> Checkpoint:
+  """Shapes and types of what is saved."""
+  return Checkpoint(
+      simulation.abstract_state, jax.eval_shape(Progress.start))
 
 
 def train_round(simulation: Simulation, checkpoint: Checkpoint,

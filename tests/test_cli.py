@@ -180,7 +180,7 @@ def test_bad_flags_are_refused(tmp_path):
       f'--workdir={tmp_path}', 'list', binary='inspect_checkpoint')
 
 
-@pytest.mark.parametrize('preset', sorted(p.name for p in PRESETS.iterdir()))
+@pytest.mark.parametrize('preset', sorted(p.name for p in PRESETS.glob('*.flags')))
 def test_presets_are_valid(preset):
   """Every flag of a preset exists and is within its bounds."""
   code = ('from experiments import app; from absl import flags; '

@@ -24,6 +24,16 @@ from fedmmr_jax.models.sasrec import SASRec
 
 VISUAL, SEMANTIC = 0, 1  # positions on the expert axis E
 NUM_EXPERTS = 2
+# Group (`config.GROUPS`) -> top-level names of its parameters, of which a
+# configuration has some.
+PARAMETER_GROUPS = {
+    'embeddings': ('item_embedding', 'content_projection'),
+    'backbone': ('backbone',),
+    'experts': ('visual_expert', 'visual_norm', 'semantic_expert',
+                'semantic_norm'),
+    'router': ('router',),
+    'fusion': ('sequence_norm', 'fusion_gate'),
+}
 
 
 class Catalogue(NamedTuple):

@@ -1,0 +1,252 @@
+"""Warm start: what a run takes over from a saved round of another one.
+
+Parameters are loaded by named groups. A group that was asked for is loaded
+whole or the start is refused: a table that silently stays random, or whose rows
+mean other items, looks like training that does not work. Items and users are
+matched by their ids in the source. The server optimizer starts afresh.
+"""
+
+import pathlib
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmmr_jax import vocabulary
+from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.config import ALL_GROUPS, MEMORIES, RunConfig
+from fedmmr_jax.data.dataset import Dataset
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.federation import FederationState
+from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
+from fedmmr_jax.run_folder import RunFolder
+
+LOADED, INITIAL, UNFIT = 'loaded', 'initial', 'does not fit'
+
+
+class Part(NamedTuple):
+  """What became of one part of the two models.
+
+  Attributes:
+    name: top-level name of parameters, or 'memories'.
+    group: the `--load` group it belongs to.
+    status: LOADED, INITIAL (left as this run draws it) or UNFIT (only the
+      other run has it).
+    count: numbers in it.
+    note: how rows were matched, or why it was left.
+  """
+
+  name: str
+  group: str
+  status: str
+  count: int
+  note: str
+
+
+class WarmStart(NamedTuple):
+  """What is taken over, on the host.
+
+  Attributes:
+    source: folder of the round it comes from.
+    params: top-level name -> parameters.
+    memories: of all clients, with the global prototypes: the fields of
+      `FederationState.memories` and of `ServerState.prototypes`; None unless
+      asked for.
+    table: a row for each part.
+  """
+
+  source: pathlib.Path
+  params: dict[str, Any]
+  memories: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None
+  table: list[Part]
+
+  def put_into(self, state: FederationState) -> FederationState:
+    """A fresh state with what is taken over in its place."""
+    server = state.server._replace(
+        params=state.server.params | jax.tree.map(jnp.asarray, self.params))
+    if self.memories is None:
+      return state._replace(server=server)
+    memories, prototypes = jax.tree.map(jnp.asarray, self.memories)
+    return state._replace(
+        memories=type(state.memories)(**memories),
+        server=server._replace(
+            prototypes=type(server.prototypes)(**prototypes)))
+
+
+def load(config: RunConfig, dataset: Dataset,
+         fresh: FederationState) -> WarmStart:
+  """Reads what `--load` names from `--pretrained_path`.
+
+  Args:
+    config: the run that starts.
+    dataset: its data.
+    fresh: its state before round 1, or the shapes of it.
+
+  Raises:
+    UserError: the path holds no round, a part of a group that was asked for
+      would be left as it is, or would come to mean something else.
+  """
+  run, number = _find(config.start.pretrained_path)
+  rounds = Rounds(run.path)
+  saved = rounds.load_as_saved(number)['state']
+  source = rounds.path(number)
+  own = fresh.server.params
+  present = [group for group, names in PARAMETER_GROUPS.items()
+             if any(name in own for name in names)]
+  wanted = _wanted(config, present)
+  refuse = _refuser(source)
+  _check_meaning(wanted, config, dataset, run, refuse)
+  rows = _rows(dataset, run, refuse) if 'embeddings' in wanted else None
+
+  params, table = {}, []
+  theirs = saved['server']['params']
+  for group, names in PARAMETER_GROUPS.items():
+    for name in names:
+      if name in own and group in wanted:
+        found = theirs.get(name)
+        if name == vocabulary.ITEM_TABLE and found is not None:
+          found = found[rows]
+        _check_whole(own[name], found, name, group, refuse)
+        params[name] = found
+        table.append(Part(name, group, LOADED, _count(found),
+                          _matched(rows, name, theirs)))
+        if extra := _paths(theirs[name]) - _paths(own[name]):
+          table.append(Part(name, group, UNFIT, 0,
+                            'not in this model: ' + ', '.join(sorted(extra))))
+      elif name in own:
+        table.append(Part(name, group, INITIAL, _count(own[name]),
+                          'not asked for'))
+      elif name in theirs:
+        table.append(Part(name, group, UNFIT, _count(theirs[name]),
+                          'not in this model'))
+  memories = None
+  if MEMORIES in wanted:
+    memories = saved['memories'], saved['server']['prototypes']
+    _check_whole((fresh.memories._asdict(), fresh.server.prototypes._asdict()),
+                 memories, MEMORIES, MEMORIES, refuse)
+  table.append(Part(
+      MEMORIES, MEMORIES, LOADED if memories else INITIAL,
+      _count(memories or fresh.memories), '' if memories else 'not asked for'))
+  return WarmStart(source, params, memories, table)
+
+
+def _find(path: str) -> tuple[RunFolder, int]:
+  """A run's folder means its best round, `RUN/rounds/N` that one."""
+  folder = pathlib.Path(path)
+  if folder.parent.name == 'rounds' and folder.name.isdecimal():
+    return RunFolder(folder.parent.parent), int(folder.name)
+  try:
+    return RunFolder(folder), Rounds(folder).best()
+  except UserError as error:
+    raise UserError(f'--pretrained_path={path}: {error}') from None
+
+
+def _wanted(config: RunConfig, present: list[str]) -> list[str]:
+  """The groups to load; those that `--load` names must be in this model."""
+  named = config.start.load_groups
+  if ALL_GROUPS in named:
+    return present + [g for g in named if g == MEMORIES]
+  for group in named:
+    if group not in (*present, MEMORIES):
+      raise UserError(f'--load={config.start.load}: this model has no {group}; '
+                      f'it has {", ".join(present)}')
+  return list(named)
+
+
+def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
+  def refuse(group, reason):
+    raise UserError(f'--pretrained_path: {group} cannot be loaded from '
+                    f'{source}: {reason}; leave {group} out of --load, or name '
+                    'another run')
+  return refuse
+
+
+# What gives parameters of one shape their meaning.
+_MEANING = {
+    'backbone': ('num_heads',),
+    'experts': ('semantic_heads', 'feature_scaling', 'expert_input'),
+    'router': ('router_input', 'feature_scaling'),
+}
+
+
+def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
+                   run: RunFolder, refuse) -> None:
+  """Refuses what would fit, and come to mean something else."""
+  theirs, other = config.as_flat_dict(), run.config()
+  before = other.as_flat_dict()
+  for group in wanted:
+    for name in _MEANING.get(group, ()):
+      if before[name] != theirs[name]:
+        refuse(group, f'its run had --{name}={before[name]}, not '
+               f'{theirs[name]}')
+  if 'embeddings' in wanted:
+    if config.data.dataset != other.data.dataset:
+      refuse('embeddings', f'they are of --dataset={other.data.dataset}')
+    added = [c.model.item_embedding == 'content_plus_id'
+             for c in (config, other)]
+    if added[0] != added[1]:
+      refuse('embeddings', 'its run had --item_embedding='
+             f'{other.model.item_embedding}, not {config.model.item_embedding}')
+  if run.data_fingerprint() == dataset.fingerprint():
+    return
+  # Principal components of another catalogue are other axes.
+  on_components = {
+      'embeddings': config.model.item_embedding == 'content_plus_id',
+      'experts': config.data.feature_scaling == 'components',
+      'router': (config.data.feature_scaling == 'components'
+                 and config.model.router_input == 'features'),
+      MEMORIES: True}
+  for group in wanted:
+    if on_components.get(group):
+      refuse(group, 'it was trained on other data, and its numbers belong to '
+             'that catalogue')
+
+
+def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
+  """[V] which row of the other item table each item has there."""
+  theirs = {item: row for row, item in enumerate(run.ids()['item_ids'])}
+  missing = [i for i in dataset.item_ids.tolist() if i not in theirs]
+  if missing:
+    shown = ', '.join(map(str, missing[:5])) + (', …' if missing[5:] else '')
+    refuse('embeddings', f'{len(missing)} of this run\'s {dataset.num_items} '
+           f'items are not in it and would stay random (ids {shown})')
+  return np.array([theirs[i] for i in dataset.item_ids.tolist()])
+
+
+def _matched(rows, name: str, theirs) -> str:
+  if name != vocabulary.ITEM_TABLE:
+    return ''
+  total = len(theirs[name]) - 1
+  return f'{len(rows) - 1} items, matched by id' + (
+      f'; {total - len(rows) + 1} others left there'
+      if total >= len(rows) else '')
+
+
+def _check_whole(own: Any, found: Any, name: str, group: str, refuse) -> None:
+  """Every array of this model must have one of its shape there."""
+  found = {path: x for path, x in _leaves(found)}
+  for path, x in _leaves(own):
+    full = '/'.join((name, *path))
+    if path not in found:
+      refuse(group, f'it has no {full}, which would stay as drawn')
+    if found[path].shape != x.shape:
+      refuse(group, f'{full} has shape {_shape(found[path])} there and '
+             f'{_shape(x)} here')
+
+
+def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+  return [(tuple(str(getattr(k, 'key', getattr(k, 'idx', ''))) for k in path), x)
+          for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _paths(tree: Any) -> set[str]:
+  return {'/'.join(path) for path, _ in _leaves(tree)}
+
+
+def _count(tree: Any) -> int:
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def _shape(x: Any) -> str:
+  return ' x '.join(map(str, x.shape)) or 'scalar'

@@ -1,0 +1,235 @@
+"""Warm starts load whole groups or refuse; frozen groups stay bit for bit."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import console
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax import training
+from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.config import GROUPS
+from fedmmr_jax.data.dataset import from_interactions
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
+from fedmmr_jax.run_folder import RunFolder
+from tests import small
+
+
+def train(path, dataset=None, **changes):
+  dataset = dataset or small.dataset()
+  simulation = simulation_lib.build(small.config(**changes), dataset)
+  run = RunFolder(path)
+  run.start(simulation.config, dataset)
+  training.train(simulation, run, lambda record: None)
+  return path
+
+
+def saved(path, number=None):
+  """A round's state, of the best one by default."""
+  simulation = simulation_lib.build(RunFolder(path).config(), small.dataset())
+  rounds = Rounds(path)
+  return rounds.load(
+      number or rounds.best(), training.structure(simulation)).state
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+  return train(tmp_path_factory.mktemp('runs') / 'full')
+
+
+def start(path, dataset=None, **changes):
+  return simulation_lib.build(
+      small.config(pretrained_path=str(path), **changes),
+      dataset or small.dataset())
+
+
+def parts(simulation):
+  return {(p.name, p.status): p for p in simulation.warm_start.table}
+
+
+def test_every_parameter_has_one_group():
+  assert tuple(PARAMETER_GROUPS) == GROUPS
+  names = [n for group in PARAMETER_GROUPS.values() for n in group]
+  assert len(set(names)) == len(names)
+  for changes in (dict(fusion='gated'),
+                  dict(item_embedding='content_plus_id')):
+    params = small.simulation(**changes).abstract_state.server.params
+    assert set(params) <= set(names)
+
+
+def test_all_loads_every_parameter_and_nothing_else(pretrained):
+  simulation = start(pretrained)
+  state, trained = simulation.init_state(), saved(pretrained)
+  small.assert_trees_equal(state.server.params, trained.server.params)
+  small.assert_trees_equal(
+      state.memories, simulation._fresh_state().memories)
+  assert {status for _, status in parts(simulation)} == {'loaded', 'initial'}
+  assert ('memories', 'initial') in parts(simulation)
+
+
+def test_memories_come_along_when_asked_for(pretrained):
+  state = start(pretrained, load='all,memories').init_state()
+  trained = saved(pretrained)
+  small.assert_trees_equal(state.memories, trained.memories)
+  small.assert_trees_equal(state.server.prototypes, trained.server.prototypes)
+  assert int(state.server.round) == 0
+  assert jax.tree.structure(state) == jax.tree.structure(trained)
+
+
+def test_named_groups_only(pretrained):
+  simulation = start(pretrained, load='backbone,router', seed=1)
+  state = simulation.init_state().server.params
+  trained = saved(pretrained).server.params
+  drawn = simulation._fresh_state().server.params
+  for name in state:
+    loaded = name in ('backbone', 'router')
+    small.assert_trees_equal(state[name], (trained if loaded else drawn)[name])
+    assert (name, 'loaded' if loaded else 'initial') in parts(simulation)
+  report = console.warm_start_report(simulation.warm_start, ['backbone'])
+  assert 'not asked for' in report and 'frozen' in report
+
+
+def test_a_round_can_be_named(pretrained):
+  state = start(pretrained / 'rounds' / '1').init_state()
+  small.assert_trees_equal(
+      state.server.params, saved(pretrained, 1).server.params)
+  with pytest.raises(UserError, match='no round 7; saved: 1, 2'):
+    start(pretrained / 'rounds' / '7').init_state()
+
+
+def subset(items: set[int]):
+  """The data set of those of its interactions; other rows, the same ids."""
+  whole = small.dataset()
+  users, found, times = [], [], []
+  for k in range(whole.num_clients):
+    for t, row in enumerate(whole.sequence(k)):
+      item = whole.item_ids[row]
+      if item in items:
+        users.append(whole.user_ids[k])
+        found.append(item)
+        times.append(t)
+  dataset, _ = from_interactions(
+      'small', np.array(users), np.array(found), np.array(times), 0)
+  rows = [whole.item_ids.tolist().index(i) for i in dataset.item_ids]
+  return dataclasses.replace(
+      dataset, visual=whole.visual[rows], text=whole.text[rows])
+
+
+def test_items_are_matched_by_id(pretrained):
+  dataset = subset(set(range(5, 61)))
+  simulation = start(pretrained, dataset)
+  table = simulation.init_state().server.params['item_embedding']
+  trained = saved(pretrained).server.params['item_embedding']
+  whole = small.dataset().item_ids.tolist()
+  assert dataset.item_ids[1] == 5
+  for row, item in enumerate(dataset.item_ids.tolist()):
+    np.testing.assert_array_equal(table[row], trained[whole.index(item)])
+  note = parts(simulation)['item_embedding', 'loaded'].note
+  kept, everything = dataset.num_items, small.dataset().num_items
+  assert kept < everything and note == (
+      f'{kept} items, matched by id; {everything - kept} others left there')
+
+
+def test_an_item_that_would_stay_random_is_refused(tmp_path):
+  few = train(tmp_path / 'few', subset(set(range(5, 61))))
+  with pytest.raises(UserError, match=r'embeddings cannot be loaded .* [45] of '
+                     r'this run.s \d+ items .*would stay random .ids 1, 2'):
+    start(few).init_state()
+  start(few, load='backbone').init_state()
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(hidden_dim=8), 'embeddings cannot .* item_embedding has shape '
+     r'\d+ x 16 there and \d+ x 8 here'),
+    (dict(num_blocks=2, load='backbone'),
+     'it has no backbone/block_1/.*stay as drawn'),
+    (dict(num_heads=4, load='backbone'), '--num_heads=2, not 4'),
+    (dict(semantic_heads=4), 'experts cannot .*--semantic_heads=2, not 4'),
+    (dict(item_embedding='content_plus_id'), '--item_embedding=id, not'),
+    (dict(experts='none', load='router'), 'has no router; it has embeddings'),
+    (dict(fusion='gated'), 'fusion cannot .*no fusion_gate'),
+])
+def test_a_load_that_would_leave_or_twist_something_is_refused(
+    pretrained, changes, message):
+  with pytest.raises(UserError, match=message):
+    start(pretrained, **changes).init_state()
+
+
+def test_components_belong_to_their_catalogue(tmp_path, pretrained):
+  on_components = dict(feature_scaling='components')
+  path = train(tmp_path / 'run', num_rounds=1, **on_components)
+  start(path, **on_components).init_state()
+  other = subset(set(range(5, 61)))
+  start(path, other, load='embeddings,router', **on_components).init_state()
+  with pytest.raises(UserError, match='experts cannot .*other data'):
+    start(path, other, **on_components).init_state()
+  with pytest.raises(UserError, match='memories cannot .*other data'):
+    start(pretrained, other, load='memories').init_state()
+
+
+def test_what_has_no_place_is_told(pretrained):
+  simulation = start(pretrained, experts='none')
+  simulation.init_state()
+  assert parts(simulation)['visual_expert', 'does not fit'].note == (
+      'not in this model')
+  two = parts(start(pretrained, experts='visual', load='experts'))
+  assert ('semantic_expert', 'does not fit') in two
+
+
+def test_flags_are_checked():
+  for changes, message in (
+      (dict(load='backbone'), 'needs --pretrained_path'),
+      (dict(load='spine', pretrained_path='x'), "there is no 'spine'"),
+      (dict(freeze='memories'), "there is no 'memories'"),
+      (dict(freeze=','.join(GROUPS)), 'leaves nothing to train')):
+    with pytest.raises(UserError, match=message):
+      small.config(**changes)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(), dict(vocabulary='local', negatives='shared'),
+    dict(server_optimizer='fedmuon', server_learning_rate=0.01),
+    dict(server_optimizer='fedyogi', server_learning_rate=0.01,
+         client_optimizer='sgd', proximal_mu=0.1),
+    dict(drift_control='scaffold', client_optimizer='sgd')])
+def test_frozen_groups_stay_bit_for_bit(changes):
+  # A large decay would move what gets no gradient.
+  simulation = small.simulation(
+      freeze='embeddings,backbone', weight_decay=0.1, **changes)
+  state = simulation.init_state()
+  before = small.copy(state.server.params)
+  for number in (1, 2):
+    state, means = simulation.run_round(
+        state, number, simulation.sample_cohort(number))
+  after = state.server.params
+  for name in ('item_embedding', 'backbone'):
+    small.assert_trees_equal(after[name], before[name])
+  for name in ('visual_expert', 'semantic_expert', 'router'):
+    assert any(np.any(a != b) for a, b in zip(
+        jax.tree.leaves(after[name]), jax.tree.leaves(before[name])))
+  assert means['gradient_backbone'] == 0 < means['gradient_visual']
+
+
+def test_a_killed_warm_start_resumes_without_its_source(
+    tmp_path, pretrained):
+  source = tmp_path / 'source'
+  train(source)
+  config = small.config(pretrained_path=str(source), num_rounds=2)
+  simulation = simulation_lib.build(config, small.dataset())
+  run = RunFolder(tmp_path / 'run')
+  run.start(config, small.dataset())
+
+  class Killed(Exception):
+    pass
+
+  def kill(record):
+    raise Killed
+  with pytest.raises(Killed):
+    training.train(simulation, run, kill)
+  source.rename(tmp_path / 'gone')
+  again = simulation_lib.build(config, small.dataset())
+  training.train(again, run, lambda record: None)
+  assert len(run.records()) == 2
