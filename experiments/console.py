@@ -89,7 +89,7 @@ def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
            else '', part.note.ljust(1)] for part in start.table]
   return (f'warm start from {start.source}; the server optimizer starts '
           'afresh\n'
-          + table(['part', 'group', '', 'numbers', '', ''], rows))
+          + table(['part', 'group', 'status', 'numbers', '', 'note'], rows))
 
 
 def _stepping(config) -> str:

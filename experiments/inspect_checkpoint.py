@@ -1,20 +1,22 @@
-"""Looks into the checkpoints of a run, without its flags and, but for
-`recommend`, without its data.
+"""Looks into the checkpoints of a run, without its flags and, but for `router`
+and `recommend`, without its data; the devices it ran on are not needed.
 
     python -m experiments.inspect_checkpoint --workdir=RUN list
     python -m experiments.inspect_checkpoint --workdir=RUN show ROUND
-    python -m experiments.inspect_checkpoint --workdir=RUN compare ROUND ROUND
+    python -m experiments.inspect_checkpoint --workdir=RUN diff ROUND ROUND
     python -m experiments.inspect_checkpoint --workdir=RUN memory ROUND USER
+    python -m experiments.inspect_checkpoint --workdir=RUN router ROUND
     python -m experiments.inspect_checkpoint --workdir=RUN recommend ROUND USER
     python -m experiments.inspect_checkpoint --workdir=RUN export ROUND FILE.npz
 
 ROUND is a number, `best` or `last`; USER is the id in the data set. `--json`
-prints the same for programs. `recommend` takes `--k`, and `--data_dir` if the
-data has moved.
+prints the same for programs. `router` and `recommend` take `--k`, and
+`--data_dir` if the data has moved.
 """
 
 import json
 import pathlib
+import textwrap
 from typing import Any
 
 from absl import flags
@@ -25,16 +27,19 @@ from experiments import app
 from experiments import console
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.models.feddmmr import VISUAL
 from fedmmr_jax.run_folder import RunFolder
 
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
-_K = flags.DEFINE_integer('k', 10, 'how many items to recommend', lower_bound=1)
+_K = flags.DEFINE_integer('k', 10, 'how many items to list', lower_bound=1)
 _DATA_DIR = flags.DEFINE_string(
     'data_dir', None, 'folder of the data set, if it has moved')
 
-USAGE = ('list | show ROUND | compare ROUND ROUND | memory ROUND USER | '
-         'recommend ROUND USER | export ROUND FILE.npz')
+USAGE = ('list | show ROUND | diff ROUND ROUND | memory ROUND USER | '
+         'router ROUND | recommend ROUND USER | export ROUND FILE.npz')
+_BINS = 10  # of the router's histogram
 
 
 def main(*words: str) -> None:
@@ -44,7 +49,7 @@ def main(*words: str) -> None:
     case ['list']:
       content, text = list_rounds(rounds)
     case ['show', which]:
-      content, text = show(rounds, app.find_round(rounds, which))
+      content, text = show(run, rounds, app.find_round(rounds, which))
     case ['memory', which, user]:
       content, text = show_memory(
           run, rounds, app.find_round(rounds, which), user)
@@ -53,9 +58,11 @@ def main(*words: str) -> None:
           run, rounds, app.find_round(rounds, which), user)
     case ['export', which, path]:
       content, text = export(rounds, app.find_round(rounds, which), path)
-    case ['compare', first, second]:
-      content, text = compare(rounds, app.find_round(rounds, first),
-                              app.find_round(rounds, second))
+    case ['router', which]:
+      content, text = router(run, rounds, app.find_round(rounds, which))
+    case ['diff', first, second]:
+      content, text = diff(rounds, app.find_round(rounds, first),
+                           app.find_round(rounds, second))
     case _:
       raise UserError(
           f'unknown command {" ".join(words)!r}; say one of: {USAGE}')
@@ -64,31 +71,36 @@ def main(*words: str) -> None:
 
 
 def list_rounds(rounds: Rounds) -> tuple[Any, str]:
-  """Saved rounds with size, loss and validation."""
-  best = rounds.best()
+  """Saved rounds with size, loss and validation; damaged ones are told."""
+  found, damage = {}, {}
+  for number in rounds.numbers():
+    try:
+      found[number] = rounds.metadata(number)
+    except UserError as error:
+      damage[number] = str(error)
+  best = found[max(found)]['best_round'] or max(found) if found else 0
   content, rows = [], []
   for number in rounds.numbers():
-    record = rounds.metadata(number)['record']
+    record = found[number]['record'] if number in found else {}
     val = record.get('val', {})
-    entry = {
+    figures = {'loss': record.get('train', {}).get('loss')} | {
+        f'val {protocol} {metric}': val.get(protocol, {}).get(metric)
+        for protocol in ('sampled', 'full') for metric in ('HR@10', 'NDCG@10')}
+    content.append({
         'round': number, 'best': number == best, 'bytes': rounds.size(number),
-        'loss': record['train']['loss'],
-        **{f'val {protocol} {metric}': values[metric]
-           for protocol, values in val.items()
-           for metric in ('HR@10', 'NDCG@10')}}
-    content.append(entry)
-    metrics = [val[p][m] if val else None for p in ('sampled', 'full')
-               for m in ('HR@10', 'NDCG@10')]
-    rows.append([number, f'{entry["bytes"] / 1e6:.1f} MB',
-                 *(map(_number, [entry['loss'], *metrics])),
-                 '<- best' if entry['best'] else ''])
+        'damage': damage.get(number), **figures})
+    rows.append([number, f'{content[-1]["bytes"] / 1e6:.1f} MB',
+                 *map(_number, figures.values()),
+                 'DAMAGED' if number in damage else
+                 '<- best' if number == best else ''])
   header = ['round', 'size', 'loss', 'HR@10 sampled', 'NDCG@10 sampled',
             'HR@10 full', 'NDCG@10 full', '']
-  return content, console.table(header, rows)
+  return content, '\n'.join([console.table(header, rows), *damage.values()])
 
 
-def show(rounds: Rounds, number: int) -> tuple[Any, str]:
-  """Parameters with shapes and norms, by group, and the state beside them."""
+def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
+  """Parameters with shapes and norms, by group, the state beside them, and
+  the run's settings."""
   saved = rounds.load_as_saved(number)
   server, memories = saved['state']['server'], saved['state']['memories']
   leaves = jax.tree_util.tree_leaves_with_path(server['params'])
@@ -116,6 +128,7 @@ def show(rounds: Rounds, number: int) -> tuple[Any, str]:
       else None}
   content['prototype_sizes'] = server['prototypes']['size'].tolist()
   content['record'] = rounds.metadata(number)['record']
+  content['flags'] = run.flags()
   return content, _show_text(content)
 
 
@@ -131,6 +144,9 @@ def _show_text(content: dict[str, Any]) -> str:
   total = sum(g['count'] for g in content['groups'].values())
   memories = content['memories']
   fill = memories['mean_fill_of_sampled']
+  defaults = RunConfig().as_flat_dict()
+  changed = ' '.join(f'--{name}={value}' for name, value in
+                     content['flags'].items() if value != defaults.get(name))
   return '\n'.join([
       f'round {content["round"]}', '', console.table(header, parameters), '',
       console.table(['group', '', 'count', 'norm', ''], groups), '',
@@ -138,10 +154,12 @@ def _show_text(content: dict[str, Any]) -> str:
       f'{memories["clients"]} clients in use'
       + (f', {fill:.0%} full on average' if fill is not None else ''),
       'prototypes, stored items each: '
-      + ', '.join(f'{size:.0f}' for size in content['prototype_sizes'])])
+      + ', '.join(f'{size:.0f}' for size in content['prototype_sizes']), '',
+      'settings that are not the defaults:',
+      *textwrap.wrap(changed, 79, break_on_hyphens=False)])
 
 
-def compare(rounds: Rounds, first: int, second: int) -> tuple[Any, str]:
+def diff(rounds: Rounds, first: int, second: int) -> tuple[Any, str]:
   """How far each parameter group moved from one round to another."""
   before, after = (
       rounds.load_as_saved(number)['state']['server']['params']
@@ -158,11 +176,66 @@ def compare(rounds: Rounds, first: int, second: int) -> tuple[Any, str]:
             np.linalg.norm(b - a) / norms[0] if norms[0] else 0.0),
         'cosine': _finite(a @ b / (norms[0] * norms[1])
                           if norms[0] and norms[1] else 0.0)}
-  rows = [[name, f'{g["count"]:,}', *map(
-      _number, (g['distance'], g['relative_change'], g['cosine']))]
+  rows = [[name, f'{g["count"]:,}', *(
+      '-' if value is None else f'{value:.{digits}g}' for value, digits in (
+          (g['distance'], 3), (g['relative_change'], 3), (g['cosine'], 7)))]
           for name, g in content['groups'].items()]
   return content, f'round {first} -> round {second}\n\n' + console.table(
       ['group', 'count', 'distance', 'relative change', 'cosine'], rows)
+
+
+def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
+  """Which expert speaks for which items, where the router has a choice.
+
+  Raises:
+    UserError: a run without experts, or the data is not the run's.
+  """
+  loaded, simulation, state = _load(run, rounds, number)
+  weights = simulation.route(state)[1:]
+  has_choice = (weights > 0).all(axis=1)
+  visual = np.where(has_choice, weights[:, VISUAL], np.nan)
+  counts, edges = np.histogram(
+      visual[has_choice], bins=_BINS, range=(0.0, 1.0))
+  order = np.argsort(-visual, kind='stable')[:has_choice.sum()]
+  ids, titles = loaded.dataset.item_ids, loaded.dataset.titles
+  content = {
+      'round': number,
+      'items': len(weights), 'with_choice': int(has_choice.sum()),
+      'mean_visual': _finite(visual[has_choice].mean())
+      if has_choice.any() else None,
+      'histogram': [{'from': float(a), 'to': float(b), 'items': int(n)}
+                    for a, b, n in zip(edges, edges[1:], counts)],
+      'w_visual': {str(ids[row + 1]): float(visual[row])
+                   for row in np.flatnonzero(has_choice)}}
+  for name, rows in (('most_visual', order), ('most_semantic', order[::-1])):
+    content[name] = [
+        {'item_id': int(ids[row + 1]), 'w_visual': float(visual[row]),
+         'title': titles[row + 1] if titles else ''}
+        for row in rows[:_K.value]]
+  return content, _router_text(content)
+
+
+def _router_text(content: dict[str, Any]) -> str:
+  most = max([b['items'] for b in content['histogram']] + [1])
+  bars = [[f'{b["from"]:.1f} to {b["to"]:.1f}', b['items'],
+           ('█' * round(40 * b['items'] / most)).ljust(1)]
+          for b in content['histogram']]
+  lines = [
+      f'round {content["round"]}: {content["with_choice"]} of '
+      f'{content["items"]} items have an image and a text; visual weight '
+      f'{_number(content["mean_visual"])} on average, the rest is semantic',
+      '', console.table(['visual weight', 'items', ''], bars)]
+  for name in ('most_visual', 'most_semantic'):
+    rows = [[e['item_id'], f'{e["w_visual"]:.4f}', e['title'].ljust(1)]
+            for e in content[name]]
+    lines += ['', name.replace('_', ' '),
+              console.table(['item', 'visual weight', 'title'], rows)]
+  return '\n'.join(lines)
+
+
+def _load(run: RunFolder, rounds: Rounds, number: int):
+  given = {} if _DATA_DIR.value is None else {'data_dir': _DATA_DIR.value}
+  return app.load_round(run, rounds, number, given)
 
 
 def recommend(run: RunFolder, rounds: Rounds, number: int,
@@ -173,8 +246,7 @@ def recommend(run: RunFolder, rounds: Rounds, number: int,
     UserError: no such user, or the data is not the run's.
   """
   client = _client(run, user)
-  given = {} if _DATA_DIR.value is None else {'data_dir': _DATA_DIR.value}
-  _, simulation, state = app.load_round(run, rounds, number, given)
+  _, simulation, state = _load(run, rounds, number)
   items, scores = simulation.recommend(state, client, _K.value)
   ids = run.ids()
   entries = [{'item_id': ids['item_ids'][row], 'score': float(score),

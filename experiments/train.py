@@ -85,9 +85,9 @@ def train_run(run: RunFolder, config: RunConfig) -> None:
       bar.update()
       stop.check()  # leaving waits for the round to be saved
     summary = training.train(simulation, run, on_round, loaded.integrity)
-  report.write(run, loaded.integrity)
+  path = report.write(run)
   print(console.final_table(summary))
-  print(f'\nrun folder  {run.path}   report  {run.path / "report.html"}')
+  print(f'\nrun folder  {run.path}   report  {path}')
 
 
 def train_stages(workdir: pathlib.Path, saved: dict[str, Any] | None) -> None:

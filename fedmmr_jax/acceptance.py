@@ -93,8 +93,10 @@ def _gradient_flow(last, config: RunConfig) -> Point:
   fusion = config.model.fusion
   measured = f'{fusion}; mean norm of a step: ' + ', '.join(
       f'{part} {_text(norm, 4)}' for part, norm in norms)
+  if 'experts' in config.client.frozen_groups:
+    return _point(name, target, 'the experts are frozen', None)
   return _point(name, target, measured, fusion == 'residual' and all(
-      norm > 0 for _, norm in norms))
+      norm > 0 for part, norm in norms if part != 'backbone'))
 
 
 def _integrity(reports: Sequence[IntegrityReport]) -> Point:

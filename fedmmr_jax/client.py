@@ -116,6 +116,7 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
       'w_semantic': metrics_lib.over(weights[:, SEMANTIC], usable),
       'instance_weight': metrics_lib.mean(terms.instance_weight, pairs),
       'hardest_share': metrics_lib.mean(terms.hardest_share, pairs),
+      'instance_weight_shares': metrics_lib.mean(terms.weight_shares, pairs),
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
   return terms.total, (surprise, step_metrics)
@@ -190,6 +191,8 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   own_control, uploaded = _new_control(
       config, vocabulary, control, end.opt_state)
   filled = metrics_lib.mean(memory_lib.fill(end.memory), client.num_train > 0)
+  age = metrics_lib.over(
+      end.memory.clock - end.memory.last_update, end.memory.item > 0)
   return ClientUpdate(
       delta=optax.tree.sub(end.params, sent),
       control=uploaded,
@@ -198,7 +201,7 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
       memory=end.memory,
       own_control=own_control,
       prototypes=summarise(end.memory, broadcast.catalogue, config),
-      metrics=end.metrics | {'memory_fill': filled})
+      metrics=end.metrics | {'memory_fill': filled, 'memory_age': age})
 
 
 def _correction(config, broadcast: Broadcast, own: Params | None) -> Any:
@@ -385,7 +388,8 @@ def empty_metrics() -> dict[str, Mean]:
   """Neutral element of the step metrics."""
   return {name: metrics_lib.EMPTY for name in (
       'loss', 'rec_loss', 'contrastive_loss', 'load_balance_loss', 'w_visual',
-      'w_semantic', 'instance_weight', 'hardest_share', *GRADIENT_NORMS)}
+      'w_semantic', 'instance_weight', 'hardest_share', *GRADIENT_NORMS)} | {
+          'instance_weight_shares': metrics_lib.empty((losses.WEIGHT_BINS,))}
 
 
 def _window_order(config: RunConfig, key, own_windows,

@@ -215,7 +215,8 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
              upload, metrics_lib.merge(metrics, chunk_metrics))
     return carry, updates.prototypes
 
-  no_metrics = client_lib.empty_metrics() | {'memory_fill': metrics_lib.EMPTY}
+  no_metrics = client_lib.empty_metrics() | {
+      'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
   start = (state.memories, state.controls, _no_upload(state.server, config),
            jax.tree.map(jnp.asarray, no_metrics))
   (memories, controls, upload, metrics), uploaded = jax.lax.scan(

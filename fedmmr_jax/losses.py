@@ -13,6 +13,8 @@ from fedmmr_jax.config import LossConfig
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.feddmmr import NUM_EXPERTS
 
+WEIGHT_BINS = 20  # of the histogram of instance weights
+
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
   """Σ w·v / Σ w over all axes; 0 where no weight is left."""
@@ -55,6 +57,9 @@ def pairwise_surprise(positive: jax.Array, negatives: jax.Array) -> jax.Array:
 def surprise_of(recommendation: jax.Array) -> jax.Array:
   """sigmoid(recommendation loss) per sample, [T], without gradient."""
   return jax.lax.stop_gradient(jax.nn.sigmoid(recommendation))
+
+
+WEIGHT_BINS = 20
 
 
 def instance_weights(surprise: jax.Array, scale: float) -> jax.Array:
@@ -118,6 +123,8 @@ class LossTerms(NamedTuple):
     instance_weight: mean instance weight of positives with both views.
     hardest_share: share of the contrastive loss that the tenth of the
       positives with the highest surprise carries; 0.1 if all count alike.
+    weight_shares: [WEIGHT_BINS] histogram of the instance weights of positives
+      with both views.
   """
 
   total: jax.Array
@@ -126,6 +133,7 @@ class LossTerms(NamedTuple):
   load_balance: jax.Array
   instance_weight: jax.Array
   hardest_share: jax.Array
+  weight_shares: jax.Array
 
 
 def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
@@ -163,7 +171,30 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
            + config.load_balance_weight * load_balance)
   return LossTerms(
       total, rec, contrastive, load_balance, weighted_mean(weights, pairs),
-      hardest_share(weights * per_sample, surprise, pairs))
+      hardest_share(weights * per_sample, surprise, pairs),
+      weight_shares(weights, pairs, config.surprise_scale))
+
+
+def weight_shares(weights: jax.Array, valid: jax.Array,
+                  scale: float) -> jax.Array:
+  """Histogram of instance weights.
+
+  Args:
+    weights: [T] from `instance_weights`.
+    valid: [T] bool.
+    scale: of the weights.
+
+  Returns:
+    [WEIGHT_BINS] shares of the valid ones, in bins of equal width between
+    1 + scale/2 and 1 + scale (the recommendation loss is positive, surprise
+    thus at least 1/2); zeros if there is none.
+  """
+  width = (scale or 1.0) / 2 / WEIGHT_BINS
+  bins = jnp.clip((weights - 1.0 - scale / 2) / width,
+                  0, WEIGHT_BINS - 1).astype(jnp.int32)
+  inside = (bins[:, None] == jnp.arange(WEIGHT_BINS)) & valid[:, None]
+  count = jnp.sum(valid)
+  return jnp.sum(inside, axis=0) / jnp.where(count > 0, count, 1)
 
 
 def hardest_share(contributions: jax.Array, surprise: jax.Array,

@@ -16,7 +16,7 @@ class Mean(NamedTuple):
   """A weighted mean under construction.
 
   Attributes:
-    total: [] float32 Σ w·v.
+    total: [] or [n] float32 Σ w·v.
     weight: [] float32 Σ w.
   """
 
@@ -27,8 +27,13 @@ class Mean(NamedTuple):
 EMPTY = Mean(np.float32(0), np.float32(0))
 
 
+def empty(shape: tuple[int, ...]) -> Mean:
+  """The mean of no vectors."""
+  return Mean(np.zeros(shape, np.float32), np.float32(0))
+
+
 def mean(value: jax.Array, weight: jax.Array) -> Mean:
-  """A scalar that already is the mean of `weight` samples."""
+  """A value, [] or [n], that already is the mean of `weight` samples."""
   weight = jnp.asarray(weight, jnp.float32)
   return Mean(jnp.where(weight > 0, value, 0.0) * weight, weight)
 
@@ -44,10 +49,11 @@ def merge(first, second):
   return jax.tree.map(jnp.add, first, second)
 
 
-def finish(means: dict[str, Mean]) -> dict[str, float | None]:
+def finish(means: dict[str, Mean]
+           ) -> dict[str, float | list[float] | None]:
   """Host values; None where nothing was counted (JSON has no NaN)."""
-  return {name: float(m.total) / float(m.weight) if m.weight > 0 else None
-          for name, m in means.items()}
+  return {name: (np.float64(m.total) / np.float64(m.weight)).tolist()
+          if m.weight > 0 else None for name, m in means.items()}
 
 
 def ranking(ranks: np.ndarray) -> dict[str, float]:

@@ -1,14 +1,20 @@
-"""`report.html`: one self-contained page about a run, drawn from its files."""
+"""`report.html`: a run, or several over one another, as one self-contained page,
+drawn from the files of the run folders."""
 
+import math
+import pathlib
 from typing import Any, NamedTuple, Sequence
 
 import jinja2
 
-from fedmmr_jax.data.features import IntegrityReport
+from fedmmr_jax.losses import WEIGHT_BINS
 from fedmmr_jax.run_folder import REPORT, RunFolder
 
 WIDTH, HEIGHT = 560, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
+MAX_COLUMNS = 60  # of the histogram: more rounds share one
+
+Record = dict[str, Any]  # one line of metrics.jsonl
 
 
 class Series(NamedTuple):
@@ -18,6 +24,20 @@ class Series(NamedTuple):
   points: list[tuple[int, float]]
 
 
+class Panel(NamedTuple):
+  """What a figure shows of a run.
+
+  Attributes:
+    title: heading.
+    unit: what the vertical axis shows.
+    paths: label of each curve -> where its value is in a record.
+  """
+
+  title: str
+  unit: str
+  paths: dict[str, tuple[str, ...]]
+
+
 class Chart(NamedTuple):
   """A figure as the template draws it.
 
@@ -25,6 +45,7 @@ class Chart(NamedTuple):
     title: heading.
     unit: what the vertical axis shows.
     curves: label, colour number, polyline and hover dots of each series.
+    cells: x, y, width, height, opacity and tip of a histogram's cells.
     x_ticks: (position, label).
     y_ticks: (position, label).
   """
@@ -32,92 +53,236 @@ class Chart(NamedTuple):
   title: str
   unit: str
   curves: list[dict[str, Any]]
+  cells: list[dict[str, Any]]
   x_ticks: list[tuple[float, str]]
   y_ticks: list[tuple[float, str]]
 
 
-def write(run: RunFolder, integrity: Sequence[IntegrityReport]) -> None:
-  """Writes the page next to the run's other files."""
+def _train(*names: str) -> dict[str, tuple[str, ...]]:
+  return {name.replace('_', ' '): ('train', name) for name in names}
+
+
+PANELS = (
+    *(Panel('Validation', metric, {
+        protocol: ('val', protocol, metric)
+        for protocol in ('sampled', 'full')})
+      for metric in ('HR@10', 'NDCG@10')),
+    Panel('Recommendation loss', 'nats', _train('loss', 'rec_loss')),
+    Panel('Contrastive loss', 'nats', _train('contrastive_loss')),
+    Panel('Router', 'mean weight', _train('w_visual', 'w_semantic')),
+    Panel('Instance weight', 'mean', _train('instance_weight')),
+    Panel('Hardest tenth', 'share of the contrastive loss',
+          _train('hardest_share')),
+    Panel('Gradient', 'mean norm of a local step', _train(
+        'gradient_backbone', 'gradient_visual', 'gradient_semantic')),
+    Panel('Client memory, fill', 'share of slots in use',
+          _train('memory_fill')),
+    Panel('Client memory, age', 'samples since an entry was written',
+          _train('memory_age')),
+    Panel('Time', 'seconds a round, the first left out: it compiles', {
+        'training': ('seconds',), 'evaluation': ('evaluation_seconds',),
+        'waiting for a save': ('saving_seconds',)}),
+)
+
+
+def write(run: RunFolder) -> pathlib.Path:
+  """Writes the page of a run, finished or not, next to its other files.
+
+  Raises:
+    UserError: a file that it is drawn from is missing or damaged.
+  """
+  records, summary = run.records(), run.summary()
+  flags = run.config().as_flat_dict()
+  charts = draw_run(records)
+  if flags['drift'] == 'instance_weight':
+    charts += draw_weights(records, flags['surprise_scale'])
+  path = run.path / REPORT
+  path.write_text(_render(
+      title=_name(run), summary=summary, rounds=len(records),
+      num_rounds=flags['num_rounds'], charts=charts,
+      times=time_split(records, summary), integrity=run.integrity(),
+      flags=flags), 'utf-8')
+  return path
+
+
+def write_comparison(runs: Sequence[RunFolder], path: pathlib.Path) -> None:
+  """Writes a page with several runs over one another.
+
+  Raises:
+    UserError: a file that it is drawn from is missing or damaged.
+  """
+  names = _distinct(runs)
+  flags = {name: run.config().as_flat_dict()
+           for name, run in zip(names, runs)}
+  first = flags[names[0]]
+  path.write_text(_render(
+      title=' · '.join(names), names=names,
+      summaries={name: run.summary() for name, run in zip(names, runs)},
+      charts=draw_runs(dict(zip(names, (run.records() for run in runs)))),
+      differing={flag: [flags[name][flag] for name in names] for flag in first
+                 if any(flags[name][flag] != first[flag] for name in names)}),
+      'utf-8')
+
+
+def _render(**content: Any) -> str:
   environment = jinja2.Environment(
       loader=jinja2.PackageLoader('fedmmr_jax'), autoescape=True,
       trim_blocks=True, lstrip_blocks=True)
-  page = environment.get_template('report.html.j2').render(
-      name=run.path.resolve().name, summary=run.summary(), charts=charts(run.records()),
-      integrity=integrity, flags=run.config().as_flat_dict(),
-      width=WIDTH, height=HEIGHT, left=_LEFT, right=WIDTH - _RIGHT,
-      top=_TOP, bottom=HEIGHT - _BOTTOM)
-  (run.path / REPORT).write_text(page, 'utf-8')
+  template = ('comparison' if 'names' in content else 'report') + '.html.j2'
+  return environment.get_template(template).render(
+      width=WIDTH, height=HEIGHT, left=_LEFT, right=WIDTH - _RIGHT, top=_TOP,
+      bottom=HEIGHT - _BOTTOM, **content)
 
 
-def charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
-  """The figures of a run; those without any value are left out."""
-  def train(*names):
-    return [Series(name, _points(records, ('train', name))) for name in names]
+def draw_run(records: Sequence[Record]) -> list[Chart]:
+  """The panels of a run; curves and panels without any value are left out."""
+  return _draw_all(
+      (panel.title, panel.unit, [
+          Series(label, _points(records, path))
+          for label, path in panel.paths.items()]) for panel in PANELS)
 
-  def val(metric):
-    return [Series(f'{metric} {protocol}',
-                   _points(records, ('val', protocol, metric)))
-            for protocol in ('sampled', 'full')]
 
-  figures = [
-      ('Validation', 'HR@10', val('HR@10')),
-      ('Validation', 'NDCG@10', val('NDCG@10')),
-      ('Recommendation loss', 'nats', train('loss', 'rec_loss')),
-      ('Contrastive loss', 'nats', train('contrastive_loss')),
-      ('Router', 'mean weight', train('w_visual', 'w_semantic')),
-      ('Instance weight', 'mean', train('instance_weight')),
-      ('Hardest tenth', 'share of the contrastive loss',
-       train('hardest_share')),
-      ('Gradient', 'mean norm of a local step',
-       train('gradient_backbone', 'gradient_visual', 'gradient_semantic')),
-      ('Client memory', 'share of slots in use', train('memory_fill')),
-      ('Time', 'seconds a round',
-       [Series('training', _points(records, ('seconds',))),
-        Series('evaluation', _points(records, ('evaluation_seconds',)))]),
-  ]
-  return [draw(title, unit, filled) for title, unit, series in figures
-          if (filled := [s for s in series if s.points])]
+def draw_runs(records: dict[str, Sequence[Record]]) -> list[Chart]:
+  """A figure for each curve of the panels, with a curve for each run."""
+  return _draw_all(
+      (f'{panel.title}, {label}' if len(panel.paths) > 1 else panel.title,
+       panel.unit, [Series(name, _points(lines, path))
+                    for name, lines in records.items()])
+      for panel in PANELS for label, path in panel.paths.items())
+
+
+def _draw_all(figures) -> list[Chart]:
+  return [draw(title, unit, series) for title, unit, series in figures
+          if any(s.points for s in series)]
 
 
 def draw(title: str, unit: str, series: Sequence[Series]) -> Chart:
-  """Scales series into the drawing area."""
-  rounds = [x for s in series for x, _ in s.points]
-  values = [y for s in series for _, y in s.points]
-  low, high = min(values), max(values)
-  margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-  # No axis below zero for what cannot be negative.
-  low, high = max(low - margin, min(low, 0.0)), high + margin
-  first, last = min(rounds), max(rounds)
-
-  def x(value):
-    share = (value - first) / (last - first) if last > first else 0.5
-    return round(_LEFT + share * (WIDTH - _LEFT - _RIGHT), 1)
-
-  def y(value):
-    share = (value - low) / (high - low)
-    return round(HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM), 1)
-
+  """Scales series into the drawing area; one without points only keeps its
+  colour."""
+  axes = _Axes([x for s in series for x, _ in s.points],
+               [y for s in series for _, y in s.points])
   curves = [
       {'label': s.label, 'colour': number,
-       'line': ' '.join(f'{x(a)},{y(b)}' for a, b in s.points),
-       'dots': [(x(a), y(b), f'{s.label}, round {a}: {b:.4g}')
+       'line': ' '.join(f'{axes.x(a)},{axes.y(b)}' for a, b in s.points),
+       'dots': [(axes.x(a), axes.y(b), f'{s.label}, round {a}: {b:.4g}')
                 for a, b in s.points]}
-      for number, s in enumerate(series)]
-  marks = sorted({first + round(i * (last - first) / 5) for i in range(6)})
-  return Chart(
-      title=title, unit=unit, curves=curves,
-      x_ticks=[(x(m), str(m)) for m in marks],
-      y_ticks=[(y(v), f'{v:.3g}')
-               for v in (low + i * (high - low) / 4 for i in range(5))])
+      for number, s in enumerate(series) if s.points]
+  return Chart(title, unit, curves, [], axes.x_ticks(), axes.y_ticks())
 
 
-def _points(records, path: tuple[str, ...]) -> list[tuple[int, float]]:
+def draw_weights(records: Sequence[Record], scale: float) -> list[Chart]:
+  """The instance weights of each round as a histogram, darker = more."""
+  columns = [(r['round'], r['train'].get('instance_weight_shares'))
+             for r in records]
+  columns = _merged([(n, shares) for n, shares in columns if shares])
+  if not columns:
+    return []
+  # A column reaches from its first round to the next one's.
+  edges = [first for first, _, _ in columns] + [columns[-1][1] + 1]
+  lowest, step = 1.0 + scale / 2, scale / 2 / WEIGHT_BINS
+  axes = _Axes(edges, [lowest, 1.0 + scale], margin=0.0)
+  largest = max(max(shares) for _, _, shares in columns)
+  cells = []
+  for (first, last, shares), left, right in zip(columns, edges, edges[1:]):
+    which = f'round {first}' if first == last else f'rounds {first} to {last}'
+    for number, share in enumerate(shares):
+      if share:
+        low = lowest + number * step
+        cells.append({
+            'x': axes.x(left), 'y': axes.y(low + step),
+            'width': round(axes.x(right) - axes.x(left), 1),
+            'height': round(axes.y(low) - axes.y(low + step), 1),
+            'opacity': round(0.08 + 0.92 * share / largest, 3),
+            'tip': f'{which}, weight {low:.3f} to {low + step:.3f}: '
+                   f'{share:.1%}'})
+  return [Chart('Instance weights', 'weight; darker is more samples', [],
+                cells, axes.x_ticks(), axes.y_ticks())]
+
+
+def _merged(columns) -> list[tuple[int, int, list[float]]]:
+  """(first round, last round, mean shares) of at most MAX_COLUMNS."""
+  per = -(-len(columns) // MAX_COLUMNS) if columns else 1
+  groups = [columns[i:i + per] for i in range(0, len(columns), per)]
+  return [(group[0][0], group[-1][0],
+           [sum(values) / len(group) for values in zip(*(s for _, s in group))])
+          for group in groups]
+
+
+class _Axes:
+  """From rounds and values to positions in the drawing."""
+
+  def __init__(self, rounds: Sequence[int], values: Sequence[float],
+               margin: float = 0.05):
+    self._first, self._last = min(rounds), max(rounds)
+    low, high = min(values), max(values)
+    margin = (margin * (high - low) or margin * abs(high)
+              or (high == low) * 1.0)
+    # No axis below zero for what cannot be negative.
+    self._low, self._high = max(low - margin, min(low, 0.0)), high + margin
+
+  def x(self, value: float) -> float:
+    span = self._last - self._first
+    share = (value - self._first) / span if span else 0.5
+    return round(_LEFT + share * (WIDTH - _LEFT - _RIGHT), 1)
+
+  def y(self, value: float) -> float:
+    share = (value - self._low) / (self._high - self._low)
+    return round(HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM), 1)
+
+  def x_ticks(self) -> list[tuple[float, str]]:
+    marks = _round_numbers(self._first, self._last, whole=True)
+    return [(self.x(m), f'{m:g}') for m in marks]
+
+  def y_ticks(self) -> list[tuple[float, str]]:
+    return [(self.y(v), f'{v:g}')
+            for v in _round_numbers(self._low, self._high)]
+
+
+def _round_numbers(low: float, high: float, whole: bool = False) -> list[float]:
+  """At most seven multiples of 1, 2 or 5 times a power of ten in a range."""
+  if low == high:
+    return [low]
+  power = 10.0 ** math.floor(math.log10((high - low) / 6))
+  step = next(m * power for m in (1, 2, 5, 10)
+              if m * power * 6 >= high - low - 1e-9 * power)
+  step = max(step, 1.0) if whole else step
+  first = math.ceil(low / step - 1e-9)
+  return [float(f'{i * step:.10g}')
+          for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def time_split(records: Sequence[Record],
+               summary: dict[str, Any] | None) -> list[tuple[str, float]]:
+  """Seconds of a run by what they went into."""
+  parts = [(name, sum(r.get(key, 0.0) for r in records)) for name, key in (
+      ('training', 'seconds'), ('validation', 'evaluation_seconds'),
+      ('waiting for a save', 'saving_seconds'))]
+  if summary:
+    spent = sum(seconds for _, seconds in parts)
+    parts.append(('the rest: start, test',
+                  max(0.0, summary['wall_seconds'] - spent)))
+  return parts
+
+
+def _points(records: Sequence[Record],
+            path: tuple[str, ...]) -> list[tuple[int, float]]:
   """(round, value) of the records that have a value at `path`."""
   points = []
-  for record in records:
+  for record in records[1:] if path[0].endswith('seconds') else records:
     value = record
     for name in path:
       value = value.get(name) if value else None
     if value is not None:
       points.append((record['round'], value))
   return points
+
+
+def _name(run: RunFolder) -> str:
+  return run.path.resolve().name
+
+
+def _distinct(runs: Sequence[RunFolder]) -> list[str]:
+  """Names of folders; whole paths where names come twice."""
+  names = [_name(run) for run in runs]
+  return [name if names.count(name) == 1 else str(run.path)
+          for name, run in zip(names, runs)]

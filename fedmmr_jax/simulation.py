@@ -166,6 +166,20 @@ class Simulation:
     best = best[np.isfinite(scores[best])]
     return best, scores[best]
 
+  def route(self, state: FederationState) -> np.ndarray:
+    """[V, E] router weights over the catalogue, see `FedDMMR.route`; of row 0
+    without meaning.
+
+    Raises:
+      UserError: the model has no experts.
+    """
+    if self.model.is_backbone_only:
+      raise UserError('this run has no experts, and so no router')
+    return np.asarray(jax.jit(
+        functools.partial(self.model.apply, method='route'))(
+            {'params': state.server.params},
+            jnp.arange(self.model.num_rows), self.catalogue))
+
   def rank_by_popularity(self, split: str) -> Ranks:
     """The popularity baseline's ranks of the same targets."""
     on = self._ranked(split)

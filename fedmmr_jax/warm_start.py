@@ -91,16 +91,27 @@ def load(config: RunConfig, dataset: Dataset,
   rounds = Rounds(run.path)
   saved = rounds.load_as_saved(number)['state']
   source = rounds.path(number)
-  own = fresh.server.params
-  present = [group for group, names in PARAMETER_GROUPS.items()
-             if any(name in own for name in names)]
-  wanted = _wanted(config, present)
+  wanted = _wanted(config, fresh.server.params)
   refuse = _refuser(source)
   _check_meaning(wanted, config, dataset, run, refuse)
   rows = _rows(dataset, run, refuse) if 'embeddings' in wanted else None
+  params, table = _take(wanted, fresh.server.params, saved['server']['params'],
+                        rows, refuse)
+  memories = None
+  own = fresh.memories._asdict(), fresh.server.prototypes._asdict()
+  if MEMORIES in wanted:
+    memories = saved['memories'], saved['server']['prototypes']
+    _check_whole(own, memories, MEMORIES, MEMORIES, refuse)
+  table.append(Part(
+      MEMORIES, MEMORIES, LOADED if memories else INITIAL, _count(own),
+      '' if memories else 'not asked for'))
+  return WarmStart(source, params, memories, table)
 
+
+def _take(wanted: list[str], own: dict[str, Any], theirs: dict[str, Any],
+          rows: np.ndarray | None, refuse) -> tuple[dict[str, Any], list[Part]]:
+  """The parameters that are taken over, and what is to say of each."""
   params, table = {}, []
-  theirs = saved['server']['params']
   for group, names in PARAMETER_GROUPS.items():
     for name in names:
       if name in own and group in wanted:
@@ -120,15 +131,7 @@ def load(config: RunConfig, dataset: Dataset,
       elif name in theirs:
         table.append(Part(name, group, UNFIT, _count(theirs[name]),
                           'not in this model'))
-  memories = None
-  if MEMORIES in wanted:
-    memories = saved['memories'], saved['server']['prototypes']
-    _check_whole((fresh.memories._asdict(), fresh.server.prototypes._asdict()),
-                 memories, MEMORIES, MEMORIES, refuse)
-  table.append(Part(
-      MEMORIES, MEMORIES, LOADED if memories else INITIAL,
-      _count(memories or fresh.memories), '' if memories else 'not asked for'))
-  return WarmStart(source, params, memories, table)
+  return params, table
 
 
 def _find(path: str) -> tuple[RunFolder, int]:
@@ -142,8 +145,10 @@ def _find(path: str) -> tuple[RunFolder, int]:
     raise UserError(f'--pretrained_path={path}: {error}') from None
 
 
-def _wanted(config: RunConfig, present: list[str]) -> list[str]:
+def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
   """The groups to load; those that `--load` names must be in this model."""
+  present = [group for group, names in PARAMETER_GROUPS.items()
+             if any(name in params for name in names)]
   named = config.start.load_groups
   if ALL_GROUPS in named:
     return present + [g for g in named if g == MEMORIES]

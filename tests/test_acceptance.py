@@ -56,6 +56,13 @@ def test_one_expert_alone_has_no_choice_but_a_gradient():
   assert passed(points) == [True, None, None, True, True]
 
 
+def test_what_is_frozen_is_not_asked_for_a_gradient():
+  assert passed(judge(last=train(gradient_backbone=0.0),
+                      freeze='backbone')) == [True] * 5
+  assert passed(judge(last=train(gradient_visual=0.0, gradient_semantic=0.0),
+                      freeze='experts')) == [True, True, True, None, True]
+
+
 def test_the_router_is_told_from_start_to_end():
   points = judge(first=train(w_visual=0.9, w_semantic=0.1))
   assert points['router weights']['measured'] == (

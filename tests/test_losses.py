@@ -264,7 +264,7 @@ def test_nothing_valid_gives_0_and_a_finite_gradient(valid, has_both):
   terms = combined(rec, visual, semantic, valid, has_both)
   assert terms.contrastive == close(0)
   assert terms.rec == close(3.0 if valid.all() else 0)
-  assert all(np.isfinite(t) for t in terms)
+  assert all(np.isfinite(t).all() for t in terms)
   gradient = jax.grad(lambda *views: combined(
       rec, *views, valid, has_both).total, (0, 1))(visual, semantic)
   assert all((g == 0).all() for g in gradient)
@@ -334,3 +334,15 @@ def test_hard_samples_count_more_with_weights_and_less_with_temperature():
            for drift in ('instance_weight', 'none', 'adaptive_temperature')}
   assert share['instance_weight'] > share['none']
   assert share['adaptive_temperature'] < share['none']
+
+
+def test_histogram_of_instance_weights_by_hand():
+  # 20 bins of 0.0125 between 1.25 and 1.5; the invalid one is nowhere.
+  weights = jnp.array([1.25, 1.2626, 1.2627, 1.5, 1.4])
+  valid = jnp.array([True, True, True, True, False])
+  shares = losses.weight_shares(weights, valid, 0.5)
+  assert shares.shape == (losses.WEIGHT_BINS,)
+  np.testing.assert_allclose(shares[jnp.array([0, 1, 19])], [0.25, 0.5, 0.25])
+  assert float(jnp.sum(shares)) == 1
+  assert not jnp.any(losses.weight_shares(weights, valid & False, 0.5))
+  assert float(losses.weight_shares(jnp.ones(5), valid, 0.0)[0]) == 1

@@ -88,3 +88,12 @@ def test_a_nan_of_weight_0_does_not_spread():
 def test_finished_means_are_plain_floats():
   finished = metrics.finish({'x': metrics.mean(jnp.float32(2.0), jnp.int32(3))})
   assert type(finished['x']) is float
+
+
+def test_vectors_have_means_too():
+  first = metrics.mean(jnp.array([1.0, 0.0]), 3)
+  merged = metrics.merge(
+      metrics.empty((2,)),
+      metrics.merge(first, metrics.mean(jnp.array([0.0, 1.0]), 1)))
+  assert metrics.finish({'a': merged, 'b': metrics.empty((2,))}) == {
+      'a': [0.75, 0.25], 'b': None}

@@ -231,6 +231,17 @@ class FedDMMR(nn.Module):
     return Candidates(
         embedding, auxiliary, visual, semantic, weights, available)
 
+  def route(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
+    """Router weights of J items for a client whose memory holds images and
+    texts: [J, E] float32, 0 for an expert without the item's feature."""
+    full = MemoryView(
+        catalogue.visual[:1], jnp.ones((1,), bool),
+        catalogue.text[:1], jnp.ones((1,), bool))
+    return layers.masked_softmax(
+        self.router(self._router_input(
+            items, self.embed(items, catalogue), catalogue), train=False),
+        self._available(items, catalogue, full))
+
   def _router_input(self, items, embedding, catalogue) -> jax.Array:
     """[J, D], or [J, D + 512 + 384] with `--router_input=features`."""
     if self.config.router_input == 'embedding':
