@@ -159,7 +159,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _guarded(main: Callable[[], None]) -> None:
   if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # libraries narrate at INFO
+    # Orbax narrates, and adds tracebacks to the errors that it raises too.
+    logging.set_verbosity(logging.FATAL)
   if _COMPILATION_CACHE.value:
     cache = pathlib.Path(_COMPILATION_CACHE.value).expanduser()
     jax.config.update('jax_compilation_cache_dir', str(cache))

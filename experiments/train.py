@@ -7,6 +7,7 @@
 Any flag after the preset overrides it; `--helpfull` lists them all.
 """
 
+import contextlib
 import pathlib
 import signal
 import sys
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from experiments import app
 from experiments import console
 from experiments import stages
+from experiments import tensorboard
 from fedmmr_jax import report
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
@@ -36,10 +38,16 @@ _STAGES = flags.DEFINE_string(
     'stages', '', 'file with a run a line, name: --flag=value …, each from the '
     'best round of the one before; see experiments/stages.py')
 
+_TENSORBOARD = flags.DEFINE_boolean(
+    'tensorboard', False, 'write the metrics as TensorBoard events too, into '
+    'WORKDIR/tensorboard')
+
 app.define_config_flags()
 
 
 def main() -> None:
+  if _TENSORBOARD.value:
+    tensorboard.check_installed()  # before anything is written
   workdir = pathlib.Path(_workdir())
   try:
     chained = stages.saved(workdir)
@@ -74,8 +82,11 @@ def train_run(run: RunFolder, config: RunConfig) -> None:
 
   stop = StopSignal()
   done, figures = len(run.records()), {}
-  with tqdm(total=config.server.num_rounds, initial=done, unit='round',
-            disable=None, file=sys.stdout) as bar:
+  events = (tensorboard.TensorBoard(run.path, done + 1)
+            if _TENSORBOARD.value else contextlib.nullcontext())
+  with events as board, tqdm(
+      total=config.server.num_rounds, initial=done, unit='round', disable=None,
+      file=sys.stdout) as bar:
     def on_round(record):
       tqdm.write(console.round_line(record, config.server.num_rounds),
                  file=sys.stdout)
@@ -83,6 +94,8 @@ def train_run(run: RunFolder, config: RunConfig) -> None:
       figures.update(console.progress(record))
       bar.set_postfix(figures)
       bar.update()
+      if board:
+        board.log(record)
       stop.check()  # leaving waits for the round to be saved
     summary = training.train(simulation, run, on_round, loaded.integrity)
   path = report.write(run)

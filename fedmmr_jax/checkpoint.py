@@ -374,8 +374,8 @@ def _sum(path: pathlib.Path) -> tuple[int, int]:
 
 def _reason(error: Exception) -> str:
   """Why a save failed, in a few words."""
-  text = _one_line(error)
-  return 'no space left on device' if 'No space left' in text else text
+  return ('no space left on device' if 'No space left' in str(error)
+          else _one_line(error))
 
 
 def _one_line(error: Exception) -> str:
