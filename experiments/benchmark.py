@@ -29,6 +29,7 @@ from fedmmr_jax import evaluation, federation, scoring, training
 from fedmmr_jax import vocabulary, windows
 from fedmmr_jax import server as server_lib
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.data.dataset import Dataset, client_view
@@ -46,18 +47,19 @@ _CATALOGUES = flags.DEFINE_list(
     'catalogue sizes to time, the data set filled up with unseen items; those '
     'below its own are left out')
 _PARTS = flags.DEFINE_list(
-    'parts', ['round', 'loop', 'cohort', 'catalogue'],
-    'what to measure: round, loop, cohort, catalogue')
+    'parts', ['round', 'saving', 'loop', 'cohort', 'catalogue'],
+    'what to measure: round, saving, loop, cohort, catalogue')
 
 app.define_config_flags()
 
 GEMM_SIZE = 2048
+_ROUNDS_OF_BLOCK = 6
 Figures = dict[str, Any]
 
 
 def main() -> None:
-  parts = {'round': _round, 'loop': _loop, 'cohort': _cohorts,
-           'catalogue': _catalogues}
+  parts = {'round': _round, 'saving': _saving, 'loop': _loop,
+           'cohort': _cohorts, 'catalogue': _catalogues}
   for part in _PARTS.value:
     if part not in parts:
       raise UserError(f'--parts={part}: no such part; there are '
@@ -173,6 +175,38 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
       'evaluation_gflops': ranked * rank_flops / ranking / 1e9,
       'compile_seconds': compile_seconds,
   }
+
+
+def _saving(config: RunConfig, dataset: Dataset) -> Figures:
+  """What saving every round adds to a round, the same cohort: blocks of rounds
+  that are saved and of rounds that are not take turns."""
+  run = _Training(config, dataset)
+  cohort = run.simulation.sample_cohort(1)
+  jax.block_until_ready(run.run_round(cohort))
+  seconds = {True: [], False: []}
+  waited = []
+  with tempfile.TemporaryDirectory() as folder:
+    rounds = Rounds(folder, create=True)
+    with Saver(rounds, config.checkpoints) as saver:
+      for block in range(2 * _REPEATS.value):
+        saved = bool(block % 2)
+        for number in range(_ROUNDS_OF_BLOCK):
+          start = time.perf_counter()
+          jax.block_until_ready(run.run_round(cohort))
+          if saved:
+            handed = time.perf_counter()
+            saver.save(run.round, Checkpoint(run.state, Progress.start()), {},
+                       0.0)
+            waited.append(time.perf_counter() - handed)
+          # The first round of a block runs beside the last one's save.
+          if number:
+            seconds[saved].append(time.perf_counter() - start)
+        saver.wait()
+    size = rounds.size(rounds.last())
+  with_saves, without = (statistics.median(seconds[s]) for s in (True, False))
+  return {'bytes': size, 'seconds_with': with_saves,
+          'seconds_without': without, 'added': with_saves / without - 1,
+          'waited_seconds': statistics.median(waited)}
 
 
 def _compile_seconds(config: RunConfig, dataset: Dataset) -> Figures:
@@ -319,6 +353,12 @@ def _tables(result: Figures) -> str:
       f'a {GEMM_SIZE}³ float32 product: {result["gemm_gflops"]:.0f} GFLOP/s']
   if 'round' in result:
     lines += ['', *_round_lines(result['round'])]
+  if 'saving' in result:
+    saving = result['saving']
+    lines += ['', f'saving every round ({saving["bytes"] / 1e6:.1f} MB) in the '
+              f'background: {saving["seconds_with"]:.3f} s a round instead of '
+              f'{saving["seconds_without"]:.3f}, {saving["added"]:+.1%}; the '
+              f'loop waits {1e3 * saving["waited_seconds"]:.1f} ms']
   if 'loop' in result:
     loop = result['loop']
     lines += ['', f'the same cohort: vmapped {loop["vmapped_seconds"]:.2f} s, '

@@ -225,7 +225,9 @@ class RunFolder:
       raise UserError(
           f'--workdir={self.path} holds a run with --{name}='
           f'{before[name]}, not {now[name]}; a run is continued with its '
-          f'own settings (differing: {", ".join(changed)})')
+          f'own settings (differing: {", ".join(changed)}'
+          + ('; its learning rates fall to the end of the run'
+             if 'num_rounds' in changed else '') + ')')
 
   def _read(self, name: str, key: str | None = None) -> Any:
     path = self.path / name

@@ -92,12 +92,22 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   assert 'exists' in refused(f'--workdir={workdir}', 'export', 'last', exported,
                              binary='inspect_checkpoint')
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--json',
-               'compare', '1', '1')
+               'diff', '1', '1')
   assert all(g['distance'] == 0 and abs(g['cosine'] - 1) < 1e-9
              for g in json.loads(out)['groups'].values())
+  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--k=3', 'router',
+               'last')
+  assert 'visual weight' in out and out.count('Amélie') == 6
+  routed = json.loads(run('inspect_checkpoint', f'--workdir={workdir}',
+                          '--json', 'router', 'last')[0])
+  assert sum(b['items'] for b in routed['histogram']) == 27 == len(
+      routed['w_visual'])
+  ordered = [e['w_visual'] for e in routed['most_visual']]
+  assert ordered == sorted(ordered, reverse=True)
   out, _ = run(
       'inspect_checkpoint', f'--workdir={workdir}', '--json', 'show', '1')
   shown = json.loads(out)
+  assert shown['flags']['num_negatives'] == 3
   assert sum(g['count'] for g in shown['groups'].values()) == sum(
       p['count'] for p in shown['parameters'])
   user = next(u for u in range(1, 7) if json.loads(run(
@@ -111,6 +121,76 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
                           (('bogus',), 'unknown command')):
     assert expected in refused(
         f'--workdir={workdir}', *words, binary='inspect_checkpoint')
+
+  # The page again, and over another one.
+  (workdir / 'report.html').unlink()
+  run('report', workdir)
+  assert (workdir / 'report.html').exists()
+  run('report', '--compare', workdir, workdir,
+      f'--output={tmp_path / "both.html"}')
+  assert (tmp_path / 'both.html').exists()
+  assert 'name one run folder' in refused(binary='report')
+  assert 'no such file' in refused(tmp_path, binary='report')
+
+  # A damaged round is told by name; the others can still be seen.
+  metadata = workdir / 'rounds' / '2' / '_CHECKPOINT_METADATA'
+  metadata.write_bytes(metadata.read_bytes()[:-9])
+  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'list')
+  assert 'DAMAGED' in out and f'{metadata}: damaged' in out
+  assert f'{metadata}: damaged' in refused(
+      f'--workdir={workdir}', 'show', '2', binary='inspect_checkpoint')
+  (workdir / 'ids.json').write_text(
+      (workdir / 'ids.json').read_text().replace('Am', 'An', 1))
+  assert 'ids.json: damaged or edited' in refused(
+      f'--workdir={workdir}', 'memory', 'last', user,
+      binary='inspect_checkpoint')
+  config = workdir / 'config.json'
+  config.write_text(config.read_text().replace(
+      '"num_negatives": 3', '"num_negatives": 5'))
+  assert 'config.json: damaged or edited' in refused(
+      f'--workdir={workdir}', '--resume')
+
+
+def test_stages_follow_one_another(ml_1m, tmp_path):
+  stages, workdir = tmp_path / 'stages.txt', tmp_path / 'staged'
+  stages.write_text(
+      'backbone: --experts=none  # alone\n'
+      'alignment: --load=embeddings,backbone --freeze=embeddings,backbone\n')
+  flags = (*TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}',
+           f'--stages={stages}')
+  out, _ = run('train', *flags)
+  assert 'stage 2 of 2: alignment' in out
+  assert f'warm start from {workdir}/1-backbone/rounds/' in out
+  assert 'items, matched by id' in out and 'not asked for' in out
+  for name in ('1-backbone', '2-alignment'):
+    assert (workdir / name / 'report.html').exists()
+  assert 'already holds staged runs' in refused(*flags)
+  # Nothing but the folder is needed to go on.
+  (workdir / '2-alignment' / 'summary.json').unlink()
+  out, _ = run('train', '--resume', f'--workdir={workdir}')
+  assert f'finished, in {workdir}/1-backbone' in out
+  assert 'round 2/2' not in out and 'test, full' in out
+  for line, message in (('a b: --experts=none', 'a plain word'),
+                        ('a: --expert=none', 'no setting --expert')):
+    stages.write_text(line)
+    assert message in refused(*TINY, f'--data_dir={ml_1m}',
+                              f'--stages={stages}',
+                              f'--workdir={tmp_path / "other"}')
+  assert not (tmp_path / 'other').exists()
+
+
+def test_a_full_disk_is_one_line(ml_1m, tmp_path):
+  command = [sys.executable, '-m', 'experiments.train', *TINY,
+             '--num_rounds=3', f'--data_dir={ml_1m}', '--compilation_cache=',
+             f'--workdir={tmp_path / "run"}']
+  # No file may pass 24 kB: config.json can be written, a round cannot.
+  done = subprocess.run(
+      ['bash', '-c', 'ulimit -f 24; exec "$@"', 'bash', *command], cwd=ROOT,
+      capture_output=True, text=True, check=False)
+  assert done.returncode == 2, done.stdout + done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and 'rounds/1: cannot be saved (' in lines[0]
+  assert lines[0].endswith('no round is saved')
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -200,6 +280,8 @@ def test_benchmark(ml_1m):
       'sampling', 'local_training', 'aggregation', 'evaluation'}
   assert 0 <= result['round']['masked_fraction'] < 1
   assert result['loop']['ratio'] > 0
+  assert result['saving']['bytes'] > 1000 and result['saving'][
+      'waited_seconds'] > 0
   assert [r['cohort'] for r in result['cohort']] == [2]
   assert [r['items'] for r in result['catalogue']] == [27, 40]
   out, _ = run('benchmark', *flags, '--parts=round')

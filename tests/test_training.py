@@ -207,7 +207,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
 def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
   path = tmp_path / 'run'
   train(path, num_rounds=1, server_schedule='cosine')
-  with pytest.raises(UserError, match='--num_rounds=1, not 2'):
+  with pytest.raises(UserError, match='--num_rounds=1, not 2.*rates fall'):
     RunFolder(path).start(
         small.config(num_rounds=2, server_schedule='cosine'), small.dataset())
 
