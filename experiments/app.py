@@ -91,7 +91,10 @@ def open_run() -> RunFolder:
   """
   if not WORKDIR.value:
     raise UserError('name a run folder with --workdir')
-  return RunFolder(WORKDIR.value)
+  run = RunFolder(WORKDIR.value)
+  if run.holds_run():
+    run.check_format()
+  return run
 
 
 def find_round(rounds: Rounds, which: str) -> int:

@@ -126,6 +126,12 @@ def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
       'clients': len(sampled), 'sampled': int(sampled.sum()),
       'mean_fill_of_sampled': float(fill[sampled].mean()) if sampled.any()
       else None}
+  content['not_finite'] = [
+      name for name, part in (
+          ('parameters', server['params']), ('prototypes', server['prototypes']),
+          ('server optimizer', server['opt_state']), ('memories', memories),
+          ('control variates', (server['control'], saved['state']['controls'])))
+      if not all(np.isfinite(x).all() for x in jax.tree.leaves(part))]
   content['prototype_sizes'] = server['prototypes']['size'].tolist()
   content['record'] = rounds.metadata(number)['record']
   content['flags'] = run.flags()
@@ -155,6 +161,8 @@ def _show_text(content: dict[str, Any]) -> str:
       + (f', {fill:.0%} full on average' if fill is not None else ''),
       'prototypes, stored items each: '
       + ', '.join(f'{size:.0f}' for size in content['prototype_sizes']), '',
+      'NOT FINITE: ' + ', '.join(content['not_finite'])
+      if content['not_finite'] else 'no NaN and no infinity in its state', '',
       'settings that are not the defaults:',
       *textwrap.wrap(changed, 79, break_on_hyphens=False)])
 
@@ -310,12 +318,13 @@ def show_memory(run: RunFolder, rounds: Rounds, number: int,
           'title': ids['titles'][row] if ids['titles'] else '',
           'last_update': int(memory.last_update[slot]),
           'frequency': int(memory.frequency[slot]),
-          'surprise': float(memory.surprise[slot]),
-          'utility': float(utility[slot])})
+          'surprise': _finite(memory.surprise[slot]),
+          'utility': _finite(utility[slot])})
   content = {'round': number, 'user_id': int(user),
              'clock': int(memory.clock), 'entries': entries}
   rows = [[e['item_id'], e['last_update'], e['frequency'],
-           f'{e["surprise"]:.3f}', f'{e["utility"]:.4f}', e['title'].ljust(1)]
+           _number(e['surprise'], 3), _number(e['utility']),
+           e['title'].ljust(1)]
           for e in entries]
   head = (f'round {number}, user {user}: {len(entries)} of '
           f'{len(memory.item)} slots, clock {content["clock"]} samples')
@@ -330,8 +339,8 @@ def _finite(value: float) -> float | None:
   return float(value) if np.isfinite(value) else None
 
 
-def _number(value: float | None) -> str:
-  return '-' if value is None else f'{value:.4f}'
+def _number(value: float | None, digits: int = 4) -> str:
+  return '-' if value is None else f'{value:.{digits}f}'
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ _OUTPUT = flags.DEFINE_string(
 def main(*folders: str) -> None:
   runs = [RunFolder(folder) for folder in folders]
   for run in runs:
-    run.flags()  # an error that names the folder, before anything is drawn
+    run.check_format()  # before anything is drawn
   if _COMPARE.value:
     if len(runs) < 2:
       raise UserError('--compare needs two run folders or more')

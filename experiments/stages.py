@@ -7,6 +7,7 @@ those of the command line. Stage i is the run in `WORKDIR/<i>-<name>`;
 """
 
 import json
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -72,8 +73,11 @@ def save(workdir: pathlib.Path, base: RunConfig,
          stages: list[tuple[str, dict[str, str]]]) -> None:
   """Keeps what was asked for in the work folder."""
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / STAGES).write_text(json.dumps(
+  # Whoever reads it, after a kill too, sees the whole file or none.
+  temporary = workdir / f'.{STAGES}.tmp'
+  temporary.write_text(json.dumps(
       {'flags': base.as_flat_dict(), 'stages': stages}, indent=2) + '\n')
+  os.replace(temporary, workdir / STAGES)
 
 
 def saved(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from experiments import console
 from experiments import stages
 from experiments import tensorboard
 from fedmmr_jax import report
+from fedmmr_jax import run_folder
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
 from fedmmr_jax.checkpoint import Rounds
@@ -49,22 +50,23 @@ def main() -> None:
   if _TENSORBOARD.value:
     tensorboard.check_installed()  # before anything is written
   workdir = pathlib.Path(_workdir())
+  stop = StopSignal()
   try:
     chained = stages.saved(workdir)
     if _STAGES.value or chained:
-      train_stages(workdir, chained)
+      train_stages(workdir, chained, stop)
     else:
       run = RunFolder(workdir)
       run.check_free(_RESUME.value)
       train_run(run, app.config_from_flags(
-          run.flags() if run.holds_run() else None))
+          run.flags() if run.holds_run() else None), stop)
   except Stopped:
     print('stopped; continue with python -m experiments.train --resume '
           f'--workdir={workdir}', file=sys.stderr)
     sys.exit(app.INTERRUPTED)
 
 
-def train_run(run: RunFolder, config: RunConfig) -> None:
+def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   """Trains one run to its end and writes its report."""
   loaded = load.load(config.data, config.seed)
   print(console.data_report(loaded))
@@ -74,19 +76,23 @@ def train_run(run: RunFolder, config: RunConfig) -> None:
   if fresh and simulation.warm_start:  # refused before anything is written
     print('\n' + console.warm_start_report(
         simulation.warm_start, config.client.frozen_groups))
+  stop.check()
   run.start(config, loaded.dataset, loaded.integrity)
   print(f'\nrun folder  {run.path}')
-  for path in Rounds(run.path, create=True).clear_leftovers():
+  rounds = Rounds(run.path, create=True)
+  for path in rounds.clear_leftovers():
     print(f'passed over {path}: half written when the run was cut off')
   print('compiling, the first round takes longer\n', flush=True)
 
-  stop = StopSignal()
-  done, figures = len(run.records()), {}
-  events = (tensorboard.TensorBoard(run.path, done + 1)
+  done, figures = max(rounds.numbers(), default=0), {}
+  events = (tensorboard.TensorBoard(run.path, done)
             if _TENSORBOARD.value else contextlib.nullcontext())
   with events as board, tqdm(
       total=config.server.num_rounds, initial=done, unit='round', disable=None,
       file=sys.stdout) as bar:
+    if board and done:  # a kill may have come before its event was written
+      board.log(rounds.metadata(done)['record'])
+
     def on_round(record):
       tqdm.write(console.round_line(record, config.server.num_rounds),
                  file=sys.stdout)
@@ -103,26 +109,41 @@ def train_run(run: RunFolder, config: RunConfig) -> None:
   print(f'\nrun folder  {run.path}   report  {path}')
 
 
-def train_stages(workdir: pathlib.Path, saved: dict[str, Any] | None) -> None:
+def train_stages(workdir: pathlib.Path, saved: dict[str, Any] | None,
+                 stop: 'StopSignal') -> None:
   """Trains the runs of `--stages`, or goes on with those in the folder."""
   if saved and not _RESUME.value:
     raise UserError(
         f'--workdir={workdir} already holds staged runs; continue them with '
         '--resume or name another folder')
   base = app.config_from_flags(saved['flags'] if saved else None)
-  lines = saved['stages'] if saved else stages.read(
-      pathlib.Path(_STAGES.value))
+  lines = stages.read(pathlib.Path(_STAGES.value)) if _STAGES.value else None
+  if saved and lines not in (None, saved['stages']):
+    raise UserError(f'--workdir={workdir} holds other stages than --stages='
+                    f'{_STAGES.value}; leave the flag out to continue them')
+  lines = lines or saved['stages']
   chain = stages.chain(workdir, base, lines)
   if not saved:
     RunFolder(workdir).check_free(resume=False)
     stages.save(workdir, base, lines)
   for number, stage in enumerate(chain, 1):
+    stop.check()
     print(f'\nstage {number} of {len(chain)}: {stage.name}\n')
     if stage.run.summary():
+      report.write(stage.run)  # a kill may have come before it
       print(f'finished, in {stage.run.path}')
     else:
-      started = stage.run.holds_run()
-      train_run(stage.run, stage.run.config() if started else stage.config)
+      train_run(stage.run, _continued(stage), stop)
+
+
+def _continued(stage: stages.Stage) -> RunConfig:
+  """A stage's settings; of a started one its own, but for the place of the
+  data and the like, if the command line names them."""
+  if not stage.run.holds_run():
+    return stage.config
+  given = {name: flags.FLAGS[name].value for name in run_folder.MAY_CHANGE
+           if name != 'num_rounds' and flags.FLAGS[name].present}
+  return RunConfig.from_flat_dict(stage.run.flags() | given).validate()
 
 
 class Stopped(Exception):
@@ -149,7 +170,7 @@ class StopSignal:
     del frame
     self._asked = True
     signal.signal(number, signal.SIG_DFL)
-    print('\nstopping after this round; once more to stop at once',
+    print('\nstopping when the round is done; once more to stop at once',
           file=sys.stderr)
 
 

@@ -74,7 +74,7 @@ class Rounds:
   """
 
   def __init__(self, workdir: str | pathlib.Path, create: bool = False):
-    self.folder = pathlib.Path(workdir).absolute() / 'rounds'
+    self.folder = pathlib.Path(workdir) / 'rounds'
     if create:
       self.folder.mkdir(parents=True, exist_ok=True)
     elif not self.folder.exists():
@@ -118,8 +118,10 @@ class Rounds:
       UserError: no such round, one that is damaged, or of another structure.
     """
     with self._reading(round_number):
-      saved = ocp.load(
-          self.path(round_number), _here(jax.eval_shape(_to_disk, like)))
+      if self.metadata(round_number)['moments'] != _layout(like):
+        raise ValueError('its server optimizer has another state')
+      saved = ocp.load(self.path(round_number).absolute(),
+                       _here(jax.eval_shape(_to_disk, like)))
     return _from_disk(saved, like)
 
   def load_as_saved(self, round_number: int) -> dict[str, Any]:
@@ -129,20 +131,22 @@ class Rounds:
     Raises:
       UserError: no such round, or one that is damaged.
     """
-    path = self.path(round_number)
+    path = self.path(round_number).absolute()  # Orbax takes no other
     with self._reading(round_number):
       return jax.tree.map(
           np.asarray, ocp.load(path, _here(ocp.metadata(path).metadata)))
 
   def metadata(self, round_number: int) -> dict[str, Any]:
     """{'record': the round's line of metrics.jsonl, 'wall_seconds': spent so
-    far, 'best_round': by then, 0 = none validated}.
+    far, 'best_round': by then, 0 = none validated, 'moments': CRC-32 of the
+    layout of the server optimizer's state}.
 
     Raises:
       UserError: no such round, or one that is damaged.
     """
     with self._reading(round_number):
-      return ocp.metadata(self.path(round_number)).custom_metadata
+      return ocp.metadata(
+          self.path(round_number).absolute()).custom_metadata
 
   def size(self, round_number: int) -> int:
     """Bytes a saved round takes on disk."""
@@ -160,16 +164,21 @@ class Rounds:
   @contextlib.contextmanager
   def _reading(self, round_number: int) -> Iterator[None]:
     """Checks a round first, and names what cannot be read."""
+    path = self.path(round_number)
     saved = self.numbers()
     if round_number not in saved:
       listed = ', '.join(map(str, saved)) or 'none'
       raise UserError(
           f'{self.folder}: there is no round {round_number}; saved: {listed}')
-    path = self.path(round_number)
-    _check(path)
     try:
+      _check(path)
       yield
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, UserError) as error:
+      if not path.exists():
+        raise UserError(f'{path}: was removed meanwhile, by the run that goes '
+                        'on there') from None
+      if isinstance(error, UserError):
+        raise
       # Its files are what was written: the run has another structure.
       raise UserError(
           f'{path}: cannot be read as this run\'s ({type(error).__name__}: '
@@ -190,6 +199,10 @@ class Saver:
     self._thread = concurrent.futures.ThreadPoolExecutor(
         1, 'save', initializer=_give_way)
     self._pending: concurrent.futures.Future[None] | None = None
+    self._best_of: dict[int, int] = {}  # saved round -> the best by then
+    for number in rounds.numbers():
+      with contextlib.suppress(UserError):  # told when it is asked for
+        self._best_of[number] = rounds.metadata(number)['best_round']
 
   def __enter__(self) -> 'Saver':
     return self
@@ -210,7 +223,8 @@ class Saver:
     """
     self.wait()
     metadata = {'record': record, 'wall_seconds': wall_seconds,
-                'best_round': int(checkpoint.progress.best_round)}
+                'best_round': int(checkpoint.progress.best_round),
+                'moments': _layout(checkpoint)}
     self._pending = self._thread.submit(
         self._write, round_number, _to_disk(checkpoint), metadata)
 
@@ -229,11 +243,10 @@ class Saver:
     temporary = self._rounds.folder / f'{_SAVING}{number}'
     try:
       with _context():
-        ocp.save(temporary, checkpoint, custom_metadata=metadata)
+        ocp.save(temporary.absolute(), checkpoint, custom_metadata=metadata)
       _write_checksums(temporary)
       temporary.rename(self._rounds.path(number))
-      self._remove_superseded(metadata['best_round'])
-    except (OSError, ValueError) as error:  # Orbax raises either
+    except (OSError, ValueError, RuntimeError) as error:  # whatever Orbax has
       for path in self._rounds.folder.glob(f'{temporary.name}*'):
         shutil.rmtree(path, ignore_errors=True)
       saved = self._rounds.numbers()
@@ -241,14 +254,24 @@ class Saver:
           f'{self._rounds.path(number)}: cannot be saved ({_reason(error)}); '
           + (f'round {saved[-1]} is whole, go on from it with --resume'
              if saved else 'no round is saved')) from error
+    self._best_of[number] = metadata['best_round']
+    try:
+      self._remove_superseded()
+    except OSError as error:
+      raise UserError(
+          f'{self._rounds.folder}: an older round cannot be removed '
+          f'({_one_line(error)}); say --keep_last=0 to keep all') from error
 
-  def _remove_superseded(self, best_round: int) -> None:
-    """Leaves the last, every m-th and the best round."""
+  def _remove_superseded(self) -> None:
+    """Leaves the last rounds, the best that each of them knows (it is asked
+    for if a run goes on from there) and every m-th."""
     keep_last, keep_every = self._config.keep_last, self._config.keep_every
     if not keep_last:
       return
-    for number in self._rounds.numbers()[:-keep_last]:
-      if number != best_round and not (
+    saved = self._rounds.numbers()
+    best = {self._best_of.get(number) for number in saved[-keep_last:]}
+    for number in saved[:-keep_last]:
+      if number not in best and not (
           keep_every and number % keep_every == 0):
         path = self._rounds.path(number)
         hidden = path.with_name(f'{_DELETING}{number}')
@@ -260,7 +283,9 @@ def _give_way() -> None:
   """Lets training go first where both want a core: halves what saving costs a
   round (experiments/SPEED.md)."""
   if sys.platform == 'linux':  # elsewhere it would be the whole process
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread,
+                   max(10, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _context() -> ocp.Context:
@@ -316,6 +341,15 @@ def _from_disk(saved: Checkpoint, like: Checkpoint) -> Checkpoint:
   return jax.tree.map(
       lambda x, found: found if x.size else jnp.zeros(x.shape, x.dtype),
       like, saved)
+
+
+def _layout(checkpoint: Checkpoint) -> int:
+  """Says whether the vectors of moments mean the same: CRC-32 of the paths and
+  shapes of the server optimizer's state."""
+  return zlib.crc32('; '.join(
+      f'{jax.tree_util.keystr(path)} {x.dtype} {x.shape}' for path, x in
+      jax.tree_util.tree_leaves_with_path(checkpoint.state.server.opt_state)
+  ).encode())
 
 
 def _with_moments(checkpoint: Checkpoint, opt_state: Any) -> Checkpoint:

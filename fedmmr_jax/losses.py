@@ -59,9 +59,6 @@ def surprise_of(recommendation: jax.Array) -> jax.Array:
   return jax.lax.stop_gradient(jax.nn.sigmoid(recommendation))
 
 
-WEIGHT_BINS = 20
-
-
 def instance_weights(surprise: jax.Array, scale: float) -> jax.Array:
   """1 + scale · surprise (repair 2): 0.3 -> 1.15 and 0.8 -> 1.40 at 0.5."""
   return 1.0 + scale * surprise

@@ -1,5 +1,5 @@
-"""`report.html`: a run, or several over one another, as one self-contained page,
-drawn from the files of the run folders."""
+"""`report.html`: a run, or several over one another, as one self-contained
+page, drawn from the files of the run folders."""
 
 import math
 import pathlib

@@ -142,14 +142,19 @@ class RunFolder:
     """Flag name -> value of the run in this folder; raises as `config`."""
     return self._read(CONFIG, 'flags')
 
-  def check_data(self, dataset: Dataset) -> None:
-    """Raises UserError if this is not the data the run was trained on, or the
-    run is of a version whose checkpoints have another structure."""
+  def check_format(self) -> None:
+    """Raises UserError if the run is of a version whose checkpoints have
+    another structure."""
     found = self._read(CONFIG).get('format', 1)
     if found != FORMAT:
       raise UserError(
           f'{self.path}: its checkpoints are of format {found}, this version '
           f'reads format {FORMAT}; use the version that began the run')
+
+  def check_data(self, dataset: Dataset) -> None:
+    """Raises UserError if this is not the data the run was trained on, or
+    `check_format` does."""
+    self.check_format()
     if self.data_fingerprint() != dataset.fingerprint():
       raise UserError(
           f'{self.path}: the run was trained on other data; the files of '
@@ -177,11 +182,16 @@ class RunFolder:
     complete = []
     for number, line in enumerate(lines, 1):
       try:
-        complete.append(json.loads(line))
+        record = json.loads(line)
       except json.JSONDecodeError as error:
         if number < len(lines):
           raise UserError(
               f'{path}, line {number}: damaged, not JSON ({error})') from None
+      else:
+        if not isinstance(record, dict) or not isinstance(
+            record.get('round'), int):
+          raise UserError(f'{path}, line {number}: damaged, it has no round')
+        complete.append(record)
     return complete
 
   def append(self, record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedmmr_jax import content as content_lib
 from fedmmr_jax import evaluation, federation, local_only, metrics, popularity
+from fedmmr_jax import optimizers
 from fedmmr_jax import warm_start as warm_start_lib
 from fedmmr_jax.config import (
     CheckpointConfig, DataConfig, EvaluationConfig, RunConfig, StartConfig)
@@ -277,8 +278,8 @@ def build(config: RunConfig, dataset: Dataset,
   """Puts a data set on the device and fits the model to it.
 
   Raises:
-    UserError: a client with too few unseen items for the negatives, or
-      global prototypes without texts.
+    UserError: a client with too few unseen items for the negatives, global
+      prototypes without texts, or nothing left to train.
   """
   # The experts' features; the item table may start from the others too.
   experts = config.model.experts
@@ -303,13 +304,18 @@ def build(config: RunConfig, dataset: Dataset,
           'features; give some, or say --item_embedding=id')
     content = content_lib.components(
         [dataset.visual, dataset.text], config.model.hidden_dim)
-  return Simulation(
+  simulation = Simulation(
       config=config,
       model=FedDMMR(config.model, dataset.num_rows, visual.shape[1],
                     text.shape[1]),
       catalogue=Catalogue.from_features(visual, text, content),
       data=_to_device(config, dataset),
       dataset=dataset, cold=cold)
+  frozen = optimizers.frozen_names(config.client)
+  if frozen and set(simulation.abstract_state.server.params) <= set(frozen):
+    raise UserError(f'--freeze={config.client.freeze} leaves nothing of this '
+                    'model to train')
+  return simulation
 
 
 def _to_device(config: RunConfig, dataset: Dataset,

@@ -42,6 +42,7 @@ def train(simulation: Simulation, run: RunFolder,
   """
   started = time.perf_counter()
   rounds = Rounds(run.path, create=True)
+  rounds.clear_leftovers()
   checkpoint, last_round, wall_before = restore(simulation, run, rounds)
   config = simulation.config
 

@@ -102,6 +102,7 @@ def load(config: RunConfig, dataset: Dataset,
   if MEMORIES in wanted:
     memories = saved['memories'], saved['server']['prototypes']
     _check_whole(own, memories, MEMORIES, MEMORIES, refuse)
+    memories = _with_empty(own, memories)
   table.append(Part(
       MEMORIES, MEMORIES, LOADED if memories else INITIAL, _count(own),
       '' if memories else 'not asked for'))
@@ -138,9 +139,13 @@ def _find(path: str) -> tuple[RunFolder, int]:
   """A run's folder means its best round, `RUN/rounds/N` that one."""
   folder = pathlib.Path(path)
   if folder.parent.name == 'rounds' and folder.name.isdecimal():
-    return RunFolder(folder.parent.parent), int(folder.name)
+    folder, number = folder.parent.parent, int(folder.name)
+  else:
+    number = 0
   try:
-    return RunFolder(folder), Rounds(folder).best()
+    run = RunFolder(folder)
+    run.check_format()
+    return run, number or Rounds(folder).best()
   except UserError as error:
     raise UserError(f'--pretrained_path={path}: {error}') from None
 
@@ -150,12 +155,12 @@ def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
   present = [group for group, names in PARAMETER_GROUPS.items()
              if any(name in params for name in names)]
   named = config.start.load_groups
-  if ALL_GROUPS in named:
-    return present + [g for g in named if g == MEMORIES]
   for group in named:
-    if group not in (*present, MEMORIES):
+    if group not in (*present, MEMORIES, ALL_GROUPS):
       raise UserError(f'--load={config.start.load}: this model has no {group}; '
                       f'it has {", ".join(present)}')
+  if ALL_GROUPS in named:
+    return present + [g for g in named if g == MEMORIES]
   return list(named)
 
 
@@ -169,9 +174,12 @@ def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
 
 # What gives parameters of one shape their meaning.
 _MEANING = {
+    'embeddings': ('dataset', 'cold_items'),
     'backbone': ('num_heads',),
-    'experts': ('semantic_heads', 'feature_scaling', 'expert_input'),
+    'experts': ('semantic_heads', 'feature_scaling', 'expert_input', 'fusion'),
     'router': ('router_input', 'feature_scaling'),
+    'fusion': ('fusion',),
+    MEMORIES: ('memory', 'memory_capacity', 'long_term_capacity'),
 }
 
 
@@ -186,8 +194,10 @@ def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
         refuse(group, f'its run had --{name}={before[name]}, not '
                f'{theirs[name]}')
   if 'embeddings' in wanted:
-    if config.data.dataset != other.data.dataset:
-      refuse('embeddings', f'they are of --dataset={other.data.dataset}')
+    # Which items are cold, and were never trained, the seed says.
+    if config.data.cold_items and config.seed != other.seed:
+      refuse('embeddings', f'its run had --seed={other.seed}, and with it other '
+             'cold items')
     added = [c.model.item_embedding == 'content_plus_id'
              for c in (config, other)]
     if added[0] != added[1]:
@@ -195,17 +205,18 @@ def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
              f'{other.model.item_embedding}, not {config.model.item_embedding}')
   if run.data_fingerprint() == dataset.fingerprint():
     return
-  # Principal components of another catalogue are other axes.
-  on_components = {
-      'embeddings': config.model.item_embedding == 'content_plus_id',
-      'experts': config.data.feature_scaling == 'components',
-      'router': (config.data.feature_scaling == 'components'
-                 and config.model.router_input == 'features'),
+  # Features may be others, and principal components of another catalogue are
+  # other axes; a generated set has other items under the same ids.
+  on_features = {
+      'embeddings': (config.model.item_embedding == 'content_plus_id'
+                     or config.data.dataset == 'synthetic'),
+      'experts': True,
+      'router': config.model.router_input == 'features',
       MEMORIES: True}
   for group in wanted:
-    if on_components.get(group):
+    if on_features.get(group):
       refuse(group, 'it was trained on other data, and its numbers belong to '
-             'that catalogue')
+             'those items and features')
 
 
 def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
@@ -232,6 +243,8 @@ def _check_whole(own: Any, found: Any, name: str, group: str, refuse) -> None:
   """Every array of this model must have one of its shape there."""
   found = {path: x for path, x in _leaves(found)}
   for path, x in _leaves(own):
+    if not x.size:  # prototypes of a run without texts, which are not saved
+      continue
     full = '/'.join((name, *path))
     if path not in found:
       refuse(group, f'it has no {full}, which would stay as drawn')
@@ -240,8 +253,17 @@ def _check_whole(own: Any, found: Any, name: str, group: str, refuse) -> None:
              f'{_shape(x)} here')
 
 
+def _with_empty(own: Any, found: Any) -> Any:
+  """What was found, and the arrays without an entry, which are not saved."""
+  return jax.tree.map(
+      lambda x, y: y if x.size else np.zeros(x.shape, x.dtype), own, found,
+      is_leaf=lambda x: x is None)
+
+
 def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-  return [(tuple(str(getattr(k, 'key', getattr(k, 'idx', ''))) for k in path), x)
+  def name(key):
+    return str(getattr(key, 'key', getattr(key, 'idx', '')))
+  return [(tuple(map(name, path)), x)
           for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 

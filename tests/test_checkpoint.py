@@ -61,9 +61,9 @@ def test_round_trip(tmp_path, changes):
   small.assert_trees_equal(
       rounds.load_as_saved(3)['state']['server']['params'],
       saved.state.server.params)
-  assert rounds.metadata(3) == {
-      'record': {'round': 3, 'loss': None}, 'wall_seconds': 1.5,
-      'best_round': 3}
+  metadata = rounds.metadata(3)
+  assert metadata['record'] == {'round': 3, 'loss': None}
+  assert metadata['wall_seconds'] == 1.5 and metadata['best_round'] == 3
   assert rounds.best() == rounds.last() == 3
   # What was saved as 0.1 is not beaten by 0.1.
   assert int(loaded.progress.updated(4, 0.1).best_round) == 3
@@ -92,6 +92,26 @@ def test_the_last_every_mth_and_the_best_stay(tmp_path, keep, expected):
   assert rounds.numbers() == expected
   assert sorted(p.name for p in rounds.folder.iterdir()) == sorted(
       map(str, expected))
+
+
+def test_the_best_of_a_round_to_go_on_from_stays_too(tmp_path):
+  keep = dict(keep_last=2, keep_every=0)
+  rounds = save(tmp_path, 1, 2, 3, 4, best_round=1, **keep)
+  assert save(tmp_path, 5, best_round=5, **keep).numbers() == [1, 4, 5]
+  shutil.rmtree(rounds.path(5))  # moved away, because it was damaged
+  assert rounds.best() == 1 in rounds.numbers()
+  save(tmp_path, 5, 6, best_round=5, **keep)
+  assert rounds.numbers() == [5, 6]
+
+
+def test_another_optimizer_state_is_refused(tmp_path):
+  rounds = save(tmp_path, 1, saved=checkpoint(
+      server_optimizer='fedadam', server_learning_rate=0.01))
+  with pytest.raises(UserError, match='server optimizer has another state'):
+    rounds.load(1, checkpoint(
+        server_optimizer='fedyogi', server_learning_rate=0.01)._replace(
+            progress=Progress.start())._replace(state=checkpoint(
+                server_optimizer='fedavgm').state))
 
 
 def test_damage_in_any_file_is_found_and_named(tmp_path):

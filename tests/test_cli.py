@@ -263,9 +263,8 @@ def test_bad_flags_are_refused(tmp_path):
 @pytest.mark.parametrize('preset', sorted(p.name for p in PRESETS.glob('*.flags')))
 def test_presets_are_valid(preset):
   """Every flag of a preset exists and is within its bounds."""
-  code = ('from experiments import app; from absl import flags; '
-          'app.define_config_flags(); import sys; flags.FLAGS(sys.argv); '
-          'app.config_from_flags()')
+  code = ('from experiments import app, train; from absl import flags; '
+          'import sys; flags.FLAGS(sys.argv); app.config_from_flags()')
   subprocess.run(
       [sys.executable, '-c', code, f'--flagfile={PRESETS / preset}',
        '--data_dir=somewhere'], cwd=ROOT, check=True)

@@ -45,7 +45,8 @@ def test_field_names_are_unique_across_groups():
 @pytest.mark.parametrize('field', FIELDS, ids=lambda f: f.name)
 def test_every_field_has_help(field):
   assert len(field.metadata['help']) >= 5
-  assert set(field.metadata) <= {'help', 'choices', 'minimum', 'maximum'}
+  assert set(field.metadata) <= {
+      'help', 'choices', 'names', 'minimum', 'maximum'}
 
 
 @pytest.mark.parametrize('field', FIELDS, ids=lambda f: f.name)
@@ -60,7 +61,8 @@ def test_walk_names_the_group_of_each_field():
   assert groups['num_rounds'] == ('server', 7)
   assert groups['dataset'] == ('data', 'synthetic')
   assert {g for g, _ in groups.values()} == {
-      '', 'data', 'model', 'loss', 'memory', 'client', 'server', 'evaluation'}
+      '', 'data', 'model', 'loss', 'memory', 'client', 'server', 'evaluation',
+      'start', 'checkpoints'}
 
 
 def test_flat_round_trip_of_the_defaults():

@@ -16,7 +16,10 @@ from tests import small
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get('FEDMMR_KILLS', 3))
-ROUNDS = 4 * KILLS
+ROUNDS = 8 * KILLS
+# Before the first round is saved, at any moment, while a round is written, while
+# one is removed; the end, behind the last round, comes once.
+KINDS = ('start', 'any', 'saving', 'deleting')
 # Retention is on, so that a kill may also meet the removal of a round.
 FLAGS = ('--synthetic_users=40', '--synthetic_items=60', '--hidden_dim=16',
          '--num_blocks=1', '--num_heads=2', '--semantic_heads=2',
@@ -38,32 +41,39 @@ def numbers(rounds: pathlib.Path) -> list[int]:
   return [int(p.name) for p in rounds.iterdir() if p.name.isdecimal()]
 
 
-def run_until_killed(workdir, rng: random.Random) -> str:
-  """Starts or resumes the run and kills it; returns when, in words."""
+def wait_for(process, event) -> None:
+  """Returns when `event` is true, at once if the process ends."""
+  while process.poll() is None and not event():
+    time.sleep(0.0005)
+
+
+def run_until_killed(workdir, kind: str, rng: random.Random) -> str:
+  """Starts or resumes the run, kills it, and returns what it had printed."""
   rounds = workdir / 'rounds'
-  before = max(numbers(rounds), default=0)
-  at_start = rng.random() < 0.15
-  after = before + rng.randrange(1, 4)  # rounds that are saved first
-  in_save = rng.random() < 0.5
-  delay = rng.uniform(0, 0.3)
+  after = max(numbers(rounds), default=0) + rng.randrange(1, 5)
+
+  def saved(number):
+    return lambda: max(numbers(rounds), default=0) >= number
   with subprocess.Popen(command(workdir), cwd=ROOT, stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT) as process:
-    if at_start:
-      time.sleep(rng.uniform(0, 8))
+    if kind == 'start':
+      wait_for(process, (workdir / 'config.json').exists)
+      time.sleep(rng.uniform(0, 2))
+    elif kind == 'end':
+      wait_for(process, saved(ROUNDS))
+      time.sleep(rng.uniform(0, 1))
     else:
-      while process.poll() is None and max(
-          numbers(rounds), default=0) < after:
-        time.sleep(0.002)
-      if in_save:
-        while process.poll() is None and not list(rounds.glob('.saving-*')):
-          pass
-        delay /= 10
-      time.sleep(delay)
+      wait_for(process, saved(after))
+      if kind == 'any':
+        time.sleep(rng.uniform(0, 0.3))
+      else:
+        wait_for(process, lambda: list(rounds.glob(f'.{kind}-*')))
     process.kill()
     output = process.communicate()[0].decode()
-  assert process.returncode == -9, output
-  return (f'after round {max(numbers(rounds), default=0)}'
-          + (', a step half written' if list(rounds.glob('.saving-*')) else ''))
+  assert process.returncode == -9 or kind == 'end', output
+  print(f'{kind}: round {max(numbers(rounds), default=0)} was saved, left',
+        [path.name for path in rounds.glob('.*')])
+  return output
 
 
 def finish(workdir) -> str:
@@ -81,12 +91,14 @@ def test_killed_anywhere_a_resumed_run_equals_the_straight_one(tmp_path):
   finish(tmp_path / 'straight')
   rng = random.Random(int(os.environ.get('FEDMMR_KILL_SEED', 0)))
   killed = tmp_path / 'killed'
-  moments = [run_until_killed(killed, rng) for _ in range(KILLS)]
-  print('\n'.join(moments))
+  kinds = [KINDS[i % len(KINDS)] for i in range(KILLS - 1)]
+  for kind in (*kinds, 'saving'):
+    run_until_killed(killed, kind, rng)
   half_written = list((killed / 'rounds').glob('.saving-*'))
-  output = finish(killed)
+  output = run_until_killed(killed, 'end', rng)
   for path in half_written:
     assert f'passed over {path}' in output
+  finish(killed)
 
   for folder in (killed, tmp_path / 'straight'):
     assert not list((folder / 'rounds').glob('.*'))

@@ -11,6 +11,7 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
 from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.config import GROUPS
+from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.data.dataset import from_interactions
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
@@ -18,9 +19,13 @@ from fedmmr_jax.run_folder import RunFolder
 from tests import small
 
 
+# Not a generated set: of those, another one has other items under the same ids.
+NAMED = dict(dataset='ml-1m', data_dir='unused')
+
+
 def train(path, dataset=None, **changes):
   dataset = dataset or small.dataset()
-  simulation = simulation_lib.build(small.config(**changes), dataset)
+  simulation = simulation_lib.build(small.config(**NAMED, **changes), dataset)
   run = RunFolder(path)
   run.start(simulation.config, dataset)
   training.train(simulation, run, lambda record: None)
@@ -42,7 +47,7 @@ def pretrained(tmp_path_factory):
 
 def start(path, dataset=None, **changes):
   return simulation_lib.build(
-      small.config(pretrained_path=str(path), **changes),
+      small.config(pretrained_path=str(path), **NAMED, **changes),
       dataset or small.dataset())
 
 
@@ -120,7 +125,7 @@ def subset(items: set[int]):
 
 def test_items_are_matched_by_id(pretrained):
   dataset = subset(set(range(5, 61)))
-  simulation = start(pretrained, dataset)
+  simulation = start(pretrained, dataset, load='embeddings,backbone')
   table = simulation.init_state().server.params['item_embedding']
   trained = saved(pretrained).server.params['item_embedding']
   whole = small.dataset().item_ids.tolist()
@@ -150,7 +155,9 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
     (dict(semantic_heads=4), 'experts cannot .*--semantic_heads=2, not 4'),
     (dict(item_embedding='content_plus_id'), '--item_embedding=id, not'),
     (dict(experts='none', load='router'), 'has no router; it has embeddings'),
-    (dict(fusion='gated'), 'fusion cannot .*no fusion_gate'),
+    (dict(fusion='gated', load='fusion'), '--fusion=residual, not gated'),
+    (dict(experts='none', load='all,router'), 'has no router; it has'),
+    (dict(memory='recent', load='memories'), '--memory=surprise, not recent'),
 ])
 def test_a_load_that_would_leave_or_twist_something_is_refused(
     pretrained, changes, message):
@@ -158,16 +165,39 @@ def test_a_load_that_would_leave_or_twist_something_is_refused(
     start(pretrained, **changes).init_state()
 
 
-def test_components_belong_to_their_catalogue(tmp_path, pretrained):
-  on_components = dict(feature_scaling='components')
-  path = train(tmp_path / 'run', num_rounds=1, **on_components)
-  start(path, **on_components).init_state()
+def test_what_belongs_to_other_data_is_refused(pretrained):
   other = subset(set(range(5, 61)))
-  start(path, other, load='embeddings,router', **on_components).init_state()
-  with pytest.raises(UserError, match='experts cannot .*other data'):
-    start(path, other, **on_components).init_state()
-  with pytest.raises(UserError, match='memories cannot .*other data'):
-    start(pretrained, other, load='memories').init_state()
+  start(pretrained, other, load='embeddings,router').init_state()
+  for group in ('experts', 'memories'):
+    with pytest.raises(UserError, match=f'{group} cannot .*other data'):
+      start(pretrained, other, load=group).init_state()
+
+
+def test_items_that_were_never_trained_are_refused(tmp_path):
+  dataset, _, _ = cold_lib.hold_out(small.dataset(), 0.2, seed=0)
+  cold = train(tmp_path / 'cold', dataset, cold_items=0.2, num_rounds=1)
+  with pytest.raises(UserError, match='--cold_items=0.2, not 0.0'):
+    start(cold).init_state()
+  with pytest.raises(UserError, match='--seed=0, and with it other cold'):
+    start(cold, dataset, cold_items=0.2, seed=1).init_state()
+
+
+def test_memories_of_a_run_without_texts_come_along(tmp_path):
+  path = train(tmp_path / 'run', experts='none', num_rounds=1)
+  state = start(path, experts='none', load='all,memories').init_state()
+  assert state.server.prototypes.centre.shape[-1] == 0
+  assert np.any(state.memories.clock > 0)
+
+
+def test_another_generated_set_is_refused(tmp_path):
+  run = RunFolder(tmp_path / 'run')
+  simulation = small.simulation(num_rounds=1)
+  run.start(simulation.config, simulation.dataset)
+  training.train(simulation, run, lambda record: None)
+  other = simulation_lib.build(
+      small.config(pretrained_path=str(run.path)), small.dataset(seed=1))
+  with pytest.raises(UserError, match='embeddings cannot .*other data'):
+    other.init_state()
 
 
 def test_what_has_no_place_is_told(pretrained):
@@ -187,11 +217,13 @@ def test_flags_are_checked():
       (dict(freeze=','.join(GROUPS)), 'leaves nothing to train')):
     with pytest.raises(UserError, match=message):
       small.config(**changes)
+  with pytest.raises(UserError, match='nothing of this model to train'):
+    small.simulation(experts='none', freeze='embeddings,backbone')
 
 
 @pytest.mark.parametrize('changes', [
-    dict(), dict(vocabulary='local', negatives='shared'),
-    dict(server_optimizer='fedmuon', server_learning_rate=0.01),
+    dict(vocabulary='local', negatives='shared',
+         server_optimizer='fedmuon', server_learning_rate=0.01),
     dict(server_optimizer='fedyogi', server_learning_rate=0.01,
          client_optimizer='sgd', proximal_mu=0.1),
     dict(drift_control='scaffold', client_optimizer='sgd')])
@@ -217,7 +249,7 @@ def test_a_killed_warm_start_resumes_without_its_source(
     tmp_path, pretrained):
   source = tmp_path / 'source'
   train(source)
-  config = small.config(pretrained_path=str(source), num_rounds=2)
+  config = small.config(pretrained_path=str(source), num_rounds=2, **NAMED)
   simulation = simulation_lib.build(config, small.dataset())
   run = RunFolder(tmp_path / 'run')
   run.start(config, small.dataset())
