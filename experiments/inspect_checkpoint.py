@@ -128,7 +128,8 @@ def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
       else None}
   content['not_finite'] = [
       name for name, part in (
-          ('parameters', server['params']), ('prototypes', server['prototypes']),
+          ('parameters', server['params']),
+          ('prototypes', server['prototypes']),
           ('server optimizer', server['opt_state']), ('memories', memories),
           ('control variates', (server['control'], saved['state']['controls'])))
       if not all(np.isfinite(x).all() for x in jax.tree.leaves(part))]

@@ -3,7 +3,8 @@ before.
 
 A stages file has a line each, `name: --flag=value --flag=value`, the flags over
 those of the command line. Stage i is the run in `WORKDIR/<i>-<name>`;
-`WORKDIR/stages.json` keeps what was asked for, so that `--resume` needs no flags.
+`WORKDIR/stages.json` keeps what was asked for, so that `--resume` needs no
+flags.
 """
 
 import json

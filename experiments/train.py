@@ -36,8 +36,8 @@ _RESUME = flags.DEFINE_boolean(
     'afresh where there is none')
 
 _STAGES = flags.DEFINE_string(
-    'stages', '', 'file with a run a line, name: --flag=value …, each from the '
-    'best round of the one before; see experiments/stages.py')
+    'stages', '', 'file with a run a line, name: --flag=value …, each from '
+    'the best round of the one before; see experiments/stages.py')
 
 _TENSORBOARD = flags.DEFINE_boolean(
     'tensorboard', False, 'write the metrics as TensorBoard events too, into '

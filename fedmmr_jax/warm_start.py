@@ -196,8 +196,8 @@ def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
   if 'embeddings' in wanted:
     # Which items are cold, and were never trained, the seed says.
     if config.data.cold_items and config.seed != other.seed:
-      refuse('embeddings', f'its run had --seed={other.seed}, and with it other '
-             'cold items')
+      refuse('embeddings', f'its run had --seed={other.seed}, and with it '
+             'other cold items')
     added = [c.model.item_embedding == 'content_plus_id'
              for c in (config, other)]
     if added[0] != added[1]:

@@ -17,8 +17,8 @@ from tests import small
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get('FEDMMR_KILLS', 3))
 ROUNDS = 8 * KILLS
-# Before the first round is saved, at any moment, while a round is written, while
-# one is removed; the end, behind the last round, comes once.
+# Before the first round is saved, at any moment, while a round is written,
+# while one is removed; the end, behind the last round, comes once.
 KINDS = ('start', 'any', 'saving', 'deleting')
 # Retention is on, so that a kill may also meet the removal of a round.
 FLAGS = ('--synthetic_users=40', '--synthetic_items=60', '--hidden_dim=16',

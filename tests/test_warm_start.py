@@ -142,7 +142,7 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
   few = train(tmp_path / 'few', subset(set(range(5, 61))))
   with pytest.raises(UserError, match=r'embeddings cannot be loaded .* [45] of '
                      r'this run.s \d+ items .*would stay random .ids 1, 2'):
-    start(few).init_state()
+    start(few, load='embeddings').init_state()
   start(few, load='backbone').init_state()
 
 
