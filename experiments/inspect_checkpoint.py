@@ -26,7 +26,7 @@ import numpy as np
 from experiments import app
 from experiments import console
 from fedmmr_jax import memory as memory_lib
-from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.checkpoint import named_arrays, Rounds
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.models.feddmmr import VISUAL
@@ -103,17 +103,15 @@ def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
   the run's settings."""
   saved = rounds.load_as_saved(number)
   server, memories = saved['state']['server'], saved['state']['memories']
-  leaves = jax.tree_util.tree_leaves_with_path(server['params'])
   content = {'round': number, 'parameters': [], 'groups': {}}
-  for path, value in leaves:
-    name = '/'.join(key.key for key in path)
+  for name, value in named_arrays(server['params']).items():
     finite = bool(np.isfinite(value).all())
     entry = {'name': name, 'shape': list(value.shape), 'count': value.size,
              'norm': float(np.linalg.norm(value)) if finite else None,
              'finite': finite}
     content['parameters'].append(entry)
     group = content['groups'].setdefault(
-        path[0].key, {'count': 0, 'squared': 0.0, 'finite': True})
+        name.split('/')[0], {'count': 0, 'squared': 0.0, 'finite': True})
     group['count'] += value.size
     group['finite'] &= finite
     group['squared'] += float(np.sum(np.square(value, dtype=np.float64)))
@@ -279,8 +277,7 @@ def export(rounds: Rounds, number: int, path: str) -> tuple[Any, str]:
   if pathlib.Path(path).exists():
     raise UserError(f'{path}: exists; name another file')
   params = rounds.load_as_saved(number)['state']['server']['params']
-  arrays = {'/'.join(key.key for key in keys): value
-            for keys, value in jax.tree_util.tree_leaves_with_path(params)}
+  arrays = named_arrays(params)
   np.savez(path, **arrays)
   return ({'round': number, 'file': path, 'arrays': sorted(arrays)},
           f'round {number}: {len(arrays)} arrays in {path}')

@@ -8,13 +8,13 @@ flags.
 """
 
 import json
-import os
 import pathlib
 import re
 from typing import Any, NamedTuple
 
 from experiments import app
 from fedmmr_jax import ablation
+from fedmmr_jax import run_folder
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.run_folder import RunFolder
@@ -74,11 +74,8 @@ def save(workdir: pathlib.Path, base: RunConfig,
          stages: list[tuple[str, dict[str, str]]]) -> None:
   """Keeps what was asked for in the work folder."""
   workdir.mkdir(parents=True, exist_ok=True)
-  # Whoever reads it, after a kill too, sees the whole file or none.
-  temporary = workdir / f'.{STAGES}.tmp'
-  temporary.write_text(json.dumps(
+  run_folder.replace(workdir / STAGES, json.dumps(
       {'flags': base.as_flat_dict(), 'stages': stages}, indent=2) + '\n')
-  os.replace(temporary, workdir / STAGES)
 
 
 def saved(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from fedmmr_jax import report
 from fedmmr_jax import run_folder
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
-from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.checkpoint import Rounds, saved_rounds
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.errors import UserError
@@ -72,8 +72,8 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   print(console.data_report(loaded))
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
   print(console.banner(simulation))
-  fresh = not run.holds_rounds()
-  if fresh and simulation.warm_start:  # refused before anything is written
+  # Only before the first round; refused before anything is written.
+  if not saved_rounds(run.path) and simulation.warm_start:
     print('\n' + console.warm_start_report(
         simulation.warm_start, config.client.frozen_groups))
   stop.check()

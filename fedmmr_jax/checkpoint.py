@@ -10,7 +10,6 @@ was written, the checksums tell.
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import pathlib
 import shutil
@@ -24,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from fedmmr_jax import checksums
 from fedmmr_jax.config import CheckpointConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import FederationState
+from fedmmr_jax.run_folder import ROUNDS
 
-CHECKSUMS = 'checksums.json'
 _SAVING, _DELETING = '.saving-', '.deleting-'
 
 
@@ -62,6 +62,19 @@ class Checkpoint(NamedTuple):
   progress: Progress
 
 
+def saved_rounds(workdir: str | pathlib.Path) -> list[int]:
+  """Rounds that a run folder holds, ascending; none without a folder."""
+  return sorted(int(path.name)
+                for path in (pathlib.Path(workdir) / ROUNDS).glob('*')
+                if path.name.isdecimal())
+
+
+def named_arrays(tree: Any) -> dict[str, Any]:
+  """'group/layer/weight' -> array of a tree of parameters."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): x
+          for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 class Rounds:
   """The saved rounds of one run folder.
 
@@ -74,7 +87,7 @@ class Rounds:
   """
 
   def __init__(self, workdir: str | pathlib.Path, create: bool = False):
-    self.folder = pathlib.Path(workdir) / 'rounds'
+    self.folder = pathlib.Path(workdir) / ROUNDS
     if create:
       self.folder.mkdir(parents=True, exist_ok=True)
     elif not self.folder.exists():
@@ -88,8 +101,7 @@ class Rounds:
 
   def numbers(self) -> list[int]:
     """Saved rounds, ascending."""
-    return sorted(int(path.name) for path in self.folder.iterdir()
-                  if path.name.isdecimal())
+    return saved_rounds(self.folder.parent)
 
   def best(self) -> int:
     """The round with the best validation; the last one if none had any.
@@ -118,7 +130,7 @@ class Rounds:
       UserError: no such round, one that is damaged, or of another structure.
     """
     with self._reading(round_number):
-      if self.metadata(round_number)['moments'] != _layout(like):
+      if self._metadata(round_number)['moments'] != _layout(like):
         raise ValueError('its server optimizer has another state')
       saved = ocp.load(self.path(round_number).absolute(),
                        _here(jax.eval_shape(_to_disk, like)))
@@ -145,12 +157,15 @@ class Rounds:
       UserError: no such round, or one that is damaged.
     """
     with self._reading(round_number):
-      return ocp.metadata(
-          self.path(round_number).absolute()).custom_metadata
+      return self._metadata(round_number)
+
+  def _metadata(self, round_number: int) -> dict[str, Any]:
+    return ocp.metadata(self.path(round_number).absolute()).custom_metadata
 
   def size(self, round_number: int) -> int:
     """Bytes a saved round takes on disk."""
-    return sum(path.stat().st_size for path in _files(self.path(round_number)))
+    return sum(path.stat().st_size
+               for path in checksums.files(self.path(round_number)))
 
   def clear_leftovers(self) -> list[pathlib.Path]:
     """Removes and returns what a killed process left: steps half written or
@@ -171,7 +186,8 @@ class Rounds:
       raise UserError(
           f'{self.folder}: there is no round {round_number}; saved: {listed}')
     try:
-      _check(path)
+      checksums.check(
+          path, 'move the round away and go on from an earlier one')
       yield
     except (ValueError, KeyError, OSError, TypeError, UserError) as error:
       if not path.exists():
@@ -199,8 +215,10 @@ class Saver:
     self._thread = concurrent.futures.ThreadPoolExecutor(
         1, 'save', initializer=_give_way)
     self._pending: concurrent.futures.Future[None] | None = None
-    self._best_of: dict[int, int] = {}  # saved round -> the best by then
-    for number in rounds.numbers():
+    # Saved round -> the best by then, of those that stay as the last ones.
+    self._best_of: dict[int, int] = {}
+    last = rounds.numbers()[-config.keep_last:] if config.keep_last else []
+    for number in last:
       with contextlib.suppress(UserError):  # told when it is asked for
         self._best_of[number] = rounds.metadata(number)['best_round']
 
@@ -244,7 +262,7 @@ class Saver:
     try:
       with _context():
         ocp.save(temporary.absolute(), checkpoint, custom_metadata=metadata)
-      _write_checksums(temporary)
+      checksums.write(temporary)
       temporary.rename(self._rounds.path(number))
     except (OSError, ValueError, RuntimeError) as error:  # whatever Orbax has
       for path in self._rounds.folder.glob(f'{temporary.name}*'):
@@ -356,54 +374,6 @@ def _with_moments(checkpoint: Checkpoint, opt_state: Any) -> Checkpoint:
   state = checkpoint.state
   return checkpoint._replace(state=state._replace(
       server=state.server._replace(opt_state=opt_state)))
-
-
-def _files(step: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(path for path in step.rglob('*') if path.is_file())
-
-
-def _write_checksums(step: pathlib.Path) -> None:
-  """Writes size and CRC-32 of each file of a step."""
-  sums = {str(path.relative_to(step)): _sum(path) for path in _files(step)}
-  with (step / CHECKSUMS).open('w') as file:
-    json.dump(sums, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _check(step: pathlib.Path) -> None:
-  """Compares a step's files with their checksums.
-
-  Raises:
-    UserError: names the first file that is not as it was written.
-  """
-  mend = 'move the round away and go on from an earlier one'
-  try:
-    sums = json.loads((step / CHECKSUMS).read_text('utf-8'))
-    expected = {name: tuple(size_and_sum)
-                for name, size_and_sum in sums.items()}
-  except (OSError, ValueError, AttributeError, TypeError) as error:
-    raise UserError(f'{step / CHECKSUMS}: damaged or missing '
-                    f'({_one_line(error)}); {mend}') from None
-  for name, size_and_sum in expected.items():
-    try:
-      found = _sum(step / name)
-    except OSError as error:
-      raise UserError(f'{step / name}: {error.strerror}; {mend}') from None
-    if found != size_and_sum:
-      raise UserError(
-          f'{step / name}: damaged, not what was written (its checksum '
-          f'differs); {mend}')
-
-
-def _sum(path: pathlib.Path) -> tuple[int, int]:
-  """(bytes, CRC-32)."""
-  size = checksum = 0
-  with path.open('rb') as file:
-    while block := file.read(1 << 20):
-      size += len(block)
-      checksum = zlib.crc32(block, checksum)
-  return size, checksum
 
 
 def _reason(error: Exception) -> str:

@@ -45,7 +45,7 @@ def init(config: MemoryConfig) -> Memory:
   """An empty memory; the short-term slots come before the long-term ones."""
   zeros = jnp.zeros((config.num_slots,), jnp.int32)
   return Memory(item=zeros, last_update=zeros, frequency=zeros,
-                surprise=jnp.zeros((config.num_slots,), jnp.float32), inserted=zeros,
+                surprise=jnp.zeros(zeros.shape, jnp.float32), inserted=zeros,
                 clock=jnp.zeros((), jnp.int32))
 
 

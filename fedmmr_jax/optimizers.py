@@ -62,13 +62,6 @@ def frozen_names(config: ClientConfig) -> tuple[str, ...]:
                for name in PARAMETER_GROUPS[group])
 
 
-def _trained(config: ClientConfig) -> Any:
-  """Mask of parameters for optax."""
-  return lambda params: {
-      name: jax.tree.map(lambda _: name not in frozen_names(config), part)
-      for name, part in params.items()}
-
-
 def client_optimizer(config: RunConfig, learning_rate: jax.Array | float,
                      control: Any = None) -> optax.GradientTransformation:
   """Local optimizer; with drift control, its state's first entry is a
@@ -83,9 +76,14 @@ def client_optimizer(config: RunConfig, learning_rate: jax.Array | float,
       the client's rows.
   """
   c = config.client
+  frozen = frozen_names(c)
+
+  def trained(params):
+    return {name: name not in frozen for name in params}
+
   parts = [drift_control.record_gradient()] if needs_gradient(c) else []
   parts.append(optax.add_decayed_weights(
-      c.weight_decay, mask=_trained(c) if c.freeze else None))
+      c.weight_decay, mask=trained if frozen else None))
   if c.proximal_mu:
     parts.append(drift_control.fedprox(c.proximal_mu))
   if c.drift_control == 'mime_lite':

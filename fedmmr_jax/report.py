@@ -215,8 +215,9 @@ class _Axes:
                margin: float = 0.05):
     self._first, self._last = min(rounds), max(rounds)
     low, high = min(values), max(values)
-    margin = (margin * (high - low) or margin * abs(high)
-              or (high == low) * 1.0)
+    margin *= high - low
+    if low == high:
+      margin = 0.05 * abs(high) or 1.0
     # No axis below zero for what cannot be negative.
     self._low, self._high = max(low - margin, min(low, 0.0)), high + margin
 

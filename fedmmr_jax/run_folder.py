@@ -65,12 +65,6 @@ class RunFolder:
     return any((self.path / name).exists()
                for name in (CONFIG, METRICS, SUMMARY, ROUNDS))
 
-  def holds_rounds(self) -> bool:
-    """Is there a whole round to go on from?"""
-    folder = self.path / ROUNDS
-    return folder.exists() and any(
-        path.name.isdecimal() for path in folder.iterdir())
-
   def check_free(self, resume: bool) -> None:
     """Refuses a folder that holds a run, unless it is to be continued.
 
@@ -250,7 +244,7 @@ class RunFolder:
     if not isinstance(content, dict):
       raise UserError(f'{path}: damaged, not a JSON object')
     # Files of which nothing is read back have none.
-    if content.get(CHECKSUM, _checksum(content)) != _checksum(content):
+    if CHECKSUM in content and content[CHECKSUM] != _checksum(content):
       raise UserError(
           f'{path}: damaged or edited, its checksum differs; put the file back '
           'as it was')
@@ -265,10 +259,15 @@ class RunFolder:
     self._replace(name, _dumps(content, indent) + '\n')
 
   def _replace(self, name: str, text: str) -> None:
-    # A reader, or a kill, sees the old file or the new one, never half a file.
-    temporary = self.path / f'.{name}.tmp'
-    temporary.write_text(text, 'utf-8')
-    os.replace(temporary, self.path / name)
+    replace(self.path / name, text)
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+  """Writes a file; a reader, or a kill, sees the old one or the new one, never
+  half of it."""
+  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary.write_text(text, 'utf-8')
+  os.replace(temporary, path)
 
 
 def _with_checksum(content: dict[str, Any]) -> dict[str, Any]:

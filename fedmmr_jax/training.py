@@ -16,6 +16,7 @@ from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.federation import FederationState
 from fedmmr_jax.run_folder import RunFolder
 from fedmmr_jax.simulation import Simulation
 
@@ -65,13 +66,7 @@ def train(simulation: Simulation, run: RunFolder,
       on_round(record)
 
   best_round = rounds.best()
-  best = rounds.load(best_round, checkpoint)
-  summary = {
-      split: simulation.evaluate(best.state, split)[0]
-      for split in simulation.splits}
-  if simulation.cold:
-    summary['cold_popularity'] = evaluation.metrics_of(
-        simulation.rank_by_popularity('cold'))
+  summary = test(simulation, rounds.load(best_round, checkpoint).state)
   records = run.records()
   summary |= describe(simulation, records, best_round, wall_seconds())
   summary['acceptance'] = acceptance.judge(
@@ -144,6 +139,16 @@ def due(round_number: int, config: RunConfig) -> bool:
   """Is this round validated?"""
   return (round_number % config.evaluation.eval_every == 0
           or round_number == config.server.num_rounds)
+
+
+def test(simulation: Simulation, state: FederationState) -> dict[str, Any]:
+  """The part of the summary that is ranking metrics, of a state."""
+  metrics = {split: simulation.evaluate(state, split)[0]
+             for split in simulation.splits}
+  if simulation.cold:
+    metrics['cold_popularity'] = evaluation.metrics_of(
+        simulation.rank_by_popularity('cold'))
+  return metrics
 
 
 def out_of_patience(last_round: int, progress: Progress,

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax import vocabulary
-from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.checkpoint import named_arrays, Rounds
 from fedmmr_jax.config import ALL_GROUPS, MEMORIES, RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import FederationState
 from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.run_folder import ROUNDS, RunFolder
 
 LOADED, INITIAL, UNFIT = 'loaded', 'initial', 'does not fit'
 
@@ -123,7 +123,8 @@ def _take(wanted: list[str], own: dict[str, Any], theirs: dict[str, Any],
         params[name] = found
         table.append(Part(name, group, LOADED, _count(found),
                           _matched(rows, name, theirs)))
-        if extra := _paths(theirs[name]) - _paths(own[name]):
+        extra = set(named_arrays(theirs[name])) - set(named_arrays(own[name]))
+        if extra:
           table.append(Part(name, group, UNFIT, 0,
                             'not in this model: ' + ', '.join(sorted(extra))))
       elif name in own:
@@ -138,7 +139,7 @@ def _take(wanted: list[str], own: dict[str, Any], theirs: dict[str, Any],
 def _find(path: str) -> tuple[RunFolder, int]:
   """A run's folder means its best round, `RUN/rounds/N` that one."""
   folder = pathlib.Path(path)
-  if folder.parent.name == 'rounds' and folder.name.isdecimal():
+  if folder.parent.name == ROUNDS and folder.name.isdecimal():
     folder, number = folder.parent.parent, int(folder.name)
   else:
     number = 0
@@ -241,11 +242,11 @@ def _matched(rows, name: str, theirs) -> str:
 
 def _check_whole(own: Any, found: Any, name: str, group: str, refuse) -> None:
   """Every array of this model must have one of its shape there."""
-  found = {path: x for path, x in _leaves(found)}
-  for path, x in _leaves(own):
+  found = named_arrays(found)
+  for path, x in named_arrays(own).items():
     if not x.size:  # prototypes of a run without texts, which are not saved
       continue
-    full = '/'.join((name, *path))
+    full = f'{name}/{path}' if path else name
     if path not in found:
       refuse(group, f'it has no {full}, which would stay as drawn')
     if found[path].shape != x.shape:
@@ -258,17 +259,6 @@ def _with_empty(own: Any, found: Any) -> Any:
   return jax.tree.map(
       lambda x, y: y if x.size else np.zeros(x.shape, x.dtype), own, found,
       is_leaf=lambda x: x is None)
-
-
-def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-  def name(key):
-    return str(getattr(key, 'key', getattr(key, 'idx', '')))
-  return [(tuple(map(name, path)), x)
-          for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _paths(tree: Any) -> set[str]:
-  return {'/'.join(path) for path, _ in _leaves(tree)}
 
 
 def _count(tree: Any) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import checkpoint as checkpoint_lib
+from fedmmr_jax import checksums
 from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.config import CheckpointConfig
 from fedmmr_jax.errors import UserError
@@ -118,7 +118,7 @@ def test_damage_in_any_file_is_found_and_named(tmp_path):
   rounds = save(tmp_path, 1)
   like = checkpoint()
   path = rounds.path(1)
-  files = [file for file in checkpoint_lib._files(path)
+  files = [file for file in checksums.files(path)
            if file.stat().st_size]
   assert len(files) > 5
   for file in files:
@@ -138,7 +138,7 @@ def test_damage_in_any_file_is_found_and_named(tmp_path):
           read()
         named = file.name in str(error.value)
         # A flipped digit in the checksums themselves accuses another file.
-        assert named or file.name == checkpoint_lib.CHECKSUMS, error.value
+        assert named or file.name == checksums.NAME, error.value
         assert 'go on from an earlier one' in str(error.value)
     file.write_bytes(content)
   rounds.load(1, like)
