@@ -103,7 +103,7 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
       if board:
         board.log(record)
       stop.check()  # leaving waits for the round to be saved
-    summary = training.train(simulation, run, on_round, loaded.integrity)
+    summary = training.train(simulation, run, on_round)
   path = report.write(run)
   print(console.final_table(summary))
   print(f'\nrun folder  {run.path}   report  {path}')

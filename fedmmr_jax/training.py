@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from fedmmr_jax import evaluation
 from fedmmr_jax import federation
 from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import FederationState
 from fedmmr_jax.run_folder import RunFolder
@@ -24,8 +23,7 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 
 
 def train(simulation: Simulation, run: RunFolder,
-          on_round: Callable[[Record], None],
-          integrity: Sequence[IntegrityReport] = ()) -> dict[str, Any]:
+          on_round: Callable[[Record], None]) -> dict[str, Any]:
   """Trains to the end, from the last saved round if there is one.
 
   Args:
@@ -33,7 +31,6 @@ def train(simulation: Simulation, run: RunFolder,
     run: an opened run folder; its metrics, checkpoints and summary are
       written.
     on_round: told each finished round's record.
-    integrity: what the checks of the features found, for the acceptance list.
 
   Returns:
     The content of `summary.json`.
@@ -70,7 +67,7 @@ def train(simulation: Simulation, run: RunFolder,
   records = run.records()
   summary |= describe(simulation, records, best_round, wall_seconds())
   summary['acceptance'] = acceptance.judge(
-      config, records, summary['test'], integrity)
+      config, records, summary['test'], run.integrity())
   run.write_summary(summary)
   return summary
 

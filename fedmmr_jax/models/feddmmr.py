@@ -215,10 +215,7 @@ class FedDMMR(nn.Module):
 
     visual = semantic = auxiliary = nothing
     available = self._available(items, catalogue, memory)
-    # Masking before the softmax renormalises over the experts that remain.
-    weights = layers.masked_softmax(
-        self.router(self._router_input(items, embedding, catalogue), train),
-        available)
+    weights = self._weights(items, embedding, catalogue, available, train)
     if self.visual_dim:
       visual = self.visual_expert(catalogue.visual[items], memory, train)
       auxiliary += weights[:, VISUAL, None] * self.visual_norm(visual)
@@ -237,10 +234,17 @@ class FedDMMR(nn.Module):
     full = MemoryView(
         catalogue.visual[:1], jnp.ones((1,), bool),
         catalogue.text[:1], jnp.ones((1,), bool))
+    return self._weights(
+        items, self.embed(items, catalogue), catalogue,
+        self._available(items, catalogue, full), train=False)
+
+  def _weights(self, items, embedding, catalogue, available,
+               train) -> jax.Array:
+    """[J, E] router weights."""
+    # Masking before the softmax renormalises over the experts that remain.
     return layers.masked_softmax(
-        self.router(self._router_input(
-            items, self.embed(items, catalogue), catalogue), train=False),
-        self._available(items, catalogue, full))
+        self.router(self._router_input(items, embedding, catalogue), train),
+        available)
 
   def _router_input(self, items, embedding, catalogue) -> jax.Array:
     """[J, D], or [J, D + 512 + 384] with `--router_input=features`."""
