@@ -3,7 +3,9 @@
 A user's error is one line on stderr and exit status 2, without a traceback.
 """
 
+import os
 import pathlib
+import signal
 import sys
 from typing import Any, Callable, Sequence
 
@@ -24,6 +26,7 @@ from fedmmr_jax.run_folder import RunFolder
 from fedmmr_jax.simulation import Simulation
 
 USER_ERROR, INTERRUPTED = 2, 130
+BROKEN_PIPE = 128 + signal.SIGPIPE  # as a shell would have it
 PRESETS = pathlib.Path(__file__).parent / 'presets'
 
 WORKDIR = flags.DEFINE_string('workdir', '', 'folder of the run')
@@ -169,8 +172,13 @@ def _guarded(main: Callable[[], None]) -> None:
     jax.config.update('jax_compilation_cache_dir', str(cache))
   try:
     main()
+    sys.stdout.flush()
   except UserError as error:
     _fail(str(error))
+  except BrokenPipeError:  # whoever reads (head, less) has enough
+    # Python would flush once more at its end, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(BROKEN_PIPE)
   except OSError as error:  # a full disk, a folder without permission
     _fail(f'{error.filename or "file system"}: {error.strerror or error}')
 

@@ -75,6 +75,12 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   assert '<- best' in out
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'show', 'last')
   assert 'visual_expert/query/kernel' in out and '8 x 8' in out
+  # Into a pipe that nobody reads any more, as of head or less.
+  piped = subprocess.run(
+      f'{sys.executable} -m experiments.inspect_checkpoint '
+      f'--workdir={workdir} show last | true', cwd=ROOT, shell=True,
+      capture_output=True, text=True, check=True)
+  assert not piped.stderr
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--json', '--k=4',
                'recommend', 'best', '3')
   consumed = {line.split('::')[1] for line in
