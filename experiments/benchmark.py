@@ -155,7 +155,7 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   ranking = _seconds(lambda: simulation.evaluate(state, 'val'))
   targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
   steps = config.client.local_epochs * statistics.mean(
-      federation.executed_steps(c, simulation.lengths, config)
+      federation.executed_steps(c, simulation.num_train, config)
       for c in cohorts[1:])
   step_flops = _step_flops(simulation)
   ranked = len(evaluation.evaluated_clients(config, dataset.num_clients))
@@ -168,7 +168,7 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
       'targets_per_second': targets / whole,
       'milliseconds_per_target': 1e3 * whole / targets,
       'masked_fraction': statistics.mean(federation.masked_fraction(
-          c, simulation.lengths, config) for c in cohorts[1:]),
+          c, simulation.num_train, config) for c in cohorts[1:]),
       'step_mflop': step_flops / 1e6,
       'training_gflops': steps * step_flops / whole / 1e9,
       'clients_ranked': ranked,

@@ -7,7 +7,6 @@ import jax
 from fedmmr_jax import federation
 from fedmmr_jax import warm_start
 from fedmmr_jax import windows
-from fedmmr_jax.data.dataset import HELD_OUT
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.metrics import CUTOFFS
 from fedmmr_jax.simulation import Simulation
@@ -34,6 +33,7 @@ def data_report(loaded: Loaded) -> str:
   dataset = loaded.dataset
   lengths = dataset.lengths
   lines = [
+      *loaded.notes,
       f'{dataset.name}: {dataset.num_clients} clients, {dataset.num_items} '
       f'items, {len(dataset.items)} interactions '
       f'({lengths.min()} to {lengths.max()} a client)']
@@ -41,8 +41,8 @@ def data_report(loaded: Loaded) -> str:
     shown = ', '.join(map(str, loaded.dropped_users[:5]))
     more = ', …' if len(loaded.dropped_users) > 5 else ''
     lines.append(
-        f'left out {len(loaded.dropped_users)} user(s) with fewer than 3 '
-        f'interactions (training, validation and test need one each): '
+        f'left out {len(loaded.dropped_users)} user(s) with too few '
+        'interactions (training, validation and test need one each): '
         f'{shown}{more}')
   lines += map(str, loaded.integrity)
   if loaded.cold:
@@ -59,8 +59,8 @@ def banner(simulation: Simulation) -> str:
   """How the model works, in this configuration."""
   config = simulation.config
   c, s = config.client, config.server
-  size = federation.cohort_size(config, len(simulation.lengths))
-  steps = windows.num_steps(simulation.lengths - HELD_OUT, config).mean()
+  size = federation.cohort_size(config, simulation.dataset.num_clients)
+  steps = windows.num_steps(simulation.num_train, config).mean()
   devices = simulation.data.items.devices()
   drift = (config.loss.drift if simulation.model.has_both_experts
            else 'none, it needs both experts')
@@ -77,7 +77,7 @@ def banner(simulation: Simulation) -> str:
       + (f', frozen: {", ".join(c.frozen_groups)}' if c.freeze else ''),
       f'  server     {s.server_optimizer} {s.server_learning_rate:g}'
       f'{_decay(s.server_schedule)}, '
-      f'{size} of {len(simulation.lengths)} clients a round, '
+      f'{size} of {simulation.dataset.num_clients} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
   ])
 

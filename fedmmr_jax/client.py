@@ -19,7 +19,7 @@ from fedmmr_jax import optimizers
 from fedmmr_jax import prototypes as prototypes_lib
 from fedmmr_jax import vocabulary as vocabulary_lib
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import ClientData, HELD_OUT
+from fedmmr_jax.data.dataset import ClientData, MIN_HELD_OUT
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.feddmmr import (
@@ -235,7 +235,8 @@ def _round_vocabulary(model, config, client, key) -> Vocabulary:
   if config.client.vocabulary == 'dense':
     return catalogue
   epochs = jnp.arange(config.client.local_epochs)
-  steps = jnp.arange(num_steps(client.history.shape[0] - HELD_OUT, config))
+  steps = jnp.arange(
+      num_steps(client.history.shape[0] - MIN_HELD_OUT, config))
 
   def negative(epoch, i):  # the draw that the step will make again
     negative_key, _ = _step_keys(key, epoch, i)

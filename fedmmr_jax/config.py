@@ -9,8 +9,10 @@ import dataclasses
 import math
 from typing import Any, Iterator
 
+from fedmmr_jax.data.formats import AUTO, FORMATS
 from fedmmr_jax.errors import UserError
 
+SYNTHETIC = 'synthetic'
 SCHEDULES = ('constant', 'cosine', 'linear')
 # Names of `--load` and `--freeze`; which parameters they mean:
 # models/feddmmr.py.
@@ -28,12 +30,36 @@ class DataConfig:
   """Which interactions and features a run reads."""
 
   dataset: str = _field(
-      'synthetic', 'data set', choices=('synthetic', 'ml-1m', 'ml-100k'))
+      SYNTHETIC, 'the embedded set, or the format of the files in --data_dir '
+      '(see fedmmr_jax/data/formats.py); auto: tell it by the file',
+      choices=(SYNTHETIC, AUTO, *FORMATS))
   data_dir: str = _field(
-      '', 'folder of the data set (unused by synthetic)')
+      '', 'folder of the data set, or its interaction file (unused by '
+      'synthetic)')
+  user_column: str = _field(
+      '', 'column of the user ids, of formats with named columns; empty: one of '
+      'the usual names')
+  item_column: str = _field('', 'column of the item ids, likewise')
+  time_column: str = _field('', 'column of the timestamps, likewise')
+  item_file: str = _field(
+      '', 'file with the items\' titles and texts; empty: the one in data_dir, '
+      'if there is one')
+  k_core: int = _field(
+      0, 'keep users with so many interactions and items with so many in '
+      'training, counted among what is left (0 = all)', minimum=0)
+  min_interactions: int = _field(
+      3, 'keep users with so many interactions, held-out ones included',
+      minimum=3)
   top_k_users: int = _field(
-      0, 'keep the k most active users, ties: lower id first (0 = all)',
+      0, 'of these keep the k most active, ties: lower id first (0 = all)',
       minimum=0)
+  split: str = _field(
+      'leave_one_out', 'what is held out of training; leave_one_out: each '
+      'client\'s last two items; timeline: everything from --test_from on, and '
+      'the last item before it for validation',
+      choices=('leave_one_out', 'timeline'))
+  test_from: str = _field(
+      '', 'date of --split=timeline (2000-12-31, UTC) or seconds since 1970')
   visual_features: str = _field(
       'auto', 'visual feature matrix: a .npy path that must exist, auto (the '
       'file in data_dir if there is one) or none')
@@ -357,10 +383,14 @@ class RunConfig:
                       '--pretrained_path')
     if set(self.client.frozen_groups) == set(GROUPS):
       raise UserError(f'--freeze={self.client.freeze} leaves nothing to train')
-    if self.data.dataset != 'synthetic' and not self.data.data_dir:
+    if (self.data.split == 'timeline') != bool(self.data.test_from):
+      raise UserError('--split=timeline and --test_from, its date, go together')
+    if self.data.split == 'timeline' and self.data.cold_items:
+      raise UserError('--cold_items needs --split=leave_one_out')
+    if self.data.dataset != SYNTHETIC and not self.data.data_dir:
       raise UserError(
           f'--dataset={self.data.dataset} needs --data_dir, the folder that '
-          'holds its files')
+          'holds its files, or its interaction file')
     return self
 
   @property

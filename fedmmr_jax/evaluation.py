@@ -1,4 +1,4 @@
-"""Leave-one-out ranking, full catalogue and sampled, from the same scores.
+"""Ranking of held-out items, full catalogue and sampled, from the same scores.
 
 A tie counts against the target. A NaN score makes every comparison false and
 would read as rank 0, a perfect hit: it is counted and raised instead.
@@ -23,8 +23,8 @@ from fedmmr_jax.memory import Memory
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.server import ServerState
 
-# How many items before the end of a client's sequence the target lies.
-SPLITS = {'val': 2, 'test': 1}
+# How many items after a client's last training item the target lies.
+SPLITS = {'val': 0, 'test': 1}
 EVALUATION_STREAM = 4  # see federation.COHORT_STREAM
 
 
@@ -90,10 +90,10 @@ def rank_client(scores: jax.Array, client: ClientData,
 
 def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
                 client: ClientData, memory: Memory,
-                from_end: jax.Array) -> Ranks:
-  """Ranks one client's target, `from_end` [] int32 items before its end, with
-  the parameters of `broadcast` and its memory."""
-  target_at = jnp.maximum(client.num_items - from_end, 0)
+                after_train: jax.Array) -> Ranks:
+  """Ranks one client's target, `after_train` [] int32 items after its training
+  ones, with the parameters of `broadcast` and its memory."""
+  target_at = client.num_train + after_train
   position = target_at + jnp.arange(-config.model.max_seq_len, 0)
   window = jnp.where(position >= 0, client.history[position], 0)
   scores = score_catalogue(model, config, broadcast, window, memory)
@@ -103,7 +103,7 @@ def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
 @partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
 def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
              server: ServerState, memories: Memory, clients: jax.Array,
-             from_end: jax.Array, catalogue: Catalogue,
+             after_train: jax.Array, catalogue: Catalogue,
              data: FederatedData) -> Ranks:
   """Ranks the targets of many clients, each with its own memory.
 
@@ -114,7 +114,7 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     server: parameters and prototypes.
     memories: of all clients, [K].
     clients: [G, C] int32, −1 where none.
-    from_end: [] int32, see SPLITS.
+    after_train: [] int32, see SPLITS.
     catalogue: item features.
     data: all clients' data.
 
@@ -125,7 +125,8 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
 
   def rank_one(index, memory):
     client = client_view(data, index, max_items)
-    return rank_target(model, config, broadcast, client, memory, from_end)
+    return rank_target(
+        model, config, broadcast, client, memory, after_train)
 
   return jax.lax.map(
       lambda chunk: jax.vmap(rank_one)(

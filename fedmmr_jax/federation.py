@@ -27,7 +27,7 @@ from fedmmr_jax import vocabulary
 from fedmmr_jax import windows
 from fedmmr_jax.client import ClientUpdate
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import FederatedData, HELD_OUT, client_view
+from fedmmr_jax.data.dataset import FederatedData, client_view
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
@@ -89,30 +89,30 @@ def cohort_size(config: RunConfig, num_clients: int) -> int:
 
 
 def sample_cohort(config: RunConfig, round_number: int,
-                  lengths: np.ndarray) -> np.ndarray:
+                  num_train: np.ndarray) -> np.ndarray:
   """Draws the clients of a round, without replacement.
 
   Args:
     config: seed, client fraction and chunk size.
     round_number: 1-based.
-    lengths: [K] interactions of each client.
+    num_train: [K] training items of each client.
 
   Returns:
     [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the last chunk.
   """
-  size = cohort_size(config, len(lengths))
+  size = cohort_size(config, len(num_train))
   rng = np.random.default_rng([config.seed, COHORT_STREAM, round_number])
-  return chunked(rng.choice(len(lengths), size, replace=False), lengths,
+  return chunked(rng.choice(len(num_train), size, replace=False), num_train,
                  config.server.clients_per_chunk)
 
 
-def chunked(clients: np.ndarray, lengths: np.ndarray,
+def chunked(clients: np.ndarray, num_train: np.ndarray,
             per_chunk: int) -> np.ndarray:
   """[G, per_chunk] int32: clients of similar length side by side.
 
   Longest first, ties by number: the order they come in does not matter.
   """
-  order = np.lexsort((clients, -lengths[clients]))
+  order = np.lexsort((clients, -num_train[clients]))
   return in_chunks(clients[order], per_chunk)
 
 
@@ -124,28 +124,28 @@ def in_chunks(clients: np.ndarray, per_chunk: int) -> np.ndarray:
   return padded.astype(np.int32).reshape(-1, per_chunk)
 
 
-def executed_steps(cohort: np.ndarray, lengths: np.ndarray,
+def executed_steps(cohort: np.ndarray, num_train: np.ndarray,
                    config: RunConfig) -> int:
   """Local steps of an epoch over a cohort [G, C/G], masked ones included."""
   longest = windows.num_steps(
-      _num_train(cohort, lengths), config).max(axis=1)
+      _num_train(cohort, num_train), config).max(axis=1)
   return int(longest.sum()) * cohort.shape[1]
 
 
-def masked_fraction(cohort: np.ndarray, lengths: np.ndarray,
+def masked_fraction(cohort: np.ndarray, num_train: np.ndarray,
                     config: RunConfig) -> float:
   """Share of a round's executed window slots that train nothing."""
   stride = windows.window_stride(config.client, config.model.max_seq_len)
-  num_train = _num_train(cohort, lengths)
-  own_slots = windows.num_steps(num_train, config) * config.client.batch_size
-  used = np.minimum(windows.num_windows(num_train, stride), own_slots).sum()
-  slots = executed_steps(cohort, lengths, config) * config.client.batch_size
+  own = _num_train(cohort, num_train)
+  own_slots = windows.num_steps(own, config) * config.client.batch_size
+  used = np.minimum(windows.num_windows(own, stride), own_slots).sum()
+  slots = executed_steps(cohort, num_train, config) * config.client.batch_size
   return float(1 - used / slots)
 
 
-def _num_train(cohort, lengths):
+def _num_train(cohort, num_train):
   """[G, C/G] training items; 0 for padding clients."""
-  return np.where(cohort >= 0, lengths[cohort] - HELD_OUT, 0)
+  return np.where(cohort >= 0, num_train[cohort], 0)
 
 
 _STATIC = ('model', 'config', 'max_items')
@@ -221,8 +221,7 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
            jax.tree.map(jnp.asarray, no_metrics))
   (memories, controls, upload, metrics), uploaded = jax.lax.scan(
       train_chunk, start, cohort)
-  all_weights = windows.num_positives(
-      jnp.maximum(data.length - HELD_OUT, 0), config)
+  all_weights = windows.num_positives(data.num_train, config)
   server = server_lib.aggregate(
       state.server, upload, jnp.sum(all_weights).astype(jnp.float32), uploaded,
       config)

@@ -22,7 +22,7 @@ from fedmmr_jax.server import ServerState
 @partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
 def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
              server: ServerState, clients: jax.Array, key: jax.Array,
-             splits_from_end: jax.Array, catalogue: Catalogue,
+             splits: jax.Array, catalogue: Catalogue,
              data: FederatedData) -> Ranks:
   """Trains each client alone for `local_epochs` and ranks its targets.
 
@@ -33,7 +33,7 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     server: the state that all start from.
     clients: [G, C] int32, −1 where none.
     key: of the training.
-    splits_from_end: [n] int32, see `evaluation.SPLITS`.
+    splits: [n] int32, see `evaluation.SPLITS`.
     catalogue: item features.
     data: all clients' data.
 
@@ -56,7 +56,7 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
 
     return jax.lax.map(
         partial(evaluation.rank_target, model, config, own, view,
-                update.memory), splits_from_end)
+                update.memory), splits)
 
   def rank_chunk(chunk):
     views = jax.vmap(lambda c: client_view(data, c, max_items))(chunk)

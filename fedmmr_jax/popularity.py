@@ -8,17 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax import evaluation
-from fedmmr_jax.data.dataset import (
-    Dataset, FederatedData, HELD_OUT, client_view)
+from fedmmr_jax.data.dataset import Dataset, FederatedData, client_view
 from fedmmr_jax.evaluation import Ranks
 
 
 def training_counts(dataset: Dataset) -> np.ndarray:
   """[V] int: training interactions with each item."""
-  position = np.arange(len(dataset.items))
-  ends = np.repeat(dataset.offsets[1:] - HELD_OUT, dataset.lengths)
   return np.bincount(
-      dataset.items[position < ends], minlength=dataset.num_rows)
+      dataset.items[dataset.is_train], minlength=dataset.num_rows)
 
 
 def rank(counts: np.ndarray, data: FederatedData, clients: np.ndarray,
@@ -38,8 +35,8 @@ def rank(counts: np.ndarray, data: FederatedData, clients: np.ndarray,
 
 
 @partial(jax.jit, static_argnames='max_items')
-def _rank(scores, data, clients, from_end, max_items) -> Ranks:
+def _rank(scores, data, clients, after_train, max_items) -> Ranks:
   def rank_one(client):
     view = client_view(data, client, max_items)
-    return evaluation.rank_client(scores, view, view.num_items - from_end)
+    return evaluation.rank_client(scores, view, view.num_train + after_train)
   return jax.lax.map(rank_one, clients)

@@ -28,7 +28,8 @@ FORMAT = 3
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = (
     'num_rounds', 'patience', 'eval_every', 'clients_per_eval_chunk',
-    'items_per_eval_block', 'data_dir', 'visual_features', 'text_features',
+    'items_per_eval_block', 'data_dir', 'item_file', 'visual_features',
+    'text_features',
     'keep_last', 'keep_every')
 _PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
              'orbax-checkpoint', 'numpy', 'absl-py')

@@ -16,7 +16,7 @@ from fedmmr_jax.config import (
     CheckpointConfig, DataConfig, EvaluationConfig, RunConfig, StartConfig)
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
-from fedmmr_jax.data.dataset import Dataset, FederatedData, HELD_OUT
+from fedmmr_jax.data.dataset import Dataset, FederatedData
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
@@ -58,14 +58,14 @@ class Simulation:
   cold: ColdSplit | None = None
 
   @functools.cached_property
-  def lengths(self) -> np.ndarray:
-    """[K] interactions of each client, on the host."""
-    return self.dataset.lengths
+  def num_train(self) -> np.ndarray:
+    """[K] training items of each client, on the host."""
+    return self.dataset.num_train
 
-  @property
+  @functools.cached_property
   def max_items(self) -> int:
     """H, the longest client's number of interactions."""
-    return int(self.lengths.max())
+    return int(self.dataset.lengths.max())
 
   @property
   def compiled_config(self) -> RunConfig:
@@ -108,15 +108,15 @@ class Simulation:
 
   def _fresh_state(self) -> FederationState:
     return federation.init(
-        self.model, self.catalogue, self.config, len(self.lengths))
+        self.model, self.catalogue, self.config, self.dataset.num_clients)
 
   def sample_cohort(self, round_number: int) -> np.ndarray:
     """[G, C/G] int32 clients of a round (1-based)."""
-    return federation.sample_cohort(self.config, round_number, self.lengths)
+    return federation.sample_cohort(self.config, round_number, self.num_train)
 
   def count_targets(self, cohort: np.ndarray) -> int:
     """Positives that a round over this cohort trains on."""
-    trained = self.lengths[cohort[cohort >= 0]] - HELD_OUT
+    trained = self.num_train[cohort[cohort >= 0]]
     return int(self.config.client.local_epochs
                * num_positives(trained, self.config).sum())
 
@@ -198,19 +198,20 @@ class Simulation:
         self.compiled_config, client=dataclasses.replace(
             self.config.client, drift_control='none'))
     chunks = federation.chunked(
-        self.evaluated_clients, self.lengths,
+        self.evaluated_clients, self.num_train,
         self.config.server.clients_per_chunk)
-    from_end = np.array(list(evaluation.SPLITS.values()))
+    splits = np.array(list(evaluation.SPLITS.values()))
     ranks = local_only.rank_all(
         self.model, config, self.max_items, state.server, chunks,
-        federation.round_key(self.config.seed, 1), from_end, self.catalogue,
+        federation.round_key(self.config.seed, 1), splits, self.catalogue,
         self.data)
-    # Back into the order of `evaluated_clients`.
     present = chunks >= 0
-    order = np.argsort(chunks[present])
-    found = {split: jax.tree.map(
-        lambda x: np.asarray(x)[present][order, i], ranks)
-             for i, split in enumerate(evaluation.SPLITS)}
+    order = np.argsort(chunks[present])  # back into that of the clients
+    found = {}
+    for i, split in enumerate(evaluation.SPLITS):
+      has_target = np.isin(chunks[present][order], self.targeted(split))
+      found[split] = jax.tree.map(
+          lambda x: np.asarray(x)[present][order, i][has_target], ranks)
     for split, ranks in found.items():
       evaluation.check_finite(ranks, split)
     return found
@@ -246,9 +247,9 @@ class Simulation:
 
   def _ranked(self, split: str) -> _Ranked:
     """The data that a split's targets are in, and who has one."""
-    if split != 'cold':
-      return _Ranked(self.data, self.max_items, self.evaluated_clients, split)
-    return self._cold_ranked
+    if split == 'cold':
+      return self._cold_ranked
+    return _Ranked(self.data, self.max_items, self.targeted(split), split)
 
   @functools.cached_property
   def _cold_ranked(self) -> _Ranked:
@@ -260,14 +261,20 @@ class Simulation:
   @property
   def evaluated_clients(self) -> np.ndarray:
     """[n] clients that are ranked."""
-    return evaluation.evaluated_clients(self.config, len(self.lengths))
+    return evaluation.evaluated_clients(self.config, self.dataset.num_clients)
+
+  def targeted(self, split: str) -> np.ndarray:
+    """[n] those of them that have a target in 'val' or 'test'."""
+    clients = self.evaluated_clients
+    return (np.intersect1d(clients, self.dataset.tested) if split == 'test'
+            else clients)
 
   def _memories(self, state: FederationState, clients: np.ndarray) -> Memory:
     """Those of the state; of these [n] clients warm, if the config says so."""
     if not self.config.memory.warm_memory:
       return state.memories
     chunks = federation.chunked(
-        clients, self.lengths, self.config.server.clients_per_chunk)
+        clients, self.num_train, self.config.server.clients_per_chunk)
     return federation.warm_memories(
         self.model, self.compiled_config, self.max_items, state, chunks,
         federation.warm_key(self.config.seed), self.catalogue, self.data)

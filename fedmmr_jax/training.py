@@ -127,7 +127,7 @@ def train_round(simulation: Simulation, checkpoint: Checkpoint,
         round_number, record['val']['sampled']['HR@10'])
   record['targets'] = simulation.count_targets(cohort)
   record['masked_fraction'] = federation.masked_fraction(
-      cohort, simulation.lengths, config)
+      cohort, simulation.num_train, config)
   record['seconds'] = seconds
   return Checkpoint(state, progress), record
 
@@ -168,9 +168,9 @@ def describe(simulation: Simulation, records: list[Record], best_round: int,
       'targets_per_second': statistics.median(
           r['targets'] / r['seconds'] for r in records),
       'peak_rss_mb': peak_rss_mb(),
-      'num_clients': len(simulation.lengths),
+      'num_clients': simulation.dataset.num_clients,
       'num_items': simulation.model.num_rows - 1,
-      'num_interactions': int(simulation.lengths.sum()),
+      'num_interactions': len(simulation.dataset.items),
       'backend': jax.default_backend(),
       'devices': sorted(map(str, simulation.data.items.devices())),
   }

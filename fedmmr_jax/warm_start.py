@@ -222,13 +222,15 @@ def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
 
 def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
   """[V] which row of the other item table each item has there."""
-  theirs = {item: row for row, item in enumerate(run.ids()['item_ids'])}
-  missing = [i for i in dataset.item_ids.tolist() if i not in theirs]
+  # Row 0 is padding on both sides; an item may bear its id, 0, too.
+  theirs = {item: row for row, item in enumerate(run.ids()['item_ids']) if row}
+  own = dataset.item_ids[1:].tolist()
+  missing = [i for i in own if i not in theirs]
   if missing:
     shown = ', '.join(map(str, missing[:5])) + (', …' if missing[5:] else '')
     refuse('embeddings', f'{len(missing)} of this run\'s {dataset.num_items} '
            f'items are not in it and would stay random (ids {shown})')
-  return np.array([theirs[i] for i in dataset.item_ids.tolist()])
+  return np.array([0, *(theirs[i] for i in own)])
 
 
 def _matched(rows, name: str, theirs) -> str:

@@ -7,7 +7,9 @@ import numpy as np
 
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import Dataset, from_interactions
+from fedmmr_jax.data.dataset import Dataset
+from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.data.selection import select
 
 NUM_ITEMS = 60
 
@@ -37,7 +39,7 @@ def dataset(num_users: int = 8, seed: int = 0) -> Dataset:
   users += [num_users + 1] * 30
   items += list(range(1, 31))
   users, items = np.array(users), np.array(items)
-  found, _ = from_interactions('small', users, items, np.arange(len(users)), 0)
+  found = select('small', Interactions.of(users, items)).dataset
   visual = rng.normal(size=(found.num_rows, 12)).astype(np.float32)
   text = rng.normal(size=(found.num_rows, 10)).astype(np.float32)
   visual[[0, 3, 7]] = 0

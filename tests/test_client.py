@@ -15,7 +15,8 @@ from tests import small
 def history(n: int, padding: int = 0) -> ClientData:
   """A client that consumed 11, 12, … (n training items and two held out)."""
   items = jnp.concatenate([jnp.arange(11, 13 + n), jnp.zeros(padding, int)])
-  return ClientData(items, jnp.int32(n + 2), jnp.arange(11, 11 + n),
+  return ClientData(items, jnp.int32(n + 2), jnp.int32(n),
+                    jnp.arange(11, 11 + n),
                     jnp.int32(n), jnp.zeros(3, int), jnp.int32(61))
 
 
@@ -130,7 +131,7 @@ def test_padding_client_returns_nothing(local):
 def test_weight_counts_positives_and_clock_counts_samples(local):
   simulation, run = local
   update = run()
-  positives = simulation.lengths[2] - 2 - 1
+  positives = simulation.num_train[2] - 1
   assert update.weight == positives
   assert update.memory.clock == positives
   assert update.metrics['rec_loss'].weight == positives

@@ -1,4 +1,4 @@
-"""Interactions -> clients: order, numbering, negatives, one client's view."""
+"""Clients on the device: negatives, one client's view, the fingerprint."""
 
 import dataclasses
 from functools import partial
@@ -11,18 +11,6 @@ import pytest
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
-
-
-def from_rows(rows, top_k_users=0):
-  """`from_interactions` of [(user, item, time), ...]."""
-  columns = np.array(rows, np.int64).reshape(-1, 3).T
-  return dataset_lib.from_interactions('toy', *columns, top_k_users)
-
-
-def histories(dataset):
-  """User id -> item ids in the source's numbering."""
-  return {int(user): dataset.item_ids[dataset.sequence(k)].tolist()
-          for k, user in enumerate(dataset.user_ids)}
 
 
 def toy(sequences, num_items=20):
@@ -48,81 +36,6 @@ def to_device(dataset, **changes):
 def avoided(data):
   return [np.asarray(data.avoided[o:o + n]).tolist()
           for o, n in zip(data.avoided_offset, data.avoided_length)]
-
-
-def test_interactions_are_ordered_by_user_then_time():
-  dataset, _ = from_rows([
-      (2, 30, 9), (1, 10, 7), (2, 10, 3), (1, 20, 5), (1, 30, 6), (2, 20, 4)])
-  assert histories(dataset) == {1: [20, 30, 10], 2: [10, 20, 30]}
-
-
-def test_equal_times_keep_the_order_of_the_source():
-  items = [50, 10, 40, 20, 30, 15, 45, 25]
-  dataset, _ = from_rows([(1, item, 0) for item in items])
-  assert histories(dataset) == {1: items}
-
-
-def test_users_and_items_are_renumbered_in_the_order_of_their_ids():
-  dataset, _ = from_rows([
-      (90, 700, 0), (90, 5, 1), (90, 60, 2), (4, 60, 0), (4, 800, 1),
-      (4, 5, 2)])
-  assert dataset.user_ids.tolist() == [4, 90]
-  assert dataset.item_ids.tolist() == [0, 5, 60, 700, 800]
-  assert dataset.items.tolist() == [2, 4, 1, 3, 1, 2]
-  assert dataset.items.dtype == np.int32
-  assert dataset.offsets.tolist() == [0, 3, 6]
-  assert dataset.lengths.tolist() == [3, 3]
-  assert (dataset.num_clients, dataset.num_items, dataset.num_rows) == (2, 4, 5)
-  assert dataset.visual.shape == dataset.text.shape == (5, 0)
-
-
-def test_items_of_nobody_kept_are_not_in_the_catalogue():
-  dataset, _ = from_rows([
-      (1, 10, 0), (1, 20, 1), (1, 30, 2), (2, 99, 0), (2, 10, 1)])
-  assert dataset.item_ids.tolist() == [0, 10, 20, 30]
-
-
-def test_users_with_fewer_than_3_are_dropped_and_named():
-  dataset, dropped = from_rows([
-      (1, 10, 0), (3, 10, 0), (3, 20, 1), (3, 30, 2), (8, 10, 0), (8, 20, 1)])
-  assert dataset.user_ids.tolist() == [3]
-  assert dropped == [1, 8]
-
-
-def of_lengths(**lengths):
-  """Rows of users u1, u2, … with so many interactions each."""
-  return [(int(user[1:]), item, item) for user, n in lengths.items()
-          for item in range(1, n + 1)]
-
-
-def test_top_k_keeps_the_most_active():
-  dataset, dropped = from_rows(of_lengths(u1=3, u2=6, u3=4, u4=5), 2)
-  assert dataset.user_ids.tolist() == [2, 4]
-  assert dataset.lengths.tolist() == [6, 5]
-  assert dropped == []
-
-
-def test_top_k_ties_go_to_the_lower_id():
-  dataset, _ = from_rows(of_lengths(u9=4, u3=4, u5=4, u1=3), 2)
-  assert dataset.user_ids.tolist() == [3, 5]
-
-
-def test_top_k_names_only_chosen_users_as_dropped():
-  # Of the three most active, user 2 is too short; user 1 was not chosen.
-  dataset, dropped = from_rows(of_lengths(u1=1, u2=2, u3=4, u4=5), 3)
-  assert dataset.user_ids.tolist() == [3, 4]
-  assert dropped == [2]
-
-
-def test_top_k_beyond_the_users_keeps_all():
-  dataset, _ = from_rows(of_lengths(u1=3, u2=4), 50)
-  assert dataset.user_ids.tolist() == [1, 2]
-
-
-@pytest.mark.parametrize('rows', [[], of_lengths(u1=2, u2=1)])
-def test_nobody_left_is_an_error(rows):
-  with pytest.raises(UserError, match='toy: no user has the 3 interactions'):
-    from_rows(rows)
 
 
 def test_training_negatives_avoid_the_training_items_alone():

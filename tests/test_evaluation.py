@@ -15,6 +15,7 @@ from tests import small
 
 def client(history, num_items, negatives) -> ClientData:
   return ClientData(jnp.array(history), jnp.int32(num_items),
+                    jnp.int32(num_items - 2),
                     jnp.zeros(1, int), jnp.int32(0), jnp.array(negatives),
                     jnp.int32(8))
 

@@ -151,7 +151,7 @@ def scaffold():
 
 def test_scaffolds_server_variate_is_the_weighted_mean_of_the_clients(scaffold):
   simulation, state = scaffold
-  weights = np.maximum(simulation.lengths - 2 - 1, 0)
+  weights = np.maximum(simulation.num_train - 1, 0)
   small.assert_trees_close(state.server.control, jax.tree.map(
       lambda c: np.tensordot(weights, c, 1) / weights.sum(), state.controls),
                            rtol=1e-4, atol=1e-6)

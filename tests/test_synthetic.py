@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 
 from fedmmr_jax.data import synthetic
+from fedmmr_jax.data.selection import Filters
 
 USERS, ITEMS = 200, 150
 KINDS = ['visual', 'text']
 
 
+def generate(*arguments, **keywords):
+  """(data set, feature matrices)."""
+  selected, matrices = synthetic.generate(*arguments, **keywords)
+  return selected.dataset, matrices
+
+
 @pytest.fixture(scope='module')
 def generated():
-  return synthetic.generate(USERS, ITEMS, seed=0)
+  return generate(USERS, ITEMS, seed=0)
 
 
 def clusters(dataset):
@@ -38,7 +45,7 @@ def transitions(dataset):
 
 
 def test_the_same_seed_gives_the_same_data(generated):
-  again = synthetic.generate(USERS, ITEMS, seed=0)
+  again = generate(USERS, ITEMS, seed=0)
   assert again[0].titles == generated[0].titles
   assert again[0].fingerprint() == generated[0].fingerprint()
   for first, second in zip(arrays(generated), arrays(again), strict=True):
@@ -46,7 +53,7 @@ def test_the_same_seed_gives_the_same_data(generated):
 
 
 def test_another_seed_gives_other_data(generated):
-  other, matrices = synthetic.generate(USERS, ITEMS, seed=1)
+  other, matrices = generate(USERS, ITEMS, seed=1)
   assert not np.array_equal(other.items, generated[0].items)
   for kind in KINDS:
     assert not np.array_equal(matrices[kind], generated[1][kind])
@@ -74,7 +81,7 @@ def test_items_are_those_of_the_catalogue(generated):
 
 @pytest.mark.parametrize('users', [1, USERS])
 def test_titles_name_the_item_of_their_row(users):
-  dataset, _ = synthetic.generate(users, ITEMS, seed=0)
+  dataset, _ = generate(users, ITEMS, seed=0)
   assert dataset.titles[0] == ''
   for item, title in zip(dataset.item_ids[1:], dataset.titles[1:]):
     assert title.startswith(f'item {item} of cluster ')
@@ -90,14 +97,15 @@ def test_lengths_span_their_bounds(generated):
 
 
 def test_a_small_catalogue_shortens_the_sequences():
-  dataset, _ = synthetic.generate(50, 40, seed=0)
+  dataset, _ = generate(50, 40, seed=0)
   # Half of the 40 items stay unseen.
   assert dataset.lengths.min() >= synthetic.MIN_LENGTH
   assert dataset.lengths.max() <= 20
 
 
 def test_the_most_active_users_can_be_kept(generated):
-  dataset, matrices = synthetic.generate(USERS, ITEMS, seed=0, top_k_users=10)
+  dataset, matrices = generate(
+      USERS, ITEMS, 0, Filters(top_k_users=10))
   longest = np.sort(generated[0].lengths)[-10:]
   assert sorted(dataset.lengths.tolist()) == longest.tolist()
   for kind in KINDS:

@@ -12,7 +12,8 @@ from fedmmr_jax import training
 from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.config import GROUPS
 from fedmmr_jax.data import cold as cold_lib
-from fedmmr_jax.data.dataset import from_interactions
+from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.data.selection import select
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
 from fedmmr_jax.run_folder import RunFolder
@@ -116,8 +117,8 @@ def subset(items: set[int]):
         users.append(whole.user_ids[k])
         found.append(item)
         times.append(t)
-  dataset, _ = from_interactions(
-      'small', np.array(users), np.array(found), np.array(times), 0)
+  dataset = select('small', Interactions.of(
+      np.array(users), np.array(found), np.array(times))).dataset
   rows = [whole.item_ids.tolist().index(i) for i in dataset.item_ids]
   return dataclasses.replace(
       dataset, visual=whole.visual[rows], text=whole.text[rows])

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmmr_jax.data.dataset import Dataset, MIN_INTERACTIONS
+from fedmmr_jax.data.dataset import Dataset
+from fedmmr_jax.data.selection import MIN_INTERACTIONS
 from fedmmr_jax.errors import UserError
 
 COLD_STREAM = 5  # see federation.COHORT_STREAM
@@ -60,7 +61,7 @@ def hold_out(dataset: Dataset, share: float,
     cold = sequence[sequence >= first_cold]
     rest = sequence[sequence < first_cold]
     if len(rest) < MIN_INTERACTIONS:
-      dropped.append(int(dataset.user_ids[client]))
+      dropped.append(dataset.user_ids[client].item())
       continue
     if len(cold):
       clients.append(len(warm))

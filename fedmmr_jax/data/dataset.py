@@ -4,13 +4,14 @@ Sequences lie behind one another in one array with offsets (CSR), so a client
 costs what its history costs and nobody is padded to the longest. On the
 device, `client_view` cuts out one client with a fixed shape.
 
-Leave-one-out in time: the last item is the test target, the one before it the
-validation target, the rest is training.
+What comes last in a sequence is held out: the validation target, then the test
+target; the rest is training (`selection.py`).
 """
 
 import dataclasses
 import hashlib
 from typing import NamedTuple
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ import numpy as np
 
 from fedmmr_jax.errors import UserError
 
-HELD_OUT = 2  # validation and test item at the end of each sequence
-MIN_INTERACTIONS = HELD_OUT + 1
+HELD_OUT = 2      # validation and test item at the end of a sequence
+MIN_HELD_OUT = 1  # the validation item, where a client has no test item
 NEGATIVES_STREAM = 2  # see federation.COHORT_STREAM
 
 
@@ -32,13 +33,15 @@ class Dataset:
     items: [total] int32 catalogue rows (1 … V−1), client after client, in
       time order.
     offsets: [K + 1] int64; client k owns items[offsets[k]:offsets[k + 1]].
-    user_ids: [K] int64 ids in the source.
-    item_ids: [V] int64 ids in the source; entry 0 is 0 (padding).
+    user_ids: [K] ids in the source, int64 or strings.
+    item_ids: [V] ids in the source, likewise; entry 0 is 0 or '' (padding).
     visual: [V, F] float32 features, zero row = missing; F = 0 without.
     text: [V, F] float32 features, likewise.
     titles: [V] strings, or empty if the source has none.
     num_cold: items at the end of the catalogue that nobody consumed, so that
       training never draws them as negatives (see `cold.py`).
+    held_out: items at the end of each client that do not train; [K] where
+      they differ (MIN_HELD_OUT for those without a test item).
   """
 
   name: str
@@ -50,6 +53,7 @@ class Dataset:
   text: np.ndarray
   titles: tuple[str, ...] = ()
   num_cold: int = 0
+  held_out: np.ndarray | int = HELD_OUT
 
   @property
   def num_clients(self) -> int:
@@ -69,6 +73,23 @@ class Dataset:
     """[K] interactions of each client, held-out ones included."""
     return np.diff(self.offsets)
 
+  @property
+  def num_train(self) -> np.ndarray:
+    """[K] training items of each client."""
+    return self.lengths - self.held_out
+
+  @property
+  def is_train(self) -> np.ndarray:
+    """[total] bool: which of `items` train."""
+    ends = np.repeat(self.offsets[:-1] + self.num_train, self.lengths)
+    return np.arange(len(self.items)) < ends
+
+  @property
+  def tested(self) -> np.ndarray:
+    """[n] clients with a test item, ascending."""
+    return np.flatnonzero(
+        np.broadcast_to(self.held_out, self.num_clients) == HELD_OUT)
+
   def sequence(self, client: int) -> np.ndarray:
     """One client's items in time order."""
     return self.items[self.offsets[client]:self.offsets[client + 1]]
@@ -80,6 +101,8 @@ class Dataset:
                   self.visual, self.text):
       digest.update(f'{array.dtype}{array.shape}'.encode())
       digest.update(np.ascontiguousarray(array).tobytes())
+    if not isinstance(self.held_out, int):
+      digest.update(np.asarray(self.held_out, np.int64).tobytes())
     return digest.hexdigest()
 
 
@@ -90,6 +113,7 @@ class FederatedData(NamedTuple):
     items: [total] int32, see `Dataset.items`.
     offset: [K] int32 start of each client.
     length: [K] int32 interactions, held-out ones included.
+    num_train: [K] int32 those of them that train.
     avoided: [total'] int32 what a client's training negatives must avoid,
       ascending and distinct within a client.
     avoided_offset: [K] int32.
@@ -103,6 +127,7 @@ class FederatedData(NamedTuple):
   items: jax.Array
   offset: jax.Array
   length: jax.Array
+  num_train: jax.Array
   avoided: jax.Array
   avoided_offset: jax.Array
   avoided_length: jax.Array
@@ -116,6 +141,7 @@ class ClientData(NamedTuple):
   Attributes:
     history: [H] int32 items in time order, held-out ones included, 0 behind.
     num_items: [] int32 how many of them are real.
+    num_train: [] int32 how many of these train; 0 for a padding client.
     avoided: [A] int32 what its training negatives avoid, ascending.
     num_avoided: [] int32.
     sampled_negatives: [n] int32.
@@ -124,65 +150,11 @@ class ClientData(NamedTuple):
 
   history: jax.Array
   num_items: jax.Array
+  num_train: jax.Array
   avoided: jax.Array
   num_avoided: jax.Array
   sampled_negatives: jax.Array
   num_drawable: jax.Array
-
-  @property
-  def num_train(self) -> jax.Array:
-    """[] int32 training items; 0 for a padding client."""
-    return jnp.maximum(self.num_items - HELD_OUT, 0)
-
-
-def from_interactions(
-    name: str, users: np.ndarray, items: np.ndarray, times: np.ndarray,
-    top_k_users: int) -> tuple[Dataset, list[int]]:
-  """Groups interactions by user and renumbers users and items.
-
-  Users keep the order of their ids, items too; only items that a kept user
-  consumed are in the catalogue. Equal times keep the order of the source.
-
-  Args:
-    name: what to call the data set.
-    users: [n] int64 ids.
-    items: [n] int64 ids, positive.
-    times: [n] timestamps.
-    top_k_users: how many of the most active users to keep (ties: the lower
-      id), 0 = all.
-
-  Returns:
-    The data set, without features, and the ids of users dropped because they
-    have fewer than MIN_INTERACTIONS interactions.
-
-  Raises:
-    UserError: nobody is left.
-  """
-  order = np.lexsort((np.arange(len(users)), times, users))
-  users, items = users[order], items[order]
-  user_ids, counts = np.unique(users, return_counts=True)
-  kept = counts >= MIN_INTERACTIONS
-  dropped = user_ids[~kept].tolist()
-  if top_k_users:
-    by_activity = np.lexsort((user_ids, -counts))[:top_k_users]
-    chosen = np.zeros(len(user_ids), bool)
-    chosen[by_activity] = True
-    dropped = user_ids[chosen & ~kept].tolist()
-    kept &= chosen
-  if not kept.any():
-    raise UserError(
-        f'{name}: no user has the {MIN_INTERACTIONS} interactions that '
-        'training, validation and test need')
-  inside = np.repeat(kept, counts)
-  item_ids, rows = np.unique(items[inside], return_inverse=True)
-  empty = np.zeros((len(item_ids) + 1, 0), np.float32)
-  return Dataset(
-      name=name,
-      items=(rows + 1).astype(np.int32),
-      offsets=np.concatenate([[0], np.cumsum(counts[kept])]),
-      user_ids=user_ids[kept],
-      item_ids=np.concatenate([[0], item_ids]).astype(np.int64),
-      visual=empty, text=empty), dropped
 
 
 def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
@@ -204,11 +176,12 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
   consumed, consumed_length = _distinct(dataset, dataset.lengths)
   avoided, avoided_length = (
       (consumed, consumed_length) if leaky_negatives
-      else _distinct(dataset, dataset.lengths - HELD_OUT))
+      else _distinct(dataset, dataset.num_train))
   _check_unseen(dataset, consumed_length, num_negatives, sampled_negatives)
   own = np.split(consumed, np.cumsum(consumed_length)[:-1])
   sampled = np.stack([
-      _draw_unseen(np.random.default_rng([seed, NEGATIVES_STREAM, user]),
+      _draw_unseen(np.random.default_rng(
+          [seed, NEGATIVES_STREAM, _as_seed(user)]),
                    items, dataset.num_rows - dataset.num_cold,
                    sampled_negatives)
       for user, items in zip(dataset.user_ids.tolist(), own)])
@@ -216,6 +189,7 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
       items=jnp.asarray(dataset.items),
       offset=jnp.asarray(dataset.offsets[:-1], jnp.int32),
       length=jnp.asarray(dataset.lengths, jnp.int32),
+      num_train=jnp.asarray(dataset.num_train, jnp.int32),
       avoided=jnp.asarray(avoided, jnp.int32),
       avoided_offset=jnp.asarray(
           np.cumsum(avoided_length) - avoided_length, jnp.int32),
@@ -261,7 +235,8 @@ def client_view(data: FederatedData, client: jax.Array,
   avoided, num_avoided = cut(
       data.avoided, data.avoided_offset, data.avoided_length)
   return ClientData(
-      history, num_items, avoided, num_avoided,
+      history, num_items, jnp.where(real, data.num_train[client], 0),
+      avoided, num_avoided,
       jnp.where(real, data.sampled_negatives[client], 0), data.num_drawable)
 
 
@@ -274,6 +249,11 @@ def _check_unseen(dataset, num_consumed, num_negatives, sampled_negatives):
       raise UserError(
           f'{dataset.name}: user {dataset.user_ids[client]} has only {unseen} '
           f'unseen items; lower --{flag}={wanted}')
+
+
+def _as_seed(user: int | str) -> int:
+  """A user's own number, so that its draws do not depend on the other users."""
+  return zlib.crc32(user.encode()) if isinstance(user, str) else user % 2 ** 64
 
 
 def _draw_unseen(rng, consumed, num_rows, count):

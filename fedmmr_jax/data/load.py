@@ -4,12 +4,18 @@ import dataclasses
 import pathlib
 from typing import NamedTuple
 
-from fedmmr_jax.config import DataConfig
+from fedmmr_jax.config import DataConfig, SYNTHETIC
 from fedmmr_jax.data import cold as cold_lib
-from fedmmr_jax.data import features, movielens, synthetic
+from fedmmr_jax.data import columns, features, formats, items, synthetic
 from fedmmr_jax.data.cold import ColdSplit
-from fedmmr_jax.data.dataset import Dataset, from_interactions
+from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
+from fedmmr_jax.data.formats import ColumnNames, Source
+from fedmmr_jax.data.items import ItemTable
+from fedmmr_jax.data.selection import Filters, Selected, select
+from fedmmr_jax.errors import UserError
+
+MODALITIES = ('visual', 'text')
 
 
 class Loaded(NamedTuple):
@@ -19,12 +25,14 @@ class Loaded(NamedTuple):
     dataset: interactions and features.
     integrity: one report for each feature matrix in use.
     dropped_users: source ids of users with too few interactions.
+    notes: lines about the file, its format, what was left out.
     cold: items held out of training, with `--cold_items`.
   """
 
   dataset: Dataset
   integrity: tuple[IntegrityReport, ...]
-  dropped_users: list[int]
+  dropped_users: list
+  notes: tuple[str, ...] = ()
   cold: ColdSplit | None = None
 
 
@@ -34,8 +42,8 @@ def load(config: DataConfig, seed: int) -> Loaded:
   Raises:
     UserError: anything missing, malformed or too small, with its place.
   """
-  loaded = (_load_synthetic(config, seed) if config.dataset == 'synthetic'
-            else _load_movielens(config))
+  loaded = (_load_synthetic(config, seed) if config.dataset == SYNTHETIC
+            else _load_files(config))
   if not config.cold_items:
     return loaded
   dataset, cold, dropped = cold_lib.hold_out(
@@ -44,10 +52,24 @@ def load(config: DataConfig, seed: int) -> Loaded:
                          dropped_users=loaded.dropped_users + dropped)
 
 
+def read_items(config: DataConfig) -> ItemTable:
+  """All items of the files, whether or not a filter keeps them, with what there
+  is to say about each.
+
+  Raises:
+    UserError: as `load`; the synthetic set has no files.
+  """
+  if config.dataset == SYNTHETIC:
+    raise UserError('--dataset=synthetic has no item files; name a data set')
+  source = _source(config)
+  return items.table(formats.read(source, _columns(config)),
+                     items.find(source, config.item_file))
+
+
 def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
-  dataset, generated = synthetic.generate(
-      config.synthetic_users, config.synthetic_items, seed, config.top_k_users)
-  num_rows = config.synthetic_items + 1
+  selected, generated = synthetic.generate(
+      config.synthetic_users, config.synthetic_items, seed, _filters(config))
+  dataset, num_rows = selected.dataset, config.synthetic_items + 1
   matrices, reports = {}, []
   for kind, matrix in generated.items():
     flag = getattr(config, f'{kind}_features')
@@ -61,28 +83,69 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
           features.resolve(flag, kind, pathlib.Path()), kind, num_rows,
           dataset.item_ids)
       reports.append(report)
-  return Loaded(dataclasses.replace(dataset, **matrices), tuple(reports), [])
+  return _loaded(selected, matrices, reports)
 
 
-def _load_movielens(config: DataConfig) -> Loaded:
-  folder = pathlib.Path(config.data_dir)
-  # Resolved first: a wrong path should not cost the reading of the ratings.
+def _load_files(config: DataConfig) -> Loaded:
+  source = _source(config)
+  # Resolved first: a wrong path should not cost the reading of the interactions.
   paths = {kind: features.resolve(
-      getattr(config, f'{kind}_features'), kind, folder)
-           for kind in ('visual', 'text')}
-  raw = movielens.read_ratings(config.dataset, folder)
-  titles = movielens.read_titles(config.dataset, folder)
-  dataset, dropped = from_interactions(
-      config.dataset, *raw, config.top_k_users)
-  num_rows = max([int(raw.items.max()), *titles]) + 1
+      getattr(config, f'{kind}_features'), kind, source.folder)
+           for kind in MODALITIES}
+  item_file = items.find(source, config.item_file)
+  interactions = formats.read(source, _columns(config))
+  table = items.table(interactions, item_file)
+  selected = select(_name(source), interactions, _filters(config))
+  dataset = selected.dataset
+  rows = table.rows_of(dataset.item_ids)
+  rows[0] = 0
   matrices, reports = {}, []
   for kind, path in paths.items():
     if path is not None:
       matrices[kind], report = features.load(
-          path, kind, num_rows, dataset.item_ids)
+          path, kind, table.num_rows, rows)
       reports.append(report)
-  if titles:
-    matrices['titles'] = tuple(
-        titles.get(i, '') for i in dataset.item_ids.tolist())
+  if table.titles:
+    matrices['titles'] = ('', *(
+        table.titles.get(i, '') for i in dataset.item_ids[1:].tolist()))
+  return _loaded(selected, matrices, reports, (
+      f'read       {source}',
+      f'           {len(interactions.users)} interactions of '
+      f'{len(interactions.user_ids)} users and {len(interactions.item_ids)} '
+      'items' + (f', items described in {item_file}' if item_file else ''),
+      *([] if table.numbering_is_plain
+        else [f'items      {table.numbering}'])))
+
+
+def _loaded(selected: Selected, matrices, reports, notes=()) -> Loaded:
   return Loaded(
-      dataclasses.replace(dataset, **matrices), tuple(reports), dropped)
+      dataclasses.replace(selected.dataset, **matrices), tuple(reports),
+      selected.dropped_users, (*notes, *selected.notes))
+
+
+def _source(config: DataConfig) -> Source:
+  return formats.find(config.dataset, config.data_dir, _columns(config))
+
+
+def _columns(config: DataConfig) -> ColumnNames:
+  return ColumnNames(
+      config.user_column, config.item_column, config.time_column)
+
+
+def _filters(config: DataConfig) -> Filters:
+  try:
+    test_from = (columns.parse_time(config.test_from) if config.test_from
+                 else None)
+  except ValueError:
+    raise UserError(
+        f'--test_from={config.test_from} is neither a date (2000-12-31) nor '
+        'seconds since 1970') from None
+  return Filters(config.k_core, config.min_interactions, config.top_k_users,
+                 test_from)
+
+
+def _name(source: Source) -> str:
+  """MovieLens sets are known by their format, others by their file."""
+  if source.format.startswith('ml-'):
+    return source.format
+  return source.path.name.partition('.')[0]

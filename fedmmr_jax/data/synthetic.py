@@ -17,11 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmmr_jax.data.dataset import Dataset, from_interactions
+from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.data.selection import Filters, Selected, select
 
 SYNTHETIC_STREAM = 3  # see federation.COHORT_STREAM
 NUM_CLUSTERS = 12
 VISUAL_DIM, TEXT_DIM = 64, 48
+FIRST_DAY, DAY = 946_684_800, 86_400  # 2000-01-01, in seconds since 1970
+SPREAD = 30  # days over which users begin
 MIN_LENGTH, MAX_LENGTH = 15, 60
 DRIFT = 0.25       # probability to leave the current cluster after an item
 CYCLE = 0.8        # probability that it then is the cycle's next cluster
@@ -31,8 +34,8 @@ NOISE = 1.0        # length of the noise relative to the cluster's direction
 
 
 def generate(num_users: int, num_items: int, seed: int,
-             top_k_users: int = 0
-             ) -> tuple[Dataset, dict[str, np.ndarray]]:
+             filters: Filters = Filters()
+             ) -> tuple[Selected, dict[str, np.ndarray]]:
   """Draws a data set.
 
   Args:
@@ -40,10 +43,10 @@ def generate(num_users: int, num_items: int, seed: int,
     num_items: items to choose from; one that nobody consumed is not in the
       catalogue.
     seed: of everything.
-    top_k_users: keep the k most active users, 0 = all.
+    filters: who and what is kept.
 
   Returns:
-    The data set without features, and the feature matrices 'visual' and
+    What is kept, without features, and the feature matrices 'visual' and
     'text' by item id, [num_items + 1, F].
   """
   rng = np.random.default_rng([seed, SYNTHETIC_STREAM])
@@ -51,13 +54,23 @@ def generate(num_users: int, num_items: int, seed: int,
   popularity = 1.0 / (1 + rng.permutation(num_items + 1)) ** 0.8
   users, items = _walks(
       rng, num_users, _Clusters.build(cluster[1:], popularity[1:]))
-  dataset, _ = from_interactions(
-      'synthetic', users, items, np.arange(len(users)), top_k_users)
+  selected = select(
+      'synthetic', Interactions.of(users, items, _times(users)), filters)
+  dataset = selected.dataset
   titles = ('', *(f'item {i} of cluster {cluster[i]}'
                   for i in dataset.item_ids[1:]))
   matrices = {'visual': _features(rng, cluster, VISUAL_DIM),
               'text': _features(rng, cluster, TEXT_DIM)}
-  return dataclasses.replace(dataset, titles=titles), matrices
+  return selected._replace(
+      dataset=dataclasses.replace(dataset, titles=titles)), matrices
+
+
+def _times(users: np.ndarray) -> np.ndarray:
+  """[n] float64: each user begins on a day of its own and consumes an item a
+  day."""
+  _, start, position = np.unique(users, return_index=True, return_inverse=True)
+  since_start = np.arange(len(users)) - start[position]
+  return FIRST_DAY + DAY * (users % SPREAD + since_start).astype(np.float64)
 
 
 class _Clusters(NamedTuple):

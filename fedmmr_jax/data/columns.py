@@ -1,0 +1,141 @@
+"""Columns of a file -> ids and times, the same for every format.
+
+Ids of all formats are read as text, each distinct one once: where all are whole
+numbers they become int64, else they stay strings.
+"""
+
+import datetime
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+# Of the formats whose ids are whole numbers by definition.
+MAX_ID = 2 ** 31 - 1
+# Longer ones are no ids: a column was mistaken for another.
+MAX_ID_LENGTH = 200
+_WHOLE = re.compile(r'0|-?[1-9][0-9]{0,17}')
+# Seconds reach year 5138 at 1e11; beyond, the unit is a thousandth, and so on.
+_FIRST_OF_NEXT_UNIT = 1e11
+
+
+class Doubt(Exception):
+  """The fast reader met something that a careful one has to look at."""
+
+
+def unique_ids(texts: list[str], whole: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Distinct ids of a column.
+
+  Args:
+    texts: [u] as they stand in the file, each at least once.
+    whole: whether they have to be whole numbers from 1 to MAX_ID.
+
+  Returns:
+    ([u'] ids ascending, [u] where each text's id is among them).
+
+  Raises:
+    Doubt: `id_problem` finds fault with one of them.
+  """
+  if any(id_problem(text, whole) for text in texts):
+    raise Doubt
+  if whole or all(map(_WHOLE.fullmatch, texts)):
+    return np.unique(np.array(list(map(int, texts)), np.int64),
+                     return_inverse=True)
+  return np.unique(np.array(texts, str), return_inverse=True)
+
+
+def id_problem(text: str, whole: bool) -> str:
+  """What is wrong with an id; nothing if it may stand."""
+  if whole:
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdigit()) or int(digits) == 0:
+      return 'is not a positive whole number'
+    return f'is larger than {MAX_ID}' if int(digits) > MAX_ID else ''
+  if not text.strip():
+    return 'is empty'
+  if len(text) > MAX_ID_LENGTH:
+    return f'is longer than {MAX_ID_LENGTH} characters'
+  return ''
+
+
+def ids_of(column: pa.ChunkedArray, whole: bool
+           ) -> tuple[np.ndarray, np.ndarray]:
+  """An id column of any type -> ([n] int32 indices, [u] ids ascending).
+
+  Raises:
+    Doubt: see `unique_ids`, or an id is missing.
+  """
+  if column.null_count:
+    raise Doubt
+  if pa.types.is_integer(column.type):
+    ids, indices = np.unique(column.to_numpy(), return_inverse=True)
+    return indices.astype(np.int32), ids.astype(np.int64)
+  if not pa.types.is_dictionary(column.type):
+    column = column.dictionary_encode()
+  if not column.num_chunks:
+    raise Doubt
+  joined = column.unify_dictionaries().combine_chunks()
+  if isinstance(joined, pa.ChunkedArray):
+    joined = joined.chunk(0)
+  ids, place = unique_ids(joined.dictionary.to_pylist(), whole)
+  return place.astype(np.int32)[joined.indices.to_numpy()], ids
+
+
+def seconds_of(column: pa.ChunkedArray) -> np.ndarray:
+  """[n] float64 seconds since 1970, of numbers, dates or ISO 8601 text.
+
+  Raises:
+    Doubt: one is missing or cannot be read.
+  """
+  if column.null_count:
+    raise Doubt
+  try:
+    if pa.types.is_string(column.type) or pa.types.is_date(column.type):
+      column = column.cast(pa.timestamp('us'))
+    if pa.types.is_timestamp(column.type):
+      return pc.cast(pc.cast(column, pa.timestamp('us', column.type.tz)),
+                     pa.int64()).to_numpy() / 1e6
+    return in_seconds(column.cast(pa.float64()).to_numpy())
+  except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    raise Doubt from None
+
+
+def in_seconds(times: np.ndarray) -> np.ndarray:
+  """Times since 1970 in seconds, milli-, micro- or nanoseconds -> seconds.
+
+  Raises:
+    Doubt: one is not finite.
+  """
+  if not np.isfinite(times).all():
+    raise Doubt
+  typical = np.median(np.abs(times)) if len(times) else 0
+  while typical >= _FIRST_OF_NEXT_UNIT:
+    times, typical = times / 1000, typical / 1000
+  return times
+
+
+def parse_time(text: str) -> float:
+  """A number, or the seconds of an ISO 8601 date (UTC where it names no zone).
+
+  Raises:
+    ValueError: it is neither.
+  """
+  try:
+    return parse_number(text)
+  except ValueError:
+    when = datetime.datetime.fromisoformat(text.strip())
+    if when.tzinfo is None:
+      when = when.replace(tzinfo=datetime.timezone.utc)
+    return when.timestamp()
+
+
+def parse_number(text: str) -> float:
+  """A finite number.
+
+  Raises:
+    ValueError: it is none; '1_000' is one to Python, not in a file.
+  """
+  if '_' in text or not np.isfinite(float(text)):
+    raise ValueError(text)
+  return float(text)

@@ -1,0 +1,180 @@
+"""Lines of fields -> interactions: first by Arrow, then, if it is in doubt, line
+by line, which is slow but names the line that is wrong."""
+
+import csv
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+
+from fedmmr_jax.data import columns as columns_lib
+from fedmmr_jax.data import text_files
+from fedmmr_jax.data.columns import Doubt
+from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.errors import UserError
+
+_BLOCK = 1 << 24  # bytes that Arrow parses at a time
+
+
+class Layout(NamedTuple):
+  """How the lines of a file are to be read.
+
+  Attributes:
+    separator: between fields; ' ' = any white space.
+    columns: names of all fields, in order.
+    user, item: which of them hold the ids.
+    time: which holds the time; '' = none, the order of the lines counts.
+    numbers: which others must be numbers; all else is passed over.
+    whole_ids: ids must be whole numbers from 1 (else any text will do).
+    quoted: fields may stand in double quotes.
+    has_header: the first line holds the names.
+  """
+
+  separator: str
+  columns: tuple[str, ...]
+  user: str
+  item: str
+  time: str
+  numbers: tuple[str, ...] = ()
+  whole_ids: bool = False
+  quoted: bool = False
+  has_header: bool = False
+
+  @property
+  def shape(self) -> str:
+    """What a line looks like."""
+    return self.separator.join(f'<{name}>' for name in self.columns)
+
+
+def read(path: pathlib.Path, layout: Layout) -> Interactions:
+  """Reads a file of such lines, plain or gzipped.
+
+  Raises:
+    UserError: no line in it, or a malformed one (named).
+  """
+  try:
+    found = _read_fast(path, layout)
+  except (Doubt, pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError):
+    found = _read_carefully(path, layout)
+  if not len(found.users):
+    raise UserError(f'{path}: no interaction in it; expected lines of '
+                    f'{layout.shape}')
+  return found
+
+
+def _read_fast(path, layout) -> Interactions:
+  names, separator = list(layout.columns), layout.separator
+  types = {layout.user: pa.dictionary(pa.int32(), pa.string()),
+           layout.item: pa.dictionary(pa.int32(), pa.string())}
+  types |= dict.fromkeys(layout.numbers, pa.float64())
+  wanted = list(dict.fromkeys([*types, *filter(None, [layout.time])]))
+  if len(separator) > 1:  # Arrow splits at one character: 'a::b' has 3 fields
+    separator = separator[0]
+    between = [f'\0{i}' for i in range(len(names) - 1)]
+    names = [x for pair in zip(names, [*between, '']) for x in pair][:-1]
+    types |= dict.fromkeys(between, pa.null())  # Arrow objects to what is there
+    wanted += between
+  with text_files.open_arrow(path) as stream:
+    table = arrow_csv.read_csv(
+        stream,
+        read_options=arrow_csv.ReadOptions(
+            column_names=names, skip_rows=int(layout.has_header),
+            block_size=_BLOCK),
+        parse_options=arrow_csv.ParseOptions(
+            delimiter=separator, quote_char='"' if layout.quoted else False),
+        convert_options=arrow_csv.ConvertOptions(
+            column_types=types, include_columns=wanted,
+            strings_can_be_null=False))
+  for name in layout.numbers:
+    column = table[name]
+    if column.null_count or not np.isfinite(column.to_numpy()).all():
+      raise Doubt
+  users, user_ids = columns_lib.ids_of(table[layout.user], layout.whole_ids)
+  items, item_ids = columns_lib.ids_of(table[layout.item], layout.whole_ids)
+  times = columns_lib.seconds_of(table[layout.time]) if layout.time else None
+  return Interactions(users, items, times, user_ids, item_ids)
+
+
+def _read_carefully(path, layout) -> Interactions:
+  place = {name: i for i, name in enumerate(layout.columns)}
+  users, items = Numbering(), Numbering()
+  user_column, item_column, times = [], [], []
+  first = layout.has_header
+  for number, line in text_files.lines(path):
+    if first:
+      first = False
+      continue
+    # Where ids are digits the encoding cannot matter: MovieLens' is latin-1.
+    fields = _fields(text_files.decode(
+        line, path, number, 'latin-1' if layout.whole_ids else 'utf-8'), layout)
+    problem = _problem_of(fields, layout)
+    if problem:
+      shown = line[:60].decode('utf-8', 'replace')
+      raise UserError(f'{path}, line {number}: {problem} in {shown!r}; '
+                      f'expected {layout.shape}')
+    user_column.append(users.of(fields[place[layout.user]]))
+    item_column.append(items.of(fields[place[layout.item]]))
+    if layout.time:
+      times.append(columns_lib.parse_time(fields[place[layout.time]]))
+  return from_numbered(
+      user_column, users, item_column, items, times if layout.time else None,
+      layout.whole_ids)
+
+
+class Numbering(dict):
+  """Text -> its number, in order of appearance."""
+
+  def of(self, text: str) -> int:
+    return self.setdefault(text, len(self))
+
+
+def from_numbered(users: list[int], user_texts: Numbering, items: list[int],
+                  item_texts: Numbering, times: list[float] | None,
+                  whole: bool) -> Interactions:
+  """Interactions [n] whose ids are known by number.
+
+  Raises:
+    Doubt: see `columns.unique_ids`.
+  """
+  user_ids, user_place = columns_lib.unique_ids(list(user_texts), whole)
+  item_ids, item_place = columns_lib.unique_ids(list(item_texts), whole)
+  return Interactions(
+      user_place.astype(np.int32)[np.array(users, np.int64)],
+      item_place.astype(np.int32)[np.array(items, np.int64)],
+      None if times is None else columns_lib.in_seconds(
+          np.array(times, np.float64)),
+      user_ids, item_ids)
+
+
+def _fields(line: str, layout: Layout) -> list[str]:
+  if layout.separator == ' ':
+    return line.split()
+  if layout.quoted:
+    try:
+      return next(csv.reader([line], delimiter=layout.separator, strict=True))
+    except csv.Error:  # a quote that is not closed: fields will be missing
+      pass
+  return line.split(layout.separator)
+
+
+def _problem_of(fields: list[str], layout: Layout) -> str:
+  if len(fields) != len(layout.columns):
+    return f'{len(fields)} fields instead of {len(layout.columns)}'
+  for name, field in zip(layout.columns, fields):
+    if name in (layout.user, layout.item):
+      problem = columns_lib.id_problem(field, layout.whole_ids)
+      if problem:
+        return f'{name} {problem}'
+    elif name == layout.time or name in layout.numbers:
+      try:
+        # Where all else is a number, so is the time.
+        if name in layout.numbers:
+          columns_lib.parse_number(field)
+        else:
+          columns_lib.parse_time(field)
+      except ValueError:
+        return (f'{name} is not a number' if name in layout.numbers
+                else f'{name} is neither a number nor a date (ISO 8601)')
+  return ''

@@ -1,0 +1,34 @@
+"""What an interaction file holds, whatever its format."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interactions(NamedTuple):
+  """Who consumed what when, in the order of the file.
+
+  Attributes:
+    users: [n] int32 indices into `user_ids`.
+    items: [n] int32 indices into `item_ids`.
+    times: [n] float64 seconds since 1970, or None where the file has none: its
+      order is the order in time then.
+    user_ids: the source's own ids, ascending: int64, or strings where not all
+      are whole numbers.
+    item_ids: likewise.
+  """
+
+  users: np.ndarray
+  items: np.ndarray
+  times: np.ndarray | None
+  user_ids: np.ndarray
+  item_ids: np.ndarray
+
+  @classmethod
+  def of(cls, users: np.ndarray, items: np.ndarray,
+         times: np.ndarray | None = None) -> 'Interactions':
+    """From arrays [n] of ids."""
+    user_ids, users = np.unique(users, return_inverse=True)
+    item_ids, items = np.unique(items, return_inverse=True)
+    return cls(users.astype(np.int32), items.astype(np.int32), times,
+               user_ids, item_ids)

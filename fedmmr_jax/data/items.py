@@ -1,0 +1,275 @@
+"""What a source tells of its items: ids, titles, texts.
+
+| item file | in a folder |
+|---|---|
+| MovieLens 1M: `MovieID::Title::Genre\\|Genre`, latin-1 | `movies.dat` |
+| MovieLens 100K: `\\|`-separated, latin-1, genres as 0 and 1 | `u.item` |
+| CSV with a header, UTF-8; newer MovieLens sets have `movies.csv` | `movies.csv`, `items.csv`, `items.tsv` |
+| RecBole | `*.item` |
+| Amazon metadata, a JSON object a line | `meta_*.json`, `meta_*.jsonl`, `items.jsonl` |
+| Parquet | `items.parquet` |
+
+All but Parquet may be gzipped.
+"""
+
+import ast
+import csv
+import json
+import pathlib
+from typing import Any, Iterator, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet as arrow_parquet
+
+from fedmmr_jax.data import text_files
+from fedmmr_jax.data.formats import ALIASES, Source
+from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.errors import UserError
+
+FILES = ('movies.dat', 'u.item', 'movies.csv', 'items.csv', 'items.tsv',
+         '*.item', 'items.parquet', 'items.jsonl', 'meta_*.jsonl',
+         'meta_*.json')
+# Whole-number ids up to here are rows of a feature matrix as they stand.
+LARGEST_ROW = 10_000_000
+_TITLE = ('title', 'movie_title', 'name', 'product_name', 'item_name',
+          'product_title', 'headline')
+_GENRES = ('genres', 'genre', 'class', 'category', 'categories', 'tags')
+_ABSTRACT = ('abstract', 'description', 'overview', 'summary', 'text')
+# u.item: what the 0 and 1 behind the fifth field stand for (u.genre).
+_GENRES_100K = (
+    'unknown', 'Action', 'Adventure', 'Animation', 'Children\'s', 'Comedy',
+    'Crime', 'Documentary', 'Drama', 'Fantasy', 'Film-Noir', 'Horror',
+    'Musical', 'Mystery', 'Romance', 'Sci-Fi', 'Thriller', 'War', 'Western')
+
+
+class Item(NamedTuple):
+  """One line of an item file.
+
+  Attributes:
+    title: '' if the file has none.
+    genres: what kind of item it is.
+    abstract: a longer text, or ''.
+  """
+
+  title: str
+  genres: tuple[str, ...] = ()
+  abstract: str = ''
+
+  @property
+  def text(self) -> str:
+    """What a text model reads; '' if there is nothing."""
+    title = self.title and self.title.rstrip('.') + '.'
+    genres = f'Genres: {", ".join(self.genres)}.' if self.genres else ''
+    return ' '.join(filter(None, (title, genres, self.abstract)))
+
+
+class ItemTable(NamedTuple):
+  """Items of a source, whether or not a filter keeps them.
+
+  Attributes:
+    ids: [n] the source's own ids, int64 or strings, ascending.
+    rows: [n] int64, the row of a feature matrix that belongs to each; ≥ 1.
+    num_rows: rows of a feature matrix, row 0 = padding.
+    titles: id -> title, of those that have one.
+    texts: id -> what the text model reads (title, genres, abstract).
+  """
+
+  ids: np.ndarray
+  rows: np.ndarray
+  num_rows: int
+  titles: dict
+  texts: dict
+
+  @property
+  def numbering_is_plain(self) -> bool:
+    """Is row i of a feature matrix item i?"""
+    return np.array_equal(self.rows, self.ids)
+
+  @property
+  def numbering(self) -> str:
+    """Which row of a feature matrix is whose."""
+    if self.numbering_is_plain:
+      return 'row i of a feature matrix is item i'
+    if self.ids.dtype.kind == 'i' and np.array_equal(self.rows, self.ids + 1):
+      return 'items start at 0: row i + 1 of a feature matrix is item i'
+    return (f'items are numbered in the order of their ids, {self.ids[0]} = 1 '
+            f'to {self.ids[-1]} = {len(self.ids)}: these are the rows of a '
+            'feature matrix')
+
+  def rows_of(self, ids: np.ndarray) -> np.ndarray:
+    """[m] rows of some of the items."""
+    return self.rows[np.searchsorted(self.ids, ids)]
+
+
+def find(source: Source, item_file: str) -> pathlib.Path | None:
+  """The item file: the one that `--item_file` names, or the one in the folder.
+
+  Raises:
+    UserError: there is no such file, or there are several.
+  """
+  if item_file:
+    path = pathlib.Path(item_file)
+    if not path.exists():
+      raise UserError(f'--item_file={item_file}: no such file')
+    return path
+  found = list(dict.fromkeys(
+      path for pattern in FILES for end in ('', '.gz')
+      for path in sorted(source.folder.glob(pattern + end))))
+  if len(found) > 1:
+    raise UserError(
+        f'{source.folder}: {", ".join(p.name for p in found)} could each tell '
+        f'of the items; name one: --item_file={found[0]}')
+  return found[0] if found else None
+
+
+def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
+  """Puts the items of both files together.
+
+  Whole-number ids are kept as rows of the feature matrices; so are those of
+  items that nobody consumed. Other ids are numbered, those in the interactions.
+
+  Raises:
+    UserError: a malformed line of the item file (named).
+  """
+  items = read(path) if path else {}
+  ids = interactions.item_ids
+  if ids.dtype.kind == 'i':
+    items = {int(i): item for i, item in items.items() if _is_whole(i)}
+    ids = np.union1d(ids, np.array(
+        [i for i in items if 0 <= i <= LARGEST_ROW], np.int64))
+    kept = ids[0] >= 0 and ids[-1] <= LARGEST_ROW
+    rows = ids + (ids[0] == 0) if kept else 1 + np.arange(len(ids))
+  else:
+    rows = 1 + np.arange(len(ids))
+  known = {i: items[i] for i in ids.tolist() if i in items}
+  return ItemTable(
+      ids, rows, int(rows[-1]) + 1,
+      {i: item.title for i, item in known.items() if item.title},
+      {i: item.text for i, item in known.items() if item.text})
+
+
+def read(path: pathlib.Path) -> dict[str, Item]:
+  """Id as text -> item.
+
+  Raises:
+    UserError: a malformed line (named).
+  """
+  name = path.name.removesuffix('.gz')
+  if name.endswith('.parquet'):
+    return _read_parquet(path)
+  if not any(True for _ in text_files.lines(path)):
+    return {}
+  if name == 'u.item':
+    return dict(_read_latin(path, '|'))
+  first = text_files.head(path)[0]
+  if '::' in first or name.endswith('.dat'):
+    return dict(_read_latin(path, '::'))
+  if first.lstrip().startswith('{'):
+    return dict(_read_json(path))
+  return dict(_read_headed(path))
+
+
+def _read_latin(path, separator: str) -> Iterator[tuple[str, Item]]:
+  for number, line in text_files.lines(path):
+    fields = line.decode('latin-1').split(separator)
+    if len(fields) < 3 or not (fields[0].isascii() and fields[0].isdigit()):
+      raise UserError(
+          f'{path}, line {number}: expected '
+          f'"MovieID{separator}Title{separator}…", found '
+          f'{line[:60].decode("latin-1")!r}')
+    if separator == '|':  # title, date, date, link, then a flag a genre
+      genres = [name for name, flag in zip(_GENRES_100K, fields[5:])
+                if flag.strip() == '1']
+    else:
+      genres = _as_list(fields[2])
+    yield fields[0], Item(fields[1], tuple(genres))
+
+
+def _read_headed(path) -> Iterator[tuple[str, Item]]:
+  """CSV, or RecBole's tabs with a type behind each name."""
+  header, picked = None, None
+  for number, line in text_files.lines(path):
+    text = text_files.decode(line, path, number)
+    if header is None:
+      separator = '\t' if text.count('\t') > text.count(',') else (
+          ';' if text.count(';') > text.count(',') else ',')
+      typed = path.name.removesuffix('.gz').endswith('.item')
+    # RecBole's files know no quotes: one within a title is part of it.
+    fields = (text.split(separator) if typed else next(csv.reader(
+        [text], delimiter=separator)))
+    if header is None:
+      header = [f.partition(':')[0].strip().lower() for f in fields]
+      picked = _pick(header, f'{path}, line 1')
+      continue
+    if len(fields) != len(header):
+      raise UserError(
+          f'{path}, line {number}: {len(fields)} fields instead of '
+          f'{len(header)} in {text[:60]!r}')
+    values = dict(zip(header, fields))
+    yield values[picked['id']], _item(values, picked)
+
+
+def _read_json(path) -> Iterator[tuple[str, Item]]:
+  for number, line in text_files.lines(path):
+    text = text_files.decode(line, path, number)
+    try:
+      try:
+        values = json.loads(text)
+      except ValueError:  # the metadata of 2014 are Python literals
+        values = ast.literal_eval(text)
+      values = {str(k).lower(): v for k, v in dict(values).items()}
+    except (ValueError, SyntaxError, TypeError):
+      raise UserError(f'{path}, line {number}: not a JSON object: '
+                      f'{text[:60]!r}') from None
+    picked = _pick(list(values), f'{path}, line {number}')
+    yield str(values[picked['id']]), _item(values, picked)
+
+
+def _read_parquet(path) -> dict[str, Item]:
+  try:
+    with text_files.readable(path):
+      found = arrow_parquet.read_table(path)
+  except pa.ArrowInvalid as error:
+    raise UserError(f'{path}: not a readable Parquet file ({error})') from None
+  found = found.rename_columns([name.lower() for name in found.column_names])
+  picked = _pick(found.column_names, str(path))
+  wanted = found.select([name for name in picked.values() if name])
+  return {str(values[picked['id']]): _item(values, picked)
+          for values in wanted.to_pylist()}
+
+
+def _pick(names: list[str], where: str) -> dict[str, str]:
+  """What -> the column that holds it, '' where none does."""
+  wanted = {'id': ALIASES['item'] + ('id',), 'title': _TITLE,
+            'genres': _GENRES, 'abstract': _ABSTRACT}
+  picked = {what: next((a for a in aliases if a in names), '')
+            for what, aliases in wanted.items()}
+  if not picked['id']:
+    raise UserError(f'{where}: no column of the item ids among '
+                    f'{", ".join(names)}; call it item_id')
+  return picked
+
+
+def _item(values: dict[str, Any], picked: dict[str, str]) -> Item:
+  def of(what):
+    value = values.get(picked[what])
+    return '' if value is None else value
+  abstract = of('abstract')
+  if isinstance(abstract, list):
+    abstract = ' '.join(map(str, abstract))
+  return Item(str(of('title')).strip(), tuple(_as_list(of('genres'))),
+              str(abstract).strip())
+
+
+def _as_list(value: Any) -> list[str]:
+  """Genres as a list, a list of lists (Amazon), or text with | or commas."""
+  if isinstance(value, (list, tuple)):
+    return list(dict.fromkeys(x for v in value for x in _as_list(v)))
+  text = str(value)
+  separator = '|' if '|' in text else ','
+  return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def _is_whole(text: str) -> bool:
+  return text.isascii() and text.isdigit()

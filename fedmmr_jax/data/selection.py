@@ -1,0 +1,219 @@
+"""Interactions -> the clients and the catalogue of a run: filters, order in
+time, and what is held out of training.
+
+| split | a client's training | validation | test |
+|---|---|---|---|
+| leave_one_out | all but the last two items | the last but one | the last |
+| timeline | what came before the date, but the last item | the last item before the date | the first one from the date on; a client without has none |
+
+In a split along the timeline nothing of the future is in anybody's training (Ji
+et al. 2023, ACM TOIS 41(3)), as there is when each client's last items are held
+out: another's training may then lie after my test item.
+"""
+
+import datetime
+from typing import NamedTuple
+
+import numpy as np
+
+from fedmmr_jax.data.dataset import Dataset, HELD_OUT
+from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.errors import UserError
+
+# One to train on, one to validate, one to test.
+MIN_INTERACTIONS = HELD_OUT + 1
+
+
+class Filters(NamedTuple):
+  """Who and what is kept.
+
+  Attributes:
+    k_core: users need so many interactions and items so many in training, both
+      counted among what is left (0 = all). Held-out interactions do not count
+      for an item: whether it is in the catalogue tells nothing of the targets.
+    min_interactions: users need so many, held-out ones included.
+    top_k_users: of these the most active ones, ties: the lower id (0 = all).
+    test_from: date of a split along the timeline, in seconds since 1970; None =
+      leave-one-out.
+  """
+
+  k_core: int = 0
+  min_interactions: int = MIN_INTERACTIONS
+  top_k_users: int = 0
+  test_from: float | None = None
+
+
+class Selected(NamedTuple):
+  """What the filters leave.
+
+  Attributes:
+    dataset: without features.
+    dropped_users: source ids of users that have too few interactions.
+    notes: lines about what was found and left out.
+  """
+
+  dataset: Dataset
+  dropped_users: list
+  notes: tuple[str, ...]
+
+
+def select(name: str, interactions: Interactions,
+           filters: Filters = Filters()) -> Selected:
+  """Groups interactions by user and renumbers users and items.
+
+  Users keep the order of their ids, items too; only items that a kept user
+  consumed are in the catalogue. Equal times keep the order of the source.
+
+  Raises:
+    UserError: nobody is left.
+  """
+  if filters.test_from is not None and interactions.times is None:
+    raise UserError(f'{name}: --split=timeline needs timestamps, and these '
+                    'interactions have none; say --split=leave_one_out')
+  table = _in_order(interactions)
+  notes = _about_times(table)
+  size = len(interactions.user_ids)
+  kept = _filtered(table, interactions, filters)
+  sizes = kept.sizes(size, filters)
+  if filters.k_core:
+    notes.append(_about_core(filters, table, kept))
+  dropped = interactions.user_ids[
+      (np.bincount(table.users, minlength=size) > 0) & (sizes.used == 0)]
+  if not len(kept.users):
+    needed = max(filters.min_interactions, filters.k_core)
+    raise UserError(
+        f'{name}: no user has the {needed} interactions that '
+        + ('training, validation and test need'
+           if needed == MIN_INTERACTIONS else
+           '--min_interactions and --k_core ask for'))
+  if not (sizes.held_out == HELD_OUT)[kept.users].any():
+    raise UserError(f'{name}: no user has an interaction before --test_from and '
+                    'one from it on; choose a date within '
+                    + _span(table.times))
+  if filters.top_k_users:
+    kept = kept.where(_most_active(sizes.used, filters.top_k_users)[kept.users])
+    sizes = kept.sizes(size, filters)
+  kept = kept.where(kept.positions(size) < sizes.used[kept.users])
+  if filters.test_from is not None:
+    notes.append(_about_split(table, filters, sizes))
+  return Selected(_dataset(name, kept, interactions, sizes),
+                  dropped.tolist(), tuple(notes))
+
+
+class _Sizes(NamedTuple):
+  """[U] of each user: interactions in use, and how many of them are held
+  out."""
+
+  used: np.ndarray
+  held_out: np.ndarray
+
+
+class _Table(NamedTuple):
+  """Interactions ordered by user, then time."""
+
+  users: np.ndarray
+  items: np.ndarray
+  times: np.ndarray | None
+
+  def where(self, keep: np.ndarray) -> '_Table':
+    return _Table(self.users[keep], self.items[keep],
+                  None if self.times is None else self.times[keep])
+
+  def positions(self, num_users: int) -> np.ndarray:
+    """[n] how many of its user's lie before each."""
+    counts = np.bincount(self.users, minlength=num_users)
+    starts = np.cumsum(counts) - counts
+    return np.arange(len(self.users)) - starts[self.users]
+
+  def sizes(self, num_users: int, filters: Filters) -> _Sizes:
+    counts = np.bincount(self.users, minlength=num_users)
+    if filters.test_from is None:
+      return _Sizes(counts, np.full(num_users, HELD_OUT))
+    before = np.bincount(self.users[self.times < filters.test_from],
+                         minlength=num_users)
+    has_test = counts > before
+    return _Sizes(before + has_test, HELD_OUT - 1 + has_test)
+
+
+def _in_order(interactions: Interactions) -> _Table:
+  users, items, times = interactions[:3]
+  order = (np.argsort(users, kind='stable') if times is None
+           else np.lexsort((times, users)))
+  return _Table(users[order], items[order],
+                None if times is None else times[order])
+
+
+def _filtered(table: _Table, interactions: Interactions,
+              filters: Filters) -> _Table:
+  """Takes away what is too rare until nothing is."""
+  num_users, num_items = map(len, interactions[3:])
+  needed = max(filters.min_interactions, filters.k_core)
+  while True:
+    sizes = table.sizes(num_users, filters)
+    keep = (sizes.used >= needed)[table.users]
+    if filters.k_core:
+      trained = table.positions(num_users) < (
+          sizes.used - sizes.held_out)[table.users]
+      counts = np.bincount(table.items[trained], minlength=num_items)
+      keep &= (counts >= filters.k_core)[table.items]
+    if keep.all():
+      return table
+    table = table.where(keep)
+
+
+def _most_active(used: np.ndarray, count: int) -> np.ndarray:
+  """[U] bool."""
+  chosen = np.zeros(len(used), bool)
+  chosen[np.argsort(-used, kind='stable')[:count]] = True
+  return chosen
+
+
+def _dataset(name: str, kept: _Table, interactions: Interactions,
+             sizes: _Sizes) -> Dataset:
+  is_kept = np.bincount(kept.users, minlength=len(sizes.used)) > 0
+  is_item = np.bincount(
+      kept.items, minlength=len(interactions.item_ids)) > 0
+  rows = np.cumsum(is_item, dtype=np.int32)
+  item_ids = interactions.item_ids[is_item]
+  empty = np.zeros((len(item_ids) + 1, 0), np.float32)
+  held_out = sizes.held_out[is_kept]
+  return Dataset(
+      name=name, items=rows[kept.items],
+      offsets=np.concatenate([[0], np.cumsum(sizes.used[is_kept])]),
+      user_ids=interactions.user_ids[is_kept],
+      item_ids=np.concatenate([np.zeros(1, item_ids.dtype), item_ids]),
+      visual=empty, text=empty,
+      held_out=HELD_OUT if (held_out == HELD_OUT).all() else held_out)
+
+
+def _span(times: np.ndarray) -> str:
+  return ' to '.join(
+      datetime.datetime.fromtimestamp(t, datetime.timezone.utc).strftime(
+          '%Y-%m-%d') for t in (times.min(), times.max()))
+
+
+def _about_times(table: _Table) -> list[str]:
+  if table.times is None:
+    return ['time       none in the file: its order counts']
+  tied = (np.diff(table.users) == 0) & (np.diff(table.times) == 0)
+  if not tied.any():
+    return []
+  return [f'time       {tied.mean():.1%} of the interactions bear the time of '
+          'the user\'s one before; they keep the order of the file']
+
+
+def _about_core(filters: Filters, before: _Table, kept: _Table) -> str:
+  def lost(name):
+    return (len(np.unique(getattr(before, name)))
+            - len(np.unique(getattr(kept, name))))
+  return (f'{filters.k_core}-core     {lost("users")} users, {lost("items")} '
+          f'items and {len(before.users) - len(kept.users)} interactions left '
+          'out')
+
+
+def _about_split(before: _Table, filters: Filters, sizes: _Sizes) -> str:
+  future = (before.times >= filters.test_from).sum()
+  tested = ((sizes.held_out == HELD_OUT) & (sizes.used > 0)).sum()
+  return (f'split      along the timeline: {future} interactions lie after the '
+          f'date, the first one of each of {tested} clients is its test item')
+
