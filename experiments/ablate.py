@@ -297,8 +297,10 @@ def _load(path: pathlib.Path) -> Outcome:
     with np.load(path) as saved:
       told = json.loads(str(saved['outcome']))
       splits = {name.split('/')[0] for name in saved.files if '/' in name}
-      ranks = {split: Ranks(*(saved[f'{split}/{name}']
-                              for name in Ranks._fields)) for split in splits}
+      ranks = {split: Ranks(**{name: saved[f'{split}/{name}']
+                               for name in Ranks._fields
+                               if f'{split}/{name}' in saved})
+               for split in splits}
       return Outcome(**{**told, 'ranks': ranks})
   except Exception as error:  # NumPy raises what the damage leads to
     raise UserError(f'{path}: damaged ({error}); delete it, and the variant '

@@ -8,9 +8,10 @@ from fedmmr_jax import federation
 from fedmmr_jax import warm_start
 from fedmmr_jax import windows
 from fedmmr_jax.data.load import Loaded
-from fedmmr_jax.metrics import CUTOFFS
 from fedmmr_jax.simulation import Simulation
 from fedmmr_jax.warm_start import WarmStart
+
+MAX_METRICS = 9  # columns of a table
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -163,9 +164,15 @@ def progress(record: dict[str, Any]) -> dict[str, float]:
 
 
 def ranking_table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
-  """Rows: split and protocol; columns: HR, NDCG and MRR."""
-  names = [f'{metric}@{n}' for metric in ('HR', 'NDCG') for n in CUTOFFS]
-  names.append('MRR')
+  """Rows: split and protocol; columns: the metrics, one after the other with
+  its cutoffs, or where there are too many for a line at 10 only."""
+  first = next(iter(next(iter(metrics.values())).values()))
+  kinds = list(dict.fromkeys(name.partition('@')[0] for name in first))
+  kinds.sort(key=lambda kind: kind in first)  # what has no cutoff last
+  names = [name for kind in kinds for name in first
+           if name.partition('@')[0] == kind]
+  if len(names) > MAX_METRICS:
+    names = [name for name in names if name.endswith('@10')]
   return table(['', *names], [
       [f'{split}, {protocol}', *(f'{values[name]:.4f}' for name in names)]
       for split, protocols in metrics.items()

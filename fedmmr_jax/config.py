@@ -53,13 +53,13 @@ class DataConfig:
   top_k_users: int = _field(
       0, 'of these keep the k most active, ties: lower id first (0 = all)',
       minimum=0)
-  split: str = _field(
+  split_by: str = _field(
       'leave_one_out', 'what is held out of training; leave_one_out: each '
       'client\'s last two items; timeline: everything from --test_from on, and '
       'the last item before it for validation',
       choices=('leave_one_out', 'timeline'))
   test_from: str = _field(
-      '', 'date of --split=timeline (2000-12-31, UTC) or seconds since 1970')
+      '', 'date of --split_by=timeline (2000-12-31, UTC) or seconds since 1970')
   visual_features: str = _field(
       'auto', 'visual feature matrix: a .npy path that must exist, auto (the '
       'file in data_dir if there is one) or none')
@@ -383,10 +383,10 @@ class RunConfig:
                       '--pretrained_path')
     if set(self.client.frozen_groups) == set(GROUPS):
       raise UserError(f'--freeze={self.client.freeze} leaves nothing to train')
-    if (self.data.split == 'timeline') != bool(self.data.test_from):
-      raise UserError('--split=timeline and --test_from, its date, go together')
-    if self.data.split == 'timeline' and self.data.cold_items:
-      raise UserError('--cold_items needs --split=leave_one_out')
+    if (self.data.split_by == 'timeline') != bool(self.data.test_from):
+      raise UserError('--split_by=timeline and --test_from, its date, go together')
+    if self.data.split_by == 'timeline' and self.data.cold_items:
+      raise UserError('--cold_items needs --split_by=leave_one_out')
     if self.data.dataset != SYNTHETIC and not self.data.data_dir:
       raise UserError(
           f'--dataset={self.data.dataset} needs --data_dir, the folder that '

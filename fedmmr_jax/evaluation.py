@@ -35,11 +35,14 @@ class Ranks(NamedTuple):
     full: [K] int32 unconsumed catalogue items at least as good as the target.
     sampled: [K] int32 sampled negatives at least as good as the target.
     bad_scores: [K] int32 scores that are not finite.
+    popular: [K] int32 as `sampled`, of negatives drawn by popularity; 0 where
+      none were (`Simulation.with_popular_negatives`).
   """
 
   full: jax.Array
   sampled: jax.Array
   bad_scores: jax.Array
+  popular: jax.Array = 0
 
 
 def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
@@ -85,7 +88,8 @@ def rank_client(scores: jax.Array, client: ClientData,
   return Ranks(
       full=jnp.sum(at_least & unconsumed),
       sampled=jnp.sum(at_least[client.sampled_negatives]),
-      bad_scores=jnp.sum(~jnp.isfinite(scores)))
+      bad_scores=jnp.sum(~jnp.isfinite(scores)),
+      popular=jnp.sum(at_least[client.popular_negatives]))
 
 
 def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,

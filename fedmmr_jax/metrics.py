@@ -80,3 +80,25 @@ def ranking_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
     result[f'NDCG@{n}'] = hit / np.log2(ranks + 2)
   result['MRR'] = 1 / (ranks + 1)
   return result
+
+
+def recbole_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
+  """[K] values under the names and definitions of RecBole (Zhao et al. 2021),
+  with one relevant item per user: recall is hit, average precision the
+  reciprocal rank, both cut off.
+
+  RecBole leaves ties to the order of its sort; here they count against the
+  target.
+
+  Args:
+    ranks: as `ranking`.
+  """
+  ranks = np.asarray(ranks, np.float64)
+  result = {}
+  for n in CUTOFFS:
+    hit = ranks < n
+    result[f'hit@{n}'] = result[f'recall@{n}'] = hit.astype(np.float64)
+    result[f'precision@{n}'] = hit / n
+    result[f'mrr@{n}'] = result[f'map@{n}'] = hit / (ranks + 1)
+    result[f'ndcg@{n}'] = hit / np.log2(ranks + 2)
+  return result

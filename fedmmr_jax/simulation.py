@@ -31,10 +31,15 @@ SHUFFLE_STREAM = 7  # see federation.COHORT_STREAM
 class _Ranked(NamedTuple):
   """What a split is ranked on."""
 
+  dataset: Dataset
   data: FederatedData
-  max_items: int
   clients: np.ndarray
   split: str  # a key of `evaluation.SPLITS`
+
+  @property
+  def max_items(self) -> int:
+    """H, the longest client's number of interactions."""
+    return int(self.dataset.lengths.max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +227,18 @@ class Simulation:
     return dataclasses.replace(
         self, config=config, data=_to_device(config, self.dataset))
 
+  def with_popular_negatives(self) -> 'Simulation':
+    """The same, with negatives drawn by popularity for `Ranks.popular`.
+
+    Raises:
+      UserError: a client has too few unseen items that anybody trains on.
+    """
+    negatives = dataset_lib.draw_popular(
+        self.dataset, popularity.training_counts(self.dataset),
+        self.config.data.sampled_negatives, self.config.seed)
+    return dataclasses.replace(self, data=self.data._replace(
+        popular_negatives=jnp.asarray(negatives)))
+
   def with_features(self, change: str) -> 'Simulation':
     """The same but for what the experts see of the items.
 
@@ -249,19 +266,32 @@ class Simulation:
     """The data that a split's targets are in, and who has one."""
     if split == 'cold':
       return self._cold_ranked
-    return _Ranked(self.data, self.max_items, self.targeted(split), split)
+    return _Ranked(self.dataset, self.data, self.targeted(split), split)
 
   @functools.cached_property
   def _cold_ranked(self) -> _Ranked:
     """A cold item stands where the test item stands otherwise."""
     return _Ranked(
-        _to_device(self.config, self.cold.dataset, trains=False),
-        int(self.cold.dataset.lengths.max()), self.cold.clients, 'test')
+        self.cold.dataset,
+        _to_device(self.config, self.cold.dataset, trains=False)._replace(
+            popular_negatives=self.data.popular_negatives),
+        self.cold.clients, 'test')
 
   @property
   def evaluated_clients(self) -> np.ndarray:
     """[n] clients that are ranked."""
     return evaluation.evaluated_clients(self.config, self.dataset.num_clients)
+
+  def ranked_dataset(self, split: str) -> Dataset:
+    """The sequences that hold the targets of one of `splits`."""
+    return self._ranked(split).dataset
+
+  def targets(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """([n] clients that have a target in one of `splits`, [n] its row)."""
+    on = self._ranked(split)
+    at = (on.dataset.offsets[:-1] + on.dataset.num_train
+          + evaluation.SPLITS[on.split])
+    return on.clients, on.dataset.items[at[on.clients]]
 
   def targeted(self, split: str) -> np.ndarray:
     """[n] those of them that have a target in 'val' or 'test'."""

@@ -87,7 +87,7 @@ def load(config: RunConfig, dataset: Dataset,
     UserError: the path holds no round, a part of a group that was asked for
       would be left as it is, or would come to mean something else.
   """
-  run, number = _find(config.start.pretrained_path)
+  run, number = find(config.start.pretrained_path)
   rounds = Rounds(run.path)
   saved = rounds.load_as_saved(number)['state']
   source = rounds.path(number)
@@ -136,8 +136,13 @@ def _take(wanted: list[str], own: dict[str, Any], theirs: dict[str, Any],
   return params, table
 
 
-def _find(path: str) -> tuple[RunFolder, int]:
-  """A run's folder means its best round, `RUN/rounds/N` that one."""
+def find(path: str, flag: str = 'pretrained_path') -> tuple[RunFolder, int]:
+  """A run and a round of it: a run's folder means its best round,
+  `RUN/rounds/N` that one.
+
+  Raises:
+    UserError: there is no run, or no round; it names the flag.
+  """
   folder = pathlib.Path(path)
   if folder.parent.name == ROUNDS and folder.name.isdecimal():
     folder, number = folder.parent.parent, int(folder.name)
@@ -148,7 +153,7 @@ def _find(path: str) -> tuple[RunFolder, int]:
     run.check_format()
     return run, number or Rounds(folder).best()
   except UserError as error:
-    raise UserError(f'--pretrained_path={path}: {error}') from None
+    raise UserError(f'--{flag}={path}: {error}') from None
 
 
 def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:

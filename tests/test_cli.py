@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+from pyarrow import csv
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -62,11 +63,27 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
 
   # evaluate repeats the summary's numbers.
   summary = json.loads((workdir / 'summary.json').read_text())
-  out, _ = run('evaluate', f'--workdir={workdir}', '--json')
-  assert json.loads(out)['test'] == summary['test']
+  table = tmp_path / 'users.csv'
+  out, _ = run('evaluate', f'--workdir={workdir}', '--json', '--slices',
+               f'--per_user={table}', f'--compare={workdir}/rounds/1')
+  told = json.loads(out)
+  assert {p: told['test'][p] for p in ('sampled', 'full')} == summary['test']
+  rows = csv.read_csv(table)
+  assert rows.num_rows == 6
+  assert np.mean(rows['full/MRR'].to_numpy()) == pytest.approx(
+      summary['test']['full']['MRR'])
+  for parts in told['slices'].values():
+    assert sum(part['users'] for part in parts.values()) == 6
+  difference = told['difference']['full']['MRR']
+  assert difference['low'] <= difference['mean'] <= difference['high']
+  out, _ = run('evaluate', f'--workdir={workdir}', '--metrics=recbole',
+               '--protocol=full')
+  assert 'precision@10' in out and 'sampled' not in out
+  assert '--per_user=x.txt: end it in' in refused(
+      f'--workdir={workdir}', '--per_user=x.txt', binary='evaluate')
   blind, _ = run('evaluate', f'--workdir={workdir}', '--json',
                  '--features=zeroed')
-  assert json.loads(blind)['test'] != summary['test']
+  assert json.loads(blind)['test']['full'] != summary['test']['full']
   out, _ = run('evaluate', f'--workdir={workdir}', '--json', '--eval_clients=1')
   assert set(json.loads(out)['test']['full'].values()) != set(
       summary['test']['full'].values())

@@ -97,3 +97,16 @@ def test_vectors_have_means_too():
       metrics.merge(first, metrics.mean(jnp.array([0.0, 1.0]), 1)))
   assert metrics.finish({'a': merged, 'b': metrics.empty((2,))}) == {
       'a': [0.75, 0.25], 'b': None}
+
+
+def test_recbole_names_and_definitions():
+  # Ranks 1, 3 and 11, by hand.
+  found = metrics.recbole_of_each(np.array([0, 2, 10]))
+  assert found['hit@10'].tolist() == found['recall@10'].tolist() == [1, 1, 0]
+  assert found['precision@5'].tolist() == [0.2, 0.2, 0]
+  np.testing.assert_allclose(found['mrr@10'], [1, 1 / 3, 0])
+  np.testing.assert_allclose(found['map@20'], [1, 1 / 3, 1 / 11])
+  np.testing.assert_allclose(
+      found['ndcg@20'], [1, 0.5, np.log(2) / np.log(12)])
+  assert set(found) == {f'{kind}@{n}' for n in (5, 10, 20) for kind in (
+      'hit', 'recall', 'precision', 'mrr', 'map', 'ndcg')}

@@ -22,6 +22,7 @@ from fedmmr_jax.errors import UserError
 HELD_OUT = 2      # validation and test item at the end of a sequence
 MIN_HELD_OUT = 1  # the validation item, where a client has no test item
 NEGATIVES_STREAM = 2  # see federation.COHORT_STREAM
+POPULARITY_STREAM = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,8 @@ class FederatedData(NamedTuple):
     avoided_length: [K] int32.
     sampled_negatives: [K, n] int32 unseen items of the sampled protocol, n =
       100 by default.
+    popular_negatives: [K, n] int32 likewise, drawn by popularity; [K, 0] until
+      they are asked for (`draw_popular`).
     num_drawable: [] int32 rows of the catalogue that negatives are drawn from
       and targets ranked against: V without the cold ones.
   """
@@ -132,6 +135,7 @@ class FederatedData(NamedTuple):
   avoided_offset: jax.Array
   avoided_length: jax.Array
   sampled_negatives: jax.Array
+  popular_negatives: jax.Array
   num_drawable: jax.Array
 
 
@@ -146,6 +150,7 @@ class ClientData(NamedTuple):
     num_avoided: [] int32.
     sampled_negatives: [n] int32.
     num_drawable: [] int32, see `FederatedData`.
+    popular_negatives: [n] or [0] int32.
   """
 
   history: jax.Array
@@ -155,6 +160,7 @@ class ClientData(NamedTuple):
   num_avoided: jax.Array
   sampled_negatives: jax.Array
   num_drawable: jax.Array
+  popular_negatives: jax.Array = np.zeros(0, np.int32)
 
 
 def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
@@ -195,6 +201,7 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
           np.cumsum(avoided_length) - avoided_length, jnp.int32),
       avoided_length=jnp.asarray(avoided_length, jnp.int32),
       sampled_negatives=jnp.asarray(sampled, jnp.int32),
+      popular_negatives=jnp.zeros((dataset.num_clients, 0), jnp.int32),
       num_drawable=jnp.int32(dataset.num_rows - dataset.num_cold))
 
 
@@ -237,7 +244,8 @@ def client_view(data: FederatedData, client: jax.Array,
   return ClientData(
       history, num_items, jnp.where(real, data.num_train[client], 0),
       avoided, num_avoided,
-      jnp.where(real, data.sampled_negatives[client], 0), data.num_drawable)
+      jnp.where(real, data.sampled_negatives[client], 0), data.num_drawable,
+      jnp.where(real, data.popular_negatives[client], 0))
 
 
 def _check_unseen(dataset, num_consumed, num_negatives, sampled_negatives):
@@ -249,6 +257,49 @@ def _check_unseen(dataset, num_consumed, num_negatives, sampled_negatives):
       raise UserError(
           f'{dataset.name}: user {dataset.user_ids[client]} has only {unseen} '
           f'unseen items; lower --{flag}={wanted}')
+
+
+def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
+                 seed: int) -> np.ndarray:
+  """Unseen items of each client, drawn by popularity and without replacement:
+  the next one always in proportion to what is left.
+
+  Args:
+    dataset: whose clients.
+    popularity: [V] weight of each item; one of weight 0 is never drawn.
+    count: n, items for each client.
+    seed: of the draws.
+
+  Returns:
+    [K, n] int32 distinct items.
+
+  Raises:
+    UserError: a client has fewer unseen items of any popularity.
+  """
+  popularity = popularity.astype(np.float64)
+  popularity[[0, *range(dataset.num_rows - dataset.num_cold,
+                        dataset.num_rows)]] = 0
+  cumulative = np.cumsum(popularity)
+  drawn = np.empty((dataset.num_clients, count), np.int32)
+  for client, user in enumerate(dataset.user_ids.tolist()):
+    rng = np.random.default_rng([seed, POPULARITY_STREAM, _as_seed(user)])
+    is_left = popularity > 0
+    is_left[dataset.sequence(client)] = False
+    if is_left.sum() < count:
+      raise UserError(
+          f'{dataset.name}: user {user} has only {is_left.sum()} unseen items '
+          'that anybody trains on; the popularity protocol needs '
+          f'--sampled_negatives={count}')
+    found = 0
+    while found < count:
+      # Passing over what was drawn before is drawing from what is left.
+      for item in np.searchsorted(
+          cumulative, rng.random(4 * count) * cumulative[-1], side='right'):
+        if found < count and is_left[item]:
+          is_left[item] = False
+          drawn[client, found] = item
+          found += 1
+  return drawn
 
 
 def _as_seed(user: int | str) -> int:

@@ -68,8 +68,8 @@ def select(name: str, interactions: Interactions,
     UserError: nobody is left.
   """
   if filters.test_from is not None and interactions.times is None:
-    raise UserError(f'{name}: --split=timeline needs timestamps, and these '
-                    'interactions have none; say --split=leave_one_out')
+    raise UserError(f'{name}: --split_by=timeline needs timestamps, and these '
+                    'interactions have none; say --split_by=leave_one_out')
   table = _in_order(interactions)
   notes = _about_times(table)
   size = len(interactions.user_ids)

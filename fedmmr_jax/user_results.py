@@ -1,0 +1,201 @@
+"""What an evaluation found for each user: metrics of all protocols, slices of
+users, a table to keep, the difference to another run.
+
+| protocol | the target is ranked against |
+|---|---|
+| full | everything that its user has not consumed |
+| sampled | unseen items drawn uniformly (`--sampled_negatives`, 100) |
+| popularity | as many, drawn by how often an item was consumed in training |
+| corrected | as full, estimated from `sampled` (`corrected.py`) |
+
+All come from one pass of scores; the draws are made once from the run's seed.
+"""
+
+import pathlib
+from typing import Callable, Mapping, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+from pyarrow import parquet as arrow_parquet
+
+from fedmmr_jax import bootstrap, corrected, metrics, popularity
+from fedmmr_jax.bootstrap import Difference
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.federation import FederationState
+from fedmmr_jax.simulation import Simulation
+
+PROTOCOLS = ('full', 'sampled', 'popularity', 'corrected')
+FORMATS = ('.csv', '.parquet')
+
+# Protocol -> metric -> values or their mean.
+Metrics = dict[str, dict[str, np.ndarray]]
+Means = dict[str, dict[str, float]]
+
+
+class UserResults(NamedTuple):
+  """One target of each user, and its ranks.
+
+  Attributes:
+    users: [n] source ids.
+    targets: [n] source ids of the items to be found.
+    num_train: [n] int, items that the user trains on.
+    target_popularity: [n] int, training interactions with the target.
+    candidates: [n] int, unconsumed items that `full` ranks against.
+    num_sampled: int, negatives of the sampled protocols.
+    full, sampled, popular: [n] int, how many of each protocol's candidates are
+      at least as good as the target.
+  """
+
+  users: np.ndarray
+  targets: np.ndarray
+  num_train: np.ndarray
+  target_popularity: np.ndarray
+  candidates: np.ndarray
+  num_sampled: int
+  full: np.ndarray
+  sampled: np.ndarray
+  popular: np.ndarray
+
+  def where(self, chosen: np.ndarray) -> 'UserResults':
+    """Those of some of the users."""
+    return UserResults(*(
+        x if np.ndim(x) == 0 else x[chosen] for x in self))
+
+  def of_each(self, naming: Callable[..., dict] = metrics.ranking_of_each
+              ) -> Metrics:
+    """Protocol -> metric -> [n] values, 'corrected' under the usual names
+    only."""
+    found = {protocol: naming(ranks) for protocol, ranks in zip(
+        PROTOCOLS, (self.full, self.sampled, self.popular))}
+    if naming is metrics.ranking_of_each:
+      found['corrected'] = corrected.estimate_of_each(
+          self.sampled, self.candidates, self.num_sampled)
+    return found
+
+  def means(self, naming: Callable[..., dict] = metrics.ranking_of_each
+            ) -> Means:
+    """Protocol -> metric -> mean over the users."""
+    return {protocol: {name: float(np.mean(values))
+                       for name, values in by_metric.items()}
+            for protocol, by_metric in self.of_each(naming).items()}
+
+
+def evaluate(simulation: Simulation, state: FederationState,
+             split: str) -> UserResults:
+  """Ranks the targets of a split under all protocols, in one pass.
+
+  Args:
+    simulation: one with popular negatives.
+    state: what is evaluated.
+    split: one of `Simulation.splits`.
+
+  Raises:
+    UserError: a score is NaN or infinite.
+  """
+  _, ranks = simulation.evaluate(state, split)
+  return of_ranks(simulation, ranks, split)
+
+
+def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
+  """Ranks [n] of a split's targets with what there is to know of each."""
+  if not simulation.data.popular_negatives.shape[1]:  # ranks would all be 0
+    raise ValueError('the simulation has no popular negatives')
+  clients, targets = simulation.targets(split)
+  dataset = simulation.ranked_dataset(split)
+  consumed = np.array([len(np.unique(dataset.sequence(k))) for k in clients])
+  counts = popularity.training_counts(simulation.dataset)
+  return UserResults(
+      dataset.user_ids[clients], dataset.item_ids[targets],
+      simulation.num_train[clients], counts[targets],
+      dataset.num_items - dataset.num_cold - consumed,
+      simulation.data.sampled_negatives.shape[1],
+      ranks.full, ranks.sampled, ranks.popular)
+
+
+def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
+  """Users by history length, in quarters, and by the popularity of the target.
+
+  Targets: head, middle and tail hold a third each of the users whose target
+  somebody trained on; 'new' are those that nobody did.
+  """
+  lengths = _parts(results.num_train, 4)
+  trained = results.target_popularity > 0
+  popular = {f'{name}: {label}': trained & chosen for name, (
+      label, chosen) in zip(('tail', 'middle', 'head'), _parts(
+          results.target_popularity, 3, among=trained))}
+  popular['new: 0'] = ~trained
+  found = {'training items of the user': dict(lengths),
+           'training interactions with the target': popular}
+  return {title: {label: results.where(chosen)
+                  for label, chosen in parts.items() if chosen.any()}
+          for title, parts in found.items()}
+
+
+def _parts(values: np.ndarray, count: int,
+           among: np.ndarray | None = None) -> list[tuple[str, np.ndarray]]:
+  """(bounds, [n] bool) of parts of equal size, as far as ties allow it."""
+  among = np.ones(len(values), bool) if among is None else among
+  if not among.any():
+    return []
+  edges = np.unique(np.quantile(
+      values[among], np.arange(1, count) / count, method='lower'))
+  part = np.searchsorted(edges, values, side='left')
+  found = []
+  for number in range(len(edges) + 1):
+    chosen = among & (part == number)
+    if chosen.any():
+      low, high = values[chosen].min(), values[chosen].max()
+      found.append((f'{low} to {high}' if low < high else f'{low}', chosen))
+  return found
+
+
+def difference(results: UserResults, other: UserResults) -> dict[
+    str, dict[str, Difference]]:
+  """Protocol -> metric -> this minus the other, paired over users.
+
+  Raises:
+    UserError: they do not rank the same targets of the same users.
+  """
+  if not (np.array_equal(results.users, other.users)
+          and np.array_equal(results.targets, other.targets)):
+    raise UserError(
+        'the two runs do not rank the same targets of the same users, so that '
+        'they cannot be paired; compare runs on the same data, with the same '
+        '--top_k_users, filters and split')
+  mine, theirs = results.of_each(), other.of_each()
+  return {protocol: {
+      metric: bootstrap.paired_bootstrap(values, theirs[protocol][metric])
+      for metric, values in by_metric.items()}
+          for protocol, by_metric in mine.items()}
+
+
+def check_path(path: str) -> None:
+  """Raises UserError unless `write` knows the file's ending."""
+  if pathlib.Path(path).suffix not in FORMATS:
+    raise UserError(f'--per_user={path}: end it in {" or ".join(FORMATS)}')
+
+
+def write(results: UserResults, path: pathlib.Path) -> None:
+  """A row a user, as Parquet or CSV by the file's ending: ids, sizes, ranks
+  from 1, and each metric of each protocol.
+
+  Raises:
+    UserError: another ending.
+  """
+  check_path(str(path))
+  table = pa.table({
+      'user': results.users, 'target': results.targets,
+      'num_train': results.num_train,
+      'target_popularity': results.target_popularity,
+      'candidates': results.candidates,
+      **{f'rank_{name}': 1 + ranks for name, ranks in zip(
+          PROTOCOLS, (results.full, results.sampled, results.popular))},
+      **{f'{protocol}/{metric}': values
+         for protocol, by_metric in results.of_each().items()
+         for metric, values in by_metric.items()}})
+  if path.suffix == '.csv':
+    arrow_csv.write_csv(table, path)
+  else:
+    arrow_parquet.write_table(table, path)

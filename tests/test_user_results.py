@@ -1,0 +1,121 @@
+"""What an evaluation tells of each user."""
+
+import dataclasses
+
+import numpy as np
+from pyarrow import parquet
+import pytest
+
+from fedmmr_jax import popularity
+from fedmmr_jax import user_results
+from fedmmr_jax.data import dataset as dataset_lib
+from fedmmr_jax.errors import UserError
+from tests import small
+
+
+@pytest.fixture(scope='module')
+def evaluated():
+  simulation = small.simulation().with_popular_negatives()
+  state = simulation.init_state()
+  return simulation, user_results.evaluate(simulation, state, 'test'), state
+
+
+def test_popular_negatives_are_unseen_distinct_and_trained(evaluated):
+  simulation = evaluated[0]
+  counts = popularity.training_counts(simulation.dataset)
+  for client, drawn in enumerate(np.asarray(simulation.data.popular_negatives)):
+    assert len(set(drawn.tolist())) == 10
+    assert not set(drawn) & set(simulation.dataset.sequence(client))
+    assert (counts[drawn] > 0).all()
+
+
+def draws(weights, count=1, seeds=2000, sequence=(1, 2, 3)):
+  """[seeds, count] draws of one client over items 1 … len(weights) − 1."""
+  dataset = dataclasses.replace(
+      small.dataset(), items=np.array(sequence, np.int32),
+      offsets=np.array([0, len(sequence)]), user_ids=np.array([5]),
+      item_ids=np.arange(len(weights)))
+  return np.concatenate([dataset_lib.draw_popular(
+      dataset, np.array(weights), count, seed) for seed in range(seeds)])
+
+
+def test_popular_negatives_follow_the_popularity():
+  # Items 4, 5, 6 of weight 1, 3, 6; 1 to 3 are consumed, 7 is nobody's.
+  drawn = draws([9, 5, 5, 5, 1, 3, 6, 0])[:, 0]
+  share = np.bincount(drawn, minlength=8) / len(drawn)
+  np.testing.assert_allclose(share[[4, 5, 6]], [0.1, 0.3, 0.6], atol=0.04)
+  assert share[[4, 5, 6]].sum() == 1
+  # The second one is drawn from what is left: after 6, 4 and 5 as 1 to 3.
+  pairs = draws([9, 5, 5, 5, 1, 3, 6, 0], 2)
+  after = pairs[pairs[:, 0] == 6, 1]
+  assert (after == 5).mean() == pytest.approx(0.75, abs=0.05)
+
+
+def test_too_few_popular_items_are_refused():
+  with pytest.raises(UserError, match='user 5 has only 3 unseen items that '
+                     'anybody trains on'):
+    draws([9, 5, 5, 5, 1, 3, 6, 0], 4, seeds=1)
+
+
+def test_ranks_are_those_of_the_scores(evaluated):
+  simulation, results, state = evaluated
+  assert results.users.tolist() == simulation.dataset.user_ids.tolist()
+  _, ranks = simulation.evaluate(state, 'test')
+  np.testing.assert_array_equal(results.full, ranks.full)
+  np.testing.assert_array_equal(results.popular, ranks.popular)
+  for client in range(3):
+    own = simulation.dataset.sequence(client)
+    assert results.targets[client] == simulation.dataset.item_ids[own[-1]]
+    assert results.candidates[client] == (
+        simulation.dataset.num_items - len(set(own)))
+    assert results.num_train[client] == len(own) - 2
+  # Nothing but the popular negatives differs from a plain evaluation.
+  _, plain = small.simulation().evaluate(state, 'test')
+  np.testing.assert_array_equal(plain.full, ranks.full)
+  np.testing.assert_array_equal(plain.sampled, ranks.sampled)
+
+
+def test_without_popular_negatives_nothing_is_told(evaluated):
+  # Every rank among none would be 0, a perfect hit.
+  with pytest.raises(ValueError):
+    user_results.evaluate(small.simulation(), evaluated[2], 'test')
+
+
+def results_of(num_train, popular):
+  n = len(num_train)
+  ranks = np.arange(n)
+  return user_results.UserResults(
+      np.arange(n), np.arange(n), np.array(num_train), np.array(popular),
+      np.full(n, 500), 100, ranks * 3, ranks, ranks)
+
+
+def test_slices_part_the_users():
+  results = results_of([1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 1, 2, 2, 9, 9, 9])
+  lengths, popular = user_results.slices(results).values()
+  assert {k: len(v.users) for k, v in lengths.items()} == {
+      '1 to 2': 2, '3 to 4': 2, '5 to 6': 2, '7 to 8': 2}
+  assert {k: v.users.tolist() for k, v in popular.items()} == {
+      'tail: 1 to 2': [1, 2, 3, 4], 'middle: 9': [5, 6, 7],
+      'new: 0': [0]}
+
+
+def test_a_difference_is_paired():
+  results = results_of([3] * 50, [1] * 50)
+  worse = results._replace(full=results.full + 200)
+  found = user_results.difference(results, worse)
+  assert found['full']['MRR'].low > 0
+  assert found['sampled']['MRR'] == (0, 0, 0)
+  with pytest.raises(UserError, match='same targets'):
+    user_results.difference(results, results._replace(
+        targets=results.targets + 1))
+
+
+def test_parquet_holds_what_was_found(evaluated, tmp_path):
+  results = evaluated[1]
+  user_results.write(results, tmp_path / 'users.parquet')
+  table = parquet.read_table(tmp_path / 'users.parquet').to_pydict()
+  assert table['user'] == results.users.tolist()
+  assert table['rank_full'] == (1 + results.full).tolist()
+  for protocol, by_metric in results.means().items():
+    for metric, value in by_metric.items():
+      assert np.mean(table[f'{protocol}/{metric}']) == pytest.approx(value)
