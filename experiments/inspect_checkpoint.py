@@ -261,7 +261,8 @@ def recommend(run: RunFolder, rounds: Rounds, number: int,
              for row, score in zip(items, scores)]
   rows = [[e['item_id'], f'{e["score"]:.4f}', e['title'].ljust(1)]
           for e in entries]
-  return ({'round': number, 'user_id': int(user), 'entries': entries},
+  return ({'round': number, 'user_id': ids['user_ids'][client],
+           'entries': entries},
           f'round {number}, user {user}\n\n'
           + console.table(['item', 'score', 'title'], rows))
 
@@ -318,7 +319,7 @@ def show_memory(run: RunFolder, rounds: Rounds, number: int,
           'frequency': int(memory.frequency[slot]),
           'surprise': _finite(memory.surprise[slot]),
           'utility': _finite(utility[slot])})
-  content = {'round': number, 'user_id': int(user),
+  content = {'round': number, 'user_id': ids['user_ids'][client],
              'clock': int(memory.clock), 'entries': entries}
   rows = [[e['item_id'], e['last_update'], e['frequency'],
            _number(e['surprise'], 3), _number(e['utility']),

@@ -227,6 +227,12 @@ class Simulation:
     return dataclasses.replace(
         self, config=config, data=_to_device(config, self.dataset))
 
+  def with_clients(self, count: int) -> 'Simulation':
+    """The same, ranking so many clients (0 = all)."""
+    return dataclasses.replace(self, config=dataclasses.replace(
+        self.config, evaluation=dataclasses.replace(
+            self.config.evaluation, eval_clients=count)))
+
   def with_popular_negatives(self) -> 'Simulation':
     """The same, with negatives drawn by popularity for `Ranks.popular`.
 

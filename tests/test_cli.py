@@ -313,3 +313,14 @@ def test_benchmark(ml_1m):
       *flags, '--cohorts=10,ten', binary='benchmark')
   assert '--parts=speed: no such part' in refused(
       *flags, '--parts=speed', binary='benchmark')
+
+
+def test_audit(ml_1m):
+  flags = [*TINY, f'--data_dir={ml_1m}', '--rounds=1']
+  out, _ = run('audit', *flags)
+  assert out.count('\nclean ') == 6 and 'LEAK' not in out
+  out, _ = run('audit', *flags, '--leaky_negatives', '--json', status=1)
+  told = json.loads(out)
+  assert {c['name'] for c in told['checks'] if not c['passed']} >= {
+      'training negatives', 'catalogue filter'}
+  assert set(told['test']['1 rounds']) == {'popularity', 'clean', 'leaky'}

@@ -1,0 +1,93 @@
+"""Looks for leaks in a run: proofs on its own sampler, windows and rounds, and a
+canary that sings if there is one.
+
+    python -m experiments.audit --workdir=RUN
+    python -m experiments.audit --flagfile=experiments/presets/paper.flags \\
+        --data_dir=path/to/ml-1m
+
+Takes the flags of experiments.train, or a run's own settings. What each check
+does: fedmmr_jax/audit.py. Exit status 1 if one fails.
+"""
+
+import json
+import sys
+from typing import Any
+
+from absl import flags
+
+from experiments import app
+from experiments import console
+from fedmmr_jax import audit
+from fedmmr_jax import evaluation
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.audit import Trained
+from fedmmr_jax.data import load
+from fedmmr_jax.run_folder import RunFolder
+
+_ROUNDS = flags.DEFINE_integer(
+    'rounds', 10, 'rounds that the run is trained with and without the leak; 0 '
+    'leaves that out', lower_bound=0)
+_CANARIES = flags.DEFINE_integer(
+    'canaries', 200, 'clients that train alone (0 = all)', lower_bound=0)
+_JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
+app.define_config_flags()
+
+FOUND_A_LEAK = 1
+
+
+def main() -> None:
+  before = None
+  if app.WORKDIR.value:
+    before = app.open_run().flags()
+  config = app.config_from_flags(before)
+  loaded = load.load(config.data, config.seed)
+  if app.WORKDIR.value:
+    RunFolder(app.WORKDIR.value).check_data(loaded.dataset)
+  print(console.data_report(loaded) + '\n', file=sys.stderr)
+  simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
+  checks = audit.all_checks(simulation.with_popular_negatives())
+  song, alone = audit.canary(simulation.with_clients(_CANARIES.value))
+  checks.append(song)
+  figures = {'alone': alone}
+  if _ROUNDS.value:
+    figures[f'{_ROUNDS.value} rounds'] = audit.federated(
+        simulation, _ROUNDS.value)
+  if _JSON.value:
+    print(json.dumps({
+        'checks': [check._asdict() for check in checks],
+        'test': {name: {kind: evaluation.metrics_of(ranks) for kind, ranks in
+                        trained._asdict().items()}
+                 for name, trained in figures.items()}}, indent=2,
+                     allow_nan=False))
+  else:
+    print('\n'.join(map(_line, checks)))
+    print('\n' + console.table(
+        ['test item', 'users', 'negatives', *_COLUMNS], _rows(figures)))
+  if not all(check.passed for check in checks):
+    sys.exit(FOUND_A_LEAK)
+
+
+_COLUMNS = {'HR@10 sampled': ('sampled', 'HR@10'),
+            'HR@10 full': ('full', 'HR@10'),
+            'NDCG@10 full': ('full', 'NDCG@10')}
+
+
+def _line(check: audit.Check) -> str:
+  return f'{"clean" if check.passed else "LEAK "}  {check.name}: {check.found}'
+
+
+def _rows(figures: dict[str, Trained]) -> list[list[Any]]:
+  rows = []
+  for name, trained in figures.items():
+    for kind, ranks in trained._asdict().items():
+      found = evaluation.metrics_of(ranks)
+      rows.append([
+          'popularity' if kind == 'popularity' else name, len(ranks.full),
+          '' if kind == 'popularity' else kind, *(
+              f'{found[protocol][metric]:.4f}'
+              for protocol, metric in _COLUMNS.values())])
+  return rows
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,300 @@
+"""Is there a leak? What a reviewer would ask, answered on the very functions that
+a run uses, not on a description of them.
+
+| check | how |
+|---|---|
+| training negatives | the sampler draws for every client; its held-out items must come as often as any other unseen item |
+| windows | histories are replaced by their positions: no window may show one behind the training items, every training item but the first is a target once |
+| round | all held-out items are exchanged for others: parameters, prototypes and memories after the rounds must not differ in a bit |
+| memory | after the rounds each client remembers training items only |
+| catalogue filter | what negatives avoid, and what a k-core counts, are training items |
+| evaluation negatives | unseen, distinct, candidates |
+| canary | each client alone, from a random model: it cannot learn more than what it consumed, so that far above popularity it knows its target |
+
+The canary sings with `--leaky_negatives`, where held-out items are never drawn as
+negatives: of the unseen items they alone are not pushed down. That is the
+original system's leak.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmmr_jax import popularity, scoring, windows
+from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.bootstrap import paired_bootstrap
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.dataset import Dataset, client_view
+from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.simulation import Simulation
+
+AUDIT_STREAM = 10  # see federation.COHORT_STREAM
+DRAWS = 10_000     # negatives of a client
+DEVIATIONS = 5     # of a binomial count, before it is no chance
+# A canary whose HR@10 is surely above popularity's by more knows its targets.
+MARGIN = 0.1
+# How the canary trains: long and fast enough to sing.
+CANARY = {'client_optimizer': 'adam', 'client_learning_rate': 1e-2,
+          'client_schedule': 'constant', 'client_warmup_rounds': 0,
+          'max_local_steps': 0, 'local_epochs': 10, 'drift_control': 'none',
+          'proximal_mu': 0.0, 'freeze': '', 'item_embedding': 'id',
+          'experts': 'none', 'memory': 'none', 'global_memory': False}
+
+
+class Check(NamedTuple):
+  """One question.
+
+  Attributes:
+    name: what was looked at.
+    passed: is it clean?
+    found: in figures.
+  """
+
+  name: str
+  passed: bool
+  found: str
+
+
+def all_checks(simulation: Simulation, rounds: int = 2) -> list[Check]:
+  """All but the canary, which takes training.
+
+  Args:
+    simulation: with popular negatives.
+    rounds: of the comparison with other held-out items.
+  """
+  return [training_negatives(simulation), training_windows(simulation),
+          *trained_rounds(simulation, rounds), catalogue_filter(simulation),
+          evaluation_negatives(simulation)]
+
+
+def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
+  """Draws negatives for every client, and counts the held-out items."""
+  config = simulation.compiled_config
+  per_draw = max(config.client.num_negatives * (
+      1 if config.client.negatives == 'shared'
+      else windows.targets_of_step(config)), 1)
+  num_keys = -(-draws // per_draw)
+
+  def count(client):
+    view = client_view(simulation.data, client, simulation.max_items)
+    position = jnp.arange(len(view.history))
+    held_out = jnp.where((position >= view.num_train) & (
+        position < view.num_items), view.history, 0)
+    # What the client has consumed in training too may not be drawn.
+    consumed = jnp.zeros(simulation.model.num_rows, bool).at[jnp.where(
+        position < view.num_train, view.history, 0)].set(True)
+    wanted = jnp.zeros_like(consumed).at[held_out].set(True) & ~consumed
+    wanted = wanted.at[0].set(False)
+    keys = jax.random.split(jax.random.fold_in(
+        jax.random.key(AUDIT_STREAM), client), num_keys)
+    drawn = jax.lax.map(lambda key: jnp.sum(
+        wanted[scoring.draw_negatives(key, view, config)]), keys)
+    # Of training items none may come.
+    trained = jax.lax.map(lambda key: jnp.sum(
+        consumed[scoring.draw_negatives(key, view, config)]), keys)
+    free = view.num_drawable - 1 - jnp.sum(consumed[1:])
+    return jnp.sum(drawn), jnp.sum(trained), jnp.sum(wanted) / free
+
+  drawn, trained, share = (np.asarray(x, np.float64) for x in jax.jit(
+      lambda clients: jax.lax.map(count, clients))(
+          jnp.arange(simulation.dataset.num_clients)))
+  total = num_keys * per_draw
+  expected = total * share.sum()
+  deviation = np.sqrt(total * (share * (1 - share)).sum())
+  return Check(
+      'training negatives',
+      bool(abs(drawn.sum() - expected) <= DEVIATIONS * deviation
+           and trained.sum() == 0),
+      f'of {total:,} draws for each of {len(share):,} clients '
+      f'{drawn.sum():,.0f} are items held out of its training, '
+      f'{expected:,.0f} ± {deviation:,.0f} expected if they are drawn like any '
+      f'unseen item; {trained.sum():,.0f} are training items')
+
+
+def training_windows(simulation: Simulation) -> Check:
+  """Cuts all windows of every client, of positions instead of items."""
+  config = simulation.compiled_config
+  stride = windows.window_stride(config.client, config.model.max_seq_len)
+  most = int(windows.num_windows(simulation.max_items, stride))
+
+  def look(client):
+    view = client_view(simulation.data, client, simulation.max_items)
+    view = view._replace(history=1 + jnp.arange(len(view.history)))
+    own = windows.num_windows(view.num_train, stride)
+
+    def window(index):
+      batch = windows.cut_windows(
+          view, index[None], index[None] < own, stride,
+          config.model.max_seq_len)
+      targets = jnp.where(batch.valid, batch.targets, 0)
+      return (jnp.maximum(jnp.max(batch.windows), jnp.max(targets)),
+              jnp.sum(batch.valid))
+
+    latest, targets = jax.lax.map(window, jnp.arange(most))
+    return jnp.max(latest) - view.num_train, (
+        jnp.sum(targets) - jnp.maximum(view.num_train - 1, 0))
+
+  beyond, missing = jax.jit(lambda clients: jax.lax.map(look, clients))(
+      jnp.arange(simulation.dataset.num_clients))
+  beyond, missing = np.asarray(beyond), np.asarray(missing)
+  return Check(
+      'windows', bool((beyond <= 0).all() and (missing == 0).all()),
+      f'{(beyond > 0).sum()} of {len(beyond):,} clients have a window that '
+      'reaches behind their training items; '
+      f'{(missing != 0).sum()} have a training item that is not a target once')
+
+
+def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
+  """Trains with the held-out items and with others in their place."""
+  other = dataclasses.replace(
+      simulation, dataset=exchanged(simulation.dataset, simulation.config.seed))
+  other = other.with_seed(simulation.config.seed)  # puts it on the device
+  states = []
+  for one in (simulation, other):
+    state = one.init_state()
+    for number in range(1, rounds + 1):
+      state, _ = one.run_round(state, number, one.sample_cohort(number))
+    states.append(state)
+  own, theirs = (jax.tree.map(np.asarray, jax.device_get(
+      (s.server.params, s.server.prototypes, s.memories))) for s in states)
+  changed = (simulation.dataset.items != other.dataset.items).sum()
+  differing = [jax.tree_util.keystr(path) for (path, a), b in zip(
+      jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(theirs))
+               if not np.array_equal(a, b)]
+  names = 'parameters, prototypes and memories'
+  checks = [Check(
+      f'{rounds} rounds', not differing,
+      f'with {changed:,} held-out items exchanged for others, {names} are '
+      + ('the same in every bit' if not differing else
+         f'different in {len(differing)} arrays, {differing[0]} the first'))]
+  memories = own[2].item
+  foreign = sum(
+      len(np.setdiff1d(memories[k], [0, *simulation.dataset.sequence(k)[
+          :simulation.num_train[k]]]))
+      for k in range(simulation.dataset.num_clients))
+  checks.append(Check(
+      'memory', foreign == 0,
+      f'{(memories > 0).sum():,} entries of '
+      f'{(memories > 0).any(axis=1).sum():,} clients, {foreign} of them not '
+      'their training items'))
+  return checks
+
+
+def exchanged(dataset: Dataset, seed: int) -> Dataset:
+  """The same with each held-out item exchanged for one that its client has not
+  consumed."""
+  rng = np.random.default_rng([seed, AUDIT_STREAM])
+  items = dataset.items.copy()
+  for client in range(dataset.num_clients):
+    start, end = dataset.offsets[client:client + 2]
+    unseen = np.setdiff1d(np.arange(1, dataset.num_rows - dataset.num_cold),
+                          dataset.items[start:end])
+    first = start + dataset.num_train[client]
+    count = min(end - first, len(unseen))
+    items[first:first + count] = rng.choice(unseen, count, replace=False)
+  return dataclasses.replace(dataset, items=items)
+
+
+def catalogue_filter(simulation: Simulation) -> Check:
+  """What is kept from being drawn, and what from the catalogue."""
+  dataset, data = simulation.dataset, simulation.data
+  avoided = np.asarray(data.avoided)
+  own = np.split(avoided, np.cumsum(np.asarray(data.avoided_length))[:-1])
+  foreign = sum(
+      len(np.setxor1d(own[k], dataset.sequence(k)[:simulation.num_train[k]]))
+      for k in range(dataset.num_clients))
+  counts = popularity.training_counts(dataset)[1:dataset.num_rows]
+  k_core = simulation.config.data.k_core
+  # The most active users may have been taken after the core was.
+  rare = (counts[:dataset.num_items - dataset.num_cold] < k_core).sum() if (
+      k_core and not simulation.config.data.top_k_users) else 0
+  unknown = (counts == 0).sum() - dataset.num_cold
+  return Check(
+      'catalogue filter', bool(foreign == 0 and rare == 0),
+      f'{foreign} items are kept from a client\'s negatives without being in '
+      f'its training; {unknown} of {dataset.num_items:,} items are known from '
+      'held-out interactions only, and drawn and ranked like any other'
+      + (f'; {rare} have fewer than --k_core={k_core} training interactions'
+         if k_core else ''))
+
+
+def evaluation_negatives(simulation: Simulation) -> Check:
+  """The frozen draws of both sampled protocols."""
+  dataset = simulation.dataset
+  seen = repeated = outside = 0
+  for negatives in (simulation.data.sampled_negatives,
+                    simulation.data.popular_negatives):
+    negatives = np.asarray(negatives)
+    outside += ((negatives < 1) | (
+        negatives >= dataset.num_rows - dataset.num_cold)).sum()
+    for client, drawn in enumerate(negatives):
+      seen += np.isin(drawn, dataset.sequence(client)).sum()
+      repeated += len(drawn) - len(np.unique(drawn))
+  return Check(
+      'evaluation negatives', not (seen or repeated or outside),
+      f'{negatives.shape[1]} uniform and {negatives.shape[1]} by popularity for '
+      f'each of {dataset.num_clients:,} clients: {seen} consumed by it, '
+      f'{repeated} drawn twice, {outside} no candidates')
+
+
+class Trained(NamedTuple):
+  """Ranks of the test items: by popularity, and of the same training with clean
+  and with leaky negatives."""
+
+  popularity: Ranks
+  clean: Ranks
+  leaky: Ranks
+
+
+def canary(simulation: Simulation) -> tuple[Check, Trained]:
+  """Trains every client of `--eval_clients` alone, from a random model.
+
+  The check is about the simulation's own negatives.
+  """
+  config = RunConfig.from_flat_dict(
+      simulation.config.as_flat_dict() | CANARY).validate()
+  found = {}
+  for leaky in (False, True):
+    alone = _with_leak(simulation, config, leaky)
+    found[leaky] = alone.rank_local_only(alone.init_state())['test']
+  trained = Trained(simulation.rank_by_popularity('test'), *found.values())
+  by_popularity, clean, leaky = (hit_rate(ranks) for ranks in trained)
+  own = (trained.leaky if simulation.config.client.leaky_negatives
+         else trained.clean)
+  lead = paired_bootstrap(*(
+      metrics_lib.ranking_of_each(ranks.sampled)['HR@10']
+      for ranks in (own, trained.popularity)))
+  return Check(
+      'canary', lead.low <= MARGIN,
+      f'HR@10 (sampled) of clients that train alone: {hit_rate(own):.3f}, of '
+      f'popularity {by_popularity:.3f} (difference {lead.low:+.3f} to '
+      f'{lead.high:+.3f}); with leaky negatives {leaky:.3f}, without '
+      f'{clean:.3f}'), trained
+
+
+def federated(simulation: Simulation, rounds: int) -> Trained:
+  """The run itself, its first rounds, with clean and with leaky negatives."""
+  found = {}
+  for leaky in (False, True):
+    one = _with_leak(simulation, simulation.config, leaky)
+    state = one.init_state()
+    for number in range(1, rounds + 1):
+      state, _ = one.run_round(state, number, one.sample_cohort(number))
+    found[leaky] = one.evaluate(state, 'test')[1]
+  return Trained(simulation.rank_by_popularity('test'), *found.values())
+
+
+def hit_rate(ranks: Ranks) -> float:
+  """HR@10 of the sampled protocol."""
+  return metrics_lib.ranking(ranks.sampled)['HR@10']
+
+
+def _with_leak(simulation: Simulation, config: RunConfig,
+               leaky: bool) -> Simulation:
+  config = dataclasses.replace(config, client=dataclasses.replace(
+      config.client, leaky_negatives=leaky))
+  return simulation_lib.build(config, simulation.dataset, simulation.cold)

@@ -1,0 +1,100 @@
+"""The leak audit finds no leak in a clean run, and finds the ones put in."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmmr_jax import audit
+from fedmmr_jax import windows
+from fedmmr_jax.data import dataset as dataset_lib
+from tests import small
+
+CLEAN = {'training negatives', 'windows', '2 rounds', 'memory',
+         'catalogue filter', 'evaluation negatives'}
+
+
+def simulation(**changes):
+  return small.simulation(
+      client_fraction=1.0, surprise_threshold=0.0,
+      **changes).with_popular_negatives()
+
+
+def failed(checks):
+  return {check.name for check in checks if not check.passed}
+
+
+@pytest.mark.parametrize('changes', [
+    {}, {'vocabulary': 'local', 'objective': 'all_positions',
+         'negatives': 'shared', 'client_optimizer': 'sgd'}], ids=['dense', 'local'])
+def test_a_clean_run_is_found_clean(changes):
+  checks = audit.all_checks(simulation(**changes))
+  assert {check.name for check in checks} == CLEAN
+  assert not failed(checks)
+
+
+def test_the_leak_of_the_original_is_found():
+  checks = audit.all_checks(simulation(leaky_negatives=True))
+  assert failed(checks) == {'training negatives', '2 rounds',
+                            'catalogue filter'}
+  assert ' 0 are items held out' in checks[0].found
+
+
+def test_a_window_with_a_held_out_item_is_found(monkeypatch):
+  cut = windows.cut_windows
+
+  def one_too_far(client, *rest):
+    return cut(client._replace(num_train=client.num_train + 1), *rest)
+  monkeypatch.setattr(windows, 'cut_windows', one_too_far)
+  assert not audit.training_windows(simulation()).passed
+
+
+def test_training_on_a_held_out_item_is_found(monkeypatch):
+  some = simulation()
+  view = dataset_lib.client_view
+
+  def one_too_many(*arguments):
+    found = view(*arguments)
+    return found._replace(num_train=found.num_train + (found.num_train > 0))
+  monkeypatch.setattr('fedmmr_jax.federation.client_view', one_too_many)
+  # Another shape of the program, so that it is compiled anew.
+  other = dataclasses.replace(some, config=small.config(
+      client_fraction=1.0, surprise_threshold=-1.0))
+  assert failed(audit.trained_rounds(other, 2)) == {'2 rounds', 'memory'}
+
+
+@pytest.mark.parametrize('kind', ['sampled_negatives', 'popular_negatives'])
+def test_a_seen_evaluation_negative_is_found(kind):
+  some = simulation()
+  negatives = np.array(getattr(some.data, kind))
+  negatives[2, 3] = some.dataset.sequence(2)[0]
+  broken = dataclasses.replace(some, data=some.data._replace(
+      **{kind: jnp.asarray(negatives)}))
+  check = audit.evaluation_negatives(broken)
+  assert not check.passed and '1 consumed by it' in check.found
+
+
+def test_exchanging_changes_held_out_items_alone():
+  dataset = small.dataset()
+  other = audit.exchanged(dataset, seed=0)
+  same = dataset.items == other.items
+  np.testing.assert_array_equal(same, dataset.is_train)
+  for client in range(dataset.num_clients):
+    new = other.sequence(client)[dataset.num_train[client]:]
+    assert not set(new) & set(dataset.sequence(client))
+
+
+def test_the_canary_sings_with_the_leak_alone():
+  clean, figures = audit.canary(simulation(sampled_negatives=25))
+  assert clean.passed
+  assert audit.hit_rate(figures.leaky) > audit.hit_rate(figures.clean) + 0.2
+  leaky, _ = audit.canary(
+      simulation(sampled_negatives=25, leaky_negatives=True))
+  assert not leaky.passed
+
+
+def test_the_first_rounds_with_and_without_the_leak():
+  figures = audit.federated(simulation(), 1)
+  assert len(figures.clean.full) == len(figures.popularity.full) == 9
+  assert (figures.clean.full != figures.leaky.full).any()
