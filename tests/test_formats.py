@@ -405,7 +405,7 @@ def test_ids_with_leading_zeros_or_quotes_stay_strings(tmp_path):
 BROKEN = {
     'missing column': ('ratings.csv', 'userId,rating,timestamp\n1,5,3\n',
                        ', line 1: no column of the items among userId, rating, '
-                       'timestamp; name it with --item_column', 'csv'),
+                       'timestamp; name it with --item_column', 'auto'),
     'header only': ('log.csv', 'user,item\n', ': no interaction in it', 'auto'),
     'short line': ('log.csv', 'user,item,time\n1,2,3\n1,2\n',
                    ', line 3: 2 fields instead of 3', 'auto'),

@@ -146,7 +146,8 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
   fields = _split(first, separator)
   if any(':' in f for f in fields) and _pick(fields, ColumnNames(), 'user'):
     return 'recbole'
-  if _pick(fields, names, 'user') and _pick(fields, names, 'item'):
+  # One will do: the reader says which other is missing.
+  if _pick(fields, names, 'user') or _pick(fields, names, 'item'):
     return ('ml-latest' if fields == ['userId', 'movieId', 'rating',
                                       'timestamp'] else 'csv')
   if len(fields) == 4 and _is_number(fields[3]):
