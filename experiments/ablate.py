@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from experiments import app
 from experiments import console
+from experiments import figures
 from fedmmr_jax import ablation
 from fedmmr_jax import run_folder
 from fedmmr_jax.ablation import Differences, HEADLINES, Outcome, Variant
@@ -45,7 +46,7 @@ TABLE, FIGURE, DATA = 'ablation.md', 'ablation.png', 'ablation.json'
 def main() -> None:
   if not app.WORKDIR.value:
     raise UserError('name a folder for the results with --workdir')
-  pyplot = _pyplot()  # before hours of training
+  pyplot = figures.pyplot()  # before hours of training
   workdir = pathlib.Path(app.WORKDIR.value)
   seeds = _seeds()
   base = app.config_from_flags()
@@ -233,17 +234,6 @@ def draw(pyplot, outcomes: dict[str, Outcome], differences: Differences,
   axes[0][0].invert_yaxis()
   figure.suptitle(f'Differences to “{baseline}”, 95 % intervals')
   figure.savefig(path, dpi=150)
-
-
-def _pyplot():
-  try:
-    import matplotlib
-  except ImportError:
-    raise UserError('the figure needs matplotlib: pip install '
-                    "'fedmmr_jax[figures]'") from None
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-  return pyplot
 
 
 def _seeds() -> list[int]:

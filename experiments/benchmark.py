@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import app
+from experiments import benchmark_reading
 from experiments import console
 from fedmmr_jax import client as client_lib
 from fedmmr_jax import evaluation, federation, scoring, training
@@ -48,7 +49,9 @@ _CATALOGUES = flags.DEFINE_list(
     'below its own are left out')
 _PARTS = flags.DEFINE_list(
     'parts', ['round', 'saving', 'loop', 'cohort', 'catalogue'],
-    'what to measure: round, saving, loop, cohort, catalogue')
+    'what to measure: round, saving, loop, cohort, catalogue, reading')
+_LINES = flags.DEFINE_integer(
+    'lines', 10_000_000, 'lines of the files of --parts=reading', lower_bound=1000)
 
 app.define_config_flags()
 
@@ -59,7 +62,7 @@ Figures = dict[str, Any]
 
 def main() -> None:
   parts = {'round': _round, 'saving': _saving, 'loop': _loop,
-           'cohort': _cohorts, 'catalogue': _catalogues}
+           'cohort': _cohorts, 'catalogue': _catalogues, 'reading': _reading}
   for part in _PARTS.value:
     if part not in parts:
       raise UserError(f'--parts={part}: no such part; there are '
@@ -320,6 +323,11 @@ def _cohorts(config: RunConfig, dataset: Dataset) -> list[Figures]:
   return rows
 
 
+def _reading(*_) -> list[Figures]:
+  """Files of every format."""
+  return benchmark_reading.measure(_LINES.value)
+
+
 def _catalogues(config: RunConfig, dataset: Dataset) -> list[Figures]:
   """Growth of a round with the catalogue, the same cohort."""
   rows = []
@@ -375,6 +383,12 @@ def _tables(result: Figures) -> str:
         ['items', 'seconds a round', 'ratio', 'peak MB'],
         [[r['items'], f'{r["seconds"]:.2f}', f'{r["ratio"]:.2f}',
           f'{r["peak_rss_mb"]:.0f}'] for r in result['catalogue']])]
+  if 'reading' in result:
+    lines += ['', console.table(
+        ['file', 'interactions', 'MB', 'seconds', 'peak MB'],
+        [[r['file'], f'{r["interactions"]:,}', f'{r["bytes"] / 1e6:.0f}',
+          f'{r["seconds"]:.1f}', f'{r["peak_rss_mb"]:.0f}']
+         for r in result['reading']])]
   return '\n'.join([*lines, '', f'peak {result["peak_rss_mb"]:.0f} MB'])
 
 

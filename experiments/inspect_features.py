@@ -18,6 +18,7 @@ import numpy as np
 
 from experiments import app
 from experiments import console
+from experiments import figures
 from fedmmr_jax.data import feature_quality
 from fedmmr_jax.data import load
 from fedmmr_jax.data.dataset import Dataset
@@ -39,7 +40,8 @@ _BLUE, _ORANGE, _GREY, _GRID = '#0969da', '#bc4c00', '#59636e', '#d1d9e0'
 
 
 def main() -> None:
-  pyplot = _pyplot() if _OUT.value else None  # before any work
+  if _OUT.value:  # before any work
+    figures.check_path(_OUT.value)
   config = app.config_from_flags()
   loaded = load.load(config.data, config.seed)
   dataset = loaded.dataset
@@ -53,8 +55,8 @@ def main() -> None:
            else feature_quality.most_consumed(dataset, _SHOWN_ITEMS))
   found = [feature_quality.measure(dataset, kind, items, config.seed)
            for kind in kinds]
-  if pyplot:
-    draw(pyplot, dataset, found, pathlib.Path(_OUT.value))
+  if _OUT.value:
+    draw(figures.pyplot(), dataset, found, pathlib.Path(_OUT.value))
   if _JSON.value:
     print(json.dumps(as_json(dataset, found), indent=2, allow_nan=False))
   else:
@@ -69,7 +71,7 @@ def text(dataset: Dataset, found: Sequence[Quality]) -> str:
   return '\n'.join([
       _overview(found), '', _quintiles(found), '',
       *_repeated(dataset, found), *_neighbours(dataset, found),
-      *_pairs(found), *verdicts, *([_OUT.value] if _OUT.value else [])])
+      *_pairs(found), *verdicts, *([f'\nfigure  {_OUT.value}'] if _OUT.value else [])])
 
 
 def _overview(found) -> str:
@@ -308,22 +310,6 @@ def _label(axis, title: str, x: str, y: str) -> None:
   axis.set_xlabel(x, fontsize=9, color=_GREY)
   axis.set_ylabel(y, fontsize=9, color=_GREY)
   axis.grid(axis='y', color=_GRID, linewidth=0.6)
-
-
-def _pyplot():
-  try:
-    import matplotlib
-  except ImportError:
-    raise UserError('the figure needs matplotlib: pip install '
-                    "'fedmmr_jax[figures]'") from None
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-  known = pyplot.figure().canvas.get_supported_filetypes()
-  if pathlib.Path(_OUT.value).suffix[1:].lower() not in known:
-    raise UserError(f'--out={_OUT.value}: no such kind of picture; end it in '
-                    '.png, .pdf or .svg')
-  pyplot.close()
-  return pyplot
 
 
 if __name__ == '__main__':

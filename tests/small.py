@@ -4,12 +4,14 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
+from fedmmr_jax.errors import UserError
 
 NUM_ITEMS = 60
 
@@ -67,3 +69,12 @@ def assert_trees_equal(actual, expected):
 def copy(tree):
   """Arrays that survive the donation of the original."""
   return jax.tree.map(lambda x: x.copy(), tree)
+
+
+def error_of(function, *arguments) -> str:
+  """The one line with which a call is refused."""
+  with pytest.raises(UserError) as caught:
+    function(*arguments)
+  message = str(caught.value)
+  assert '\n' not in message
+  return message

@@ -8,6 +8,7 @@ import pytest
 from fedmmr_jax.config import DataConfig
 from fedmmr_jax.data import features, load, synthetic
 from fedmmr_jax.errors import UserError
+from tests.small import error_of
 
 ITEM_IDS = np.array([0, 1, 3, 4])  # the catalogue; item 2 is nobody's
 NUM_ROWS = 5
@@ -27,14 +28,6 @@ def check(array, **changes):
 def saved(folder, array, name='v.npy'):
   np.save(folder / name, array)
   return folder / name
-
-
-def refusal(function, *arguments):
-  with pytest.raises(UserError) as caught:
-    function(*arguments)
-  message = str(caught.value)
-  assert '\n' not in message
-  return message
 
 
 def load_visual(path):
@@ -103,7 +96,7 @@ def test_a_value_that_is_not_finite_is_named(bad, tmp_path):
   array = matrix()
   array[3, 1] = array[4, 0] = bad
   path = saved(tmp_path, array)
-  message = refusal(load_visual, path)
+  message = error_of(load_visual, path)
   assert message.startswith(f'{path}, row 3, column 1: {bad}')
   assert '2 such values' in message and 'must be finite' in message
 
@@ -111,26 +104,26 @@ def test_a_value_that_is_not_finite_is_named(bad, tmp_path):
 def test_a_value_beyond_float32_is_not_finite_either(tmp_path):
   array = matrix(np.float64)
   array[4, 1] = 1e39
-  message = refusal(load_visual, saved(tmp_path, array))
+  message = error_of(load_visual, saved(tmp_path, array))
   assert 'row 4, column 1' in message
 
 
 @pytest.mark.parametrize('rows', [4, 6])
 def test_a_wrong_number_of_rows_is_refused(rows, tmp_path):
   path = saved(tmp_path, np.resize(matrix(), (rows, 2)))
-  message = refusal(load_visual, path)
+  message = error_of(load_visual, path)
   assert message.startswith(f'{path}: {rows} rows, but the data set needs 5')
   assert 'from 0 (padding) to 4' in message
 
 
 def test_an_all_zero_matrix_is_refused():
-  assert 'v.npy: every value is 0, a constant matrix' in refusal(
+  assert 'v.npy: every value is 0, a constant matrix' in error_of(
       check, np.zeros((5, 2)))
 
 
 @pytest.mark.parametrize('value', [0.5, -1.0])
 def test_a_constant_matrix_is_refused(value):
-  message = refusal(check, np.full((5, 2), value))
+  message = error_of(check, np.full((5, 2), value))
   assert f'every value is {value:g}, a constant matrix' in message
   assert '--visual_features=none' in message
 
@@ -140,7 +133,7 @@ def test_a_constant_matrix_is_refused_behind_its_zero_rows(missing):
   # Row 0 must be zero, so this is what a constant matrix looks like.
   array = np.full((5, 2), 0.5)
   array[missing] = 0
-  assert 'constant' in refusal(check, array)
+  assert 'constant' in error_of(check, array)
 
 
 def test_the_mend_names_the_flag_of_the_kind():
@@ -152,7 +145,7 @@ def test_a_padding_row_that_is_not_zero_is_refused(tmp_path):
   array = matrix()
   array[0, 1] = 1
   path = saved(tmp_path, array)
-  message = refusal(load_visual, path)
+  message = error_of(load_visual, path)
   assert message.startswith(f'{path}, row 0: not zero')
   assert 'shifted by one row' in message
 
@@ -168,7 +161,7 @@ def test_a_padding_row_that_is_not_zero_is_refused(tmp_path):
 ], ids=lambda x: x if isinstance(x, str) else '')
 def test_what_is_not_a_matrix_of_numbers_is_refused(array, found, tmp_path):
   path = saved(tmp_path, array)
-  message = refusal(load_visual, path)
+  message = error_of(load_visual, path)
   assert message.startswith(f'{path}: expected a matrix of numbers')
   assert message.endswith(f'found {found}')
 
@@ -189,24 +182,24 @@ def npy_bytes(folder):
 def test_a_file_that_is_no_npy_is_refused(spoil, tmp_path):
   path = tmp_path / 'broken.npy'
   path.write_bytes(spoil(npy_bytes(tmp_path)))
-  assert refusal(load_visual, path).startswith(
+  assert error_of(load_visual, path).startswith(
       f'{path}: not a readable .npy matrix')
 
 
 def test_an_archive_of_several_arrays_is_refused(tmp_path):
   path = tmp_path / 'v.npz'
   np.savez(path, visual=matrix())
-  assert refusal(load_visual, path).startswith(f'{path}: ')
+  assert error_of(load_visual, path).startswith(f'{path}: ')
 
 
 def test_pickled_objects_are_refused(tmp_path):
   path = saved(tmp_path, np.array([[None]], object))
-  assert refusal(load_visual, path).startswith(
+  assert error_of(load_visual, path).startswith(
       f'{path}: not a readable .npy matrix')
 
 
 def test_a_folder_is_refused(tmp_path):
-  assert refusal(load_visual, tmp_path).startswith(
+  assert error_of(load_visual, tmp_path).startswith(
       f'{tmp_path}: not a readable .npy matrix')
 
 

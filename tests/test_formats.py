@@ -12,8 +12,8 @@ import pytest
 from fedmmr_jax.config import DataConfig
 from fedmmr_jax.data import formats, items, load
 from fedmmr_jax.data.formats import ColumnNames
-from fedmmr_jax.errors import UserError
 from tests import parity
+from tests.small import error_of
 
 NAMES = ['ml-1m', 'ml-100k']
 FILE = {'ml-1m': 'ratings.dat', 'ml-100k': 'u.data'}
@@ -58,14 +58,6 @@ def assert_twenty_ratings(raw):
   assert raw.users.tolist() == [1 + i % 3 for i in range(20)]
   assert raw.items.tolist() == list(range(10, 30))
   assert raw.times.tolist() == list(range(1000, 1020))
-
-
-def error_of(function, *arguments):
-  with pytest.raises(UserError) as caught:
-    function(*arguments)
-  message = str(caught.value)
-  assert '\n' not in message
-  return message
 
 
 @pytest.mark.parametrize('end', ['\n', '\r\n'], ids=['lf', 'crlf'])
