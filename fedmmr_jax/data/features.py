@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedmmr_jax.data import sidecar
+from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
 
 AUTO, NONE = 'auto', 'none'
@@ -76,8 +78,9 @@ def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
   return path
 
 
-def load(path: pathlib.Path, kind: str, num_rows: int,
-         item_ids: np.ndarray) -> tuple[np.ndarray, IntegrityReport]:
+def load(path: pathlib.Path, kind: str, num_rows: int, item_ids: np.ndarray,
+         items: ItemTable | None = None
+         ) -> tuple[np.ndarray, IntegrityReport]:
   """Reads and checks a matrix and picks the rows of the catalogue.
 
   Args:
@@ -85,13 +88,15 @@ def load(path: pathlib.Path, kind: str, num_rows: int,
     kind: 'visual' or 'text'.
     num_rows: rows it must have: the largest item id of the source + 1.
     item_ids: [V] source id of each catalogue row, entry 0 = padding.
+    items: those of the data set; None = a sidecar may name any others.
 
   Returns:
     [V, F] float32 features by catalogue row, and the report.
 
   Raises:
     UserError: not a matrix of numbers, wrong number of rows, a NaN or
-      infinity, a constant matrix, or a padding row that is not zero.
+      infinity, a constant matrix, or a padding row that is not zero; or not
+      what its sidecar describes (see sidecar.py).
   """
   try:
     with path.open('rb') as file:
@@ -100,7 +105,11 @@ def load(path: pathlib.Path, kind: str, num_rows: int,
     raise UserError(f'{path}: not a readable .npy matrix ({error})') from None
   if not isinstance(matrix, np.ndarray):
     raise UserError(f'{path}: an archive; save one matrix with numpy.save')
+  described = sidecar.check(path, items)
   report = check(matrix, kind, str(path), num_rows, item_ids)
+  if described:
+    model = pathlib.PurePath(described['model']).name
+    report = report._replace(source=f'{path} ({model})')
   return matrix[item_ids].astype(np.float32), report
 
 

@@ -103,7 +103,7 @@ def _load_files(config: DataConfig) -> Loaded:
   for kind, path in paths.items():
     if path is not None:
       matrices[kind], report = features.load(
-          path, kind, table.num_rows, rows)
+          path, kind, table.num_rows, rows, table)
       reports.append(report)
   if table.titles:
     matrices['titles'] = ('', *(
