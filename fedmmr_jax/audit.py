@@ -126,17 +126,16 @@ def training_windows(simulation: Simulation) -> Check:
     view = view._replace(history=1 + jnp.arange(len(view.history)))
     own = windows.num_windows(view.num_train, stride)
 
-    def window(index):
-      batch = windows.cut_windows(
-          view, index[None], index[None] < own, stride,
-          config.model.max_seq_len)
-      targets = jnp.where(batch.valid, batch.targets, 0)
-      return (jnp.maximum(jnp.max(batch.windows), jnp.max(targets)),
-              jnp.sum(batch.valid))
-
-    latest, targets = jax.lax.map(window, jnp.arange(most))
-    return jnp.max(latest) - view.num_train, (
-        jnp.sum(targets) - jnp.maximum(view.num_train - 1, 0))
+    index = jnp.arange(most)
+    batch = windows.cut_windows(
+        view, index, index < own, stride, config.model.max_seq_len)
+    targets = jnp.where(batch.valid, batch.targets, 0)
+    latest = jnp.maximum(jnp.max(batch.windows), jnp.max(targets))
+    # Of positions 2 to num_train, how often each is a target.
+    times = jnp.zeros(len(view.history) + 1, int).at[targets].add(batch.valid)
+    position = jnp.arange(len(times))
+    expected = (position >= 2) & (position <= view.num_train)
+    return latest - view.num_train, jnp.sum(times != expected)
 
   beyond, missing = jax.jit(lambda clients: jax.lax.map(look, clients))(
       jnp.arange(simulation.dataset.num_clients))

@@ -24,6 +24,7 @@ from fedmmr_jax import metrics as metrics_lib
 GAMMA = 0.01  # weight of the variance
 # Users whose N has the same leading digits share one solution.
 DIGITS = 3
+_BLOCK = 10_000  # ranks at a time: a catalogue of millions must fit too
 
 
 def estimate_of_each(sampled: np.ndarray, candidates: np.ndarray,
@@ -60,16 +61,21 @@ def _round(numbers: np.ndarray) -> np.ndarray:
 def _solution(candidates: int, num_sampled: int, gamma: float
               ) -> dict[str, np.ndarray]:
   """Metric -> f, [n + 1] by the number of sampled ones that are as good."""
-  probability = hypergeometric(candidates, num_sampled)
-  exact = metrics_lib.ranking_of_each(np.arange(candidates + 1))
-  system = (1 - gamma) * probability.T @ probability + gamma * np.diag(
-      probability.sum(axis=0))
-  right = probability.T @ np.stack(list(exact.values()), axis=1)
+  system, right = 0.0, 0.0
+  for start in range(0, candidates + 1, _BLOCK):
+    ranks = np.arange(start, min(start + _BLOCK, candidates + 1))
+    probability = hypergeometric(ranks, candidates, num_sampled)
+    exact = metrics_lib.ranking_of_each(ranks)
+    system += (1 - gamma) * probability.T @ probability + gamma * np.diag(
+        probability.sum(axis=0))
+    right += probability.T @ np.stack(list(exact.values()), axis=1)
   return dict(zip(exact, np.linalg.solve(system, right).T))
 
 
-def hypergeometric(candidates: int, num_sampled: int) -> np.ndarray:
-  """[N + 1, n + 1] probability of x sampled ones among the r best of N."""
+def hypergeometric(ranks: np.ndarray, candidates: int,
+                   num_sampled: int) -> np.ndarray:
+  """[m, n + 1] probability of x sampled ones among the r best of N, for some
+  r [m]."""
   logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(
       1, candidates + 1, dtype=np.float64)))])
 
@@ -79,7 +85,7 @@ def hypergeometric(candidates: int, num_sampled: int) -> np.ndarray:
     return np.where(
         possible, logs[top] - logs[bottom] - logs[top - bottom], -np.inf)
 
-  rank = np.arange(candidates + 1)[:, None]
+  rank = ranks[:, None]
   among = np.arange(num_sampled + 1)
   return np.exp(
       log_binomial(rank, among)

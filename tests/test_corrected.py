@@ -8,10 +8,11 @@ from fedmmr_jax import metrics
 
 def test_probabilities_by_hand():
   # 3 candidates, 2 drawn: of the r that are as good as the target …
-  np.testing.assert_allclose(corrected.hypergeometric(3, 2), [
+  ranks = np.arange(4)
+  np.testing.assert_allclose(corrected.hypergeometric(ranks, 3, 2), [
       [1, 0, 0], [1 / 3, 2 / 3, 0], [0, 2 / 3, 1 / 3], [0, 0, 1]], atol=1e-12)
   np.testing.assert_allclose(
-      corrected.hypergeometric(500, 100).sum(axis=1), 1)
+      corrected.hypergeometric(np.arange(501), 500, 100).sum(axis=1), 1)
 
 
 def test_a_solution_by_hand():
@@ -34,6 +35,15 @@ def test_all_candidates_drawn_is_the_metric_itself():
   found = corrected.estimate_of_each(ranks, np.full(41, 40), 40, gamma=0.3)
   for name, values in metrics.ranking_of_each(ranks).items():
     np.testing.assert_allclose(found[name], values, atol=1e-9)
+
+
+def test_blocks_of_ranks_change_nothing(monkeypatch):
+  arguments = np.arange(11), np.full(11, 300), 10
+  whole = corrected.estimate_of_each(*arguments)
+  monkeypatch.setattr(corrected, '_BLOCK', 7)
+  corrected._solution.cache_clear()
+  for name, values in corrected.estimate_of_each(*arguments).items():
+    np.testing.assert_allclose(values, whole[name], rtol=1e-6)
 
 
 def test_it_comes_closer_than_the_sampled_metric():

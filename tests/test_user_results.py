@@ -51,6 +51,14 @@ def test_popular_negatives_follow_the_popularity():
   assert (after == 5).mean() == pytest.approx(0.75, abs=0.05)
 
 
+def test_popular_negatives_where_little_is_left():
+  # What is unseen has a millionth of the weight.
+  drawn = draws([0, 10 ** 7, 10 ** 7, 10 ** 7, 1, 3, 6], 2, seeds=500)
+  assert {len(set(pair)) for pair in drawn.tolist()} == {2}
+  share = np.bincount(drawn[:, 0], minlength=7)[4:] / len(drawn)
+  np.testing.assert_allclose(share, [0.1, 0.3, 0.6], atol=0.08)
+
+
 def test_too_few_popular_items_are_refused():
   with pytest.raises(UserError, match='user 5 has only 3 unseen items that '
                      'anybody trains on'):

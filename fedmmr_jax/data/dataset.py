@@ -291,14 +291,18 @@ def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
           'that anybody trains on; the popularity protocol needs '
           f'--sampled_negatives={count}')
     found = 0
-    while found < count:
-      # Passing over what was drawn before is drawing from what is left.
-      for item in np.searchsorted(
-          cumulative, rng.random(4 * count) * cumulative[-1], side='right'):
-        if found < count and is_left[item]:
-          is_left[item] = False
-          drawn[client, found] = item
-          found += 1
+    # Passing over what was drawn before is drawing from what is left.
+    for item in np.searchsorted(
+        cumulative, rng.random(8 * count) * cumulative[-1], side='right'):
+      if found < count and is_left[item]:
+        is_left[item] = False
+        drawn[client, found] = item
+        found += 1
+    if found < count:  # the popular items are consumed: the rest of it exactly
+      left = np.flatnonzero(is_left)
+      drawn[client, found:] = rng.choice(
+          left, count - found, replace=False,
+          p=popularity[left] / popularity[left].sum())
   return drawn
 
 
