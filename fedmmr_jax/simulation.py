@@ -81,9 +81,11 @@ class Simulation:
       server = dataclasses.replace(server, num_rounds=1)
     evaluation_ = EvaluationConfig(
         items_per_eval_block=self.config.evaluation.items_per_eval_block)
+    # The leak is in the data: what negatives avoid.
+    client = dataclasses.replace(self.config.client, leaky_negatives=False)
     return dataclasses.replace(
         self.config, seed=0, data=DataConfig(), evaluation=evaluation_,
-        server=server, start=StartConfig(),
+        client=client, server=server, start=StartConfig(),
         checkpoints=CheckpointConfig())
 
   def init_state(self) -> FederationState:

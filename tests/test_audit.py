@@ -1,6 +1,7 @@
 """The leak audit finds no leak in a clean run, and finds the ones put in."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +11,17 @@ from fedmmr_jax import audit
 from fedmmr_jax import windows
 from fedmmr_jax.data import dataset as dataset_lib
 from tests import small
+from tests.test_cli import TINY, run
 
 CLEAN = {'training negatives', 'windows', '2 rounds', 'memory',
          'catalogue filter', 'evaluation negatives'}
 
 
 def simulation(**changes):
-  return small.simulation(
-      client_fraction=1.0, surprise_threshold=0.0,
-      **changes).with_popular_negatives()
+  # Without experts, which take long to compile; memories are kept all the same.
+  return small.simulation(**{
+      'client_fraction': 1.0, 'surprise_threshold': 0.0, 'experts': 'none',
+      **changes}).with_popular_negatives()
 
 
 def failed(checks):
@@ -26,7 +29,7 @@ def failed(checks):
 
 
 @pytest.mark.parametrize('changes', [
-    {}, {'vocabulary': 'local', 'objective': 'all_positions',
+    {'experts': 'both'}, {'vocabulary': 'local', 'objective': 'all_positions',
          'negatives': 'shared', 'client_optimizer': 'sgd'}], ids=['dense', 'local'])
 def test_a_clean_run_is_found_clean(changes):
   checks = audit.all_checks(simulation(**changes))
@@ -60,7 +63,7 @@ def test_training_on_a_held_out_item_is_found(monkeypatch):
   monkeypatch.setattr('fedmmr_jax.federation.client_view', one_too_many)
   # Another shape of the program, so that it is compiled anew.
   other = dataclasses.replace(some, config=small.config(
-      client_fraction=1.0, surprise_threshold=-1.0))
+      client_fraction=1.0, surprise_threshold=-1.0, experts='none'))
   assert failed(audit.trained_rounds(other, 2)) == {'2 rounds', 'memory'}
 
 
@@ -98,3 +101,12 @@ def test_the_first_rounds_with_and_without_the_leak():
   figures = audit.federated(simulation(), 1)
   assert len(figures.clean.full) == len(figures.popularity.full) == 9
   assert (figures.clean.full != figures.leaky.full).any()
+
+
+def test_from_the_shell(ml_1m):
+  out, _ = run('audit', *TINY, f'--data_dir={ml_1m}', '--rounds=1',
+               '--experts=none', '--leaky_negatives', '--json', status=1)
+  told = json.loads(out)
+  assert {c['name'] for c in told['checks'] if not c['passed']} >= {
+      'training negatives', 'catalogue filter'}
+  assert set(told['test']['1 rounds']) == {'popularity', 'clean', 'leaky'}

@@ -74,10 +74,10 @@ def test_vmapped_round_equals_a_loop_over_clients(simulation, update_alone):
 
 
 def test_order_of_the_cohort_changes_nothing(simulation):
-  lengths = simulation.lengths
   clients = COHORT.ravel()
-  first = federation.chunked(clients, lengths, 2)
-  second = federation.chunked(clients[::-1], lengths, 2)
+  num_train = simulation.num_train
+  first = federation.chunked(clients, num_train, 2)
+  second = federation.chunked(clients[::-1], num_train, 2)
   np.testing.assert_array_equal(first, second)
 
 
@@ -153,11 +153,11 @@ def test_no_two_draws_share_a_random_stream():
 
 
 def test_masked_fraction_by_hand():
-  # Lengths 12 and 8 -> 10 and 6 training items -> 9 and 5 positives, batch 4:
+  # 10 and 6 training items -> 9 and 5 positives, batch 4:
   # 3 steps for both, 24 slots executed, 14 used.
   config = small.config(batch_size=4)
   got = federation.masked_fraction(
-      np.array([[0, 1]]), np.array([12, 8]), config)
+      np.array([[0, 1]]), np.array([10, 6]), config)
   assert got == pytest.approx(1 - 14 / 24)
 
 
@@ -173,12 +173,13 @@ def test_little_is_masked_on_the_real_lengths(preset):
       max_seq_len=50, objective=flags['objective'],
       batch_size=int(flags['batch_size']), client_fraction=0.1,
       clients_per_chunk=int(flags['clients_per_chunk']))
-  lengths = np.sort(np.unique(
+  num_train = np.sort(np.unique(
       [int(line.split(b'::')[0]) for line in ratings.open('rb')],
-      return_counts=True)[1])[-1000:]
+      return_counts=True)[1])[-1000:] - 2
   assert max(
       federation.masked_fraction(
-          federation.sample_cohort(config, number, lengths), lengths, config)
+          federation.sample_cohort(config, number, num_train), num_train,
+          config)
       for number in range(1, 21)) < 0.15
 
 
@@ -222,12 +223,12 @@ def test_what_got_no_update_does_not_move(name):
 
 
 def test_masked_fraction_under_a_step_limit():
-  lengths = np.array([32, 13])  # 30 and 11 training items: 5 and 2 windows of 6
+  num_train = np.array([30, 11])  # 5 and 2 windows of 6
   config = small.config(objective='all_positions', negatives='shared',
                         batch_size=1, max_local_steps=3)
   # Chunks run 3 steps; 3 and 2 of them train something.
   assert federation.masked_fraction(
-      np.array([[0, 1]]), lengths, config) == pytest.approx(1 - 5 / 6)
+      np.array([[0, 1]]), num_train, config) == pytest.approx(1 - 5 / 6)
 
 
 def test_nobody_trained_leaves_the_parameters(simulation):

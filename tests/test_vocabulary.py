@@ -102,10 +102,10 @@ def test_rows_that_no_step_touches_stay(changes):
       1, client_fraction=0.1, vocabulary='local', **changes)
   start = simulation.init_state().server.params['item_embedding']
   moved = np.any(state.server.params['item_embedding'] != start, axis=1)
-  cohort = federation.sample_cohort(simulation.config, 1, simulation.lengths)
+  cohort = federation.sample_cohort(simulation.config, 1, simulation.num_train)
   client = int(cohort[cohort >= 0][0])
   history = np.asarray(simulation.data.items)[
-      int(simulation.data.offset[client]):][:simulation.lengths[client] - 2]
+      int(simulation.data.offset[client]):][:simulation.num_train[client]]
   assert moved[history].all()
   assert not moved.all()
 
