@@ -67,8 +67,11 @@ _HEADLINES = ('HR@10', 'NDCG@10', 'hit@10', 'ndcg@10')
 
 
 def main() -> None:
-  if _PER_USER.value:  # before minutes of ranking
+  # Before minutes of ranking.
+  if _PER_USER.value:
     user_results.check_path(_PER_USER.value)
+  if _PROTOCOL.value == 'corrected' and _METRICS.value == 'recbole':
+    raise UserError('--protocol=corrected needs --metrics=default')
   run = app.open_run()
   rounds = Rounds(run.path)
   number = app.find_round(rounds, _ROUND.value)
@@ -141,8 +144,6 @@ def _chosen(by_protocol: dict[str, Any]) -> dict[str, Any]:
   """Of all protocols those that are asked for."""
   if _PROTOCOL.value == 'all':
     return by_protocol
-  if _PROTOCOL.value not in by_protocol:
-    raise UserError(f'--protocol={_PROTOCOL.value} needs --metrics=default')
   return {_PROTOCOL.value: by_protocol[_PROTOCOL.value]}
 
 

@@ -30,7 +30,7 @@ def failed(checks):
 
 @pytest.mark.parametrize('changes', [
     {'experts': 'both'}, {'vocabulary': 'local', 'objective': 'all_positions',
-         'negatives': 'shared', 'client_optimizer': 'sgd'}], ids=['dense', 'local'])
+         'negatives': 'shared'}], ids=['dense', 'local'])
 def test_a_clean_run_is_found_clean(changes):
   checks = audit.all_checks(simulation(**changes))
   assert {check.name for check in checks} == CLEAN

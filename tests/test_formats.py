@@ -385,6 +385,12 @@ def test_columns_can_be_named(tmp_path):
   assert raw.times.tolist() == [3, 2]
 
 
+def test_space_around_ids_and_in_names_does_not_count(tmp_path):
+  (tmp_path / 'log.csv').write_text('User ID, Item ID\n1, 2\n1,2 \n 1,3\n')
+  raw = read_ratings('auto', tmp_path)
+  assert raw.users.tolist() == [1] * 3 and raw.items.tolist() == [2, 2, 3]
+
+
 def test_ids_with_leading_zeros_or_quotes_stay_strings(tmp_path):
   (tmp_path / 'log.csv').write_text(
       'user,item\n1,0012\n1,12\n1,"a, b"\n1,"say ""x"""\n')
@@ -433,6 +439,11 @@ BROKEN = {
                   ', line 2: timestamp is neither', 'auto'),
     'amazon ratings': ('x.csv', 'A1,B000000001,5.0,1\nA1,B000000002,5.0\n',
                        ', line 2: 3 fields instead of 4', 'auto'),
+    'control': ('log.csv', 'user,item\n1,2\n1,\0\n',
+                ', line 3: item holds a control character', 'auto'),
+    'truth': ('log.csv', 'user,item,time\n1,2,true\n',
+              ', line 2: time is neither', 'auto'),
+    'array': ('x.json', '[{"user": 1, "item": 2}]\n', ': a JSON array', 'auto'),
     'prose': ('x.txt', 'Dear reader, this is no data.\n',
               ': cannot tell its format from', 'auto'),
     'parquet': ('x.parquet', 'PAR1 not really', ': not a readable Parquet file',
@@ -504,6 +515,13 @@ def test_item_files(name, tmp_path):
   found = items.read(tmp_path / name)
   assert found == {'1': items.Item('Heat: 2 (1995)', ('Action', 'Crime'))}
   assert found['1'].text == 'Heat: 2 (1995). Genres: Action, Crime.'
+
+
+def test_a_quoted_description_may_have_several_lines(tmp_path):
+  (tmp_path / 'items.csv').write_text(
+      'item_id,title,description\n1,"A, ""b""","one\n\ntwo"\n2,c,d\n')
+  assert items.read(tmp_path / 'items.csv') == {
+      '1': items.Item('A, "b"', (), 'one\ntwo'), '2': items.Item('c', (), 'd')}
 
 
 def test_a_description_is_part_of_the_text(tmp_path):

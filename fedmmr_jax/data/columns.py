@@ -28,7 +28,7 @@ def unique_ids(texts: list[str], whole: bool) -> tuple[np.ndarray, np.ndarray]:
   """Distinct ids of a column.
 
   Args:
-    texts: [u] as they stand in the file, each at least once.
+    texts: [u] as they stand in the file; space around them does not count.
     whole: whether they have to be whole numbers from 1 to MAX_ID.
 
   Returns:
@@ -39,6 +39,7 @@ def unique_ids(texts: list[str], whole: bool) -> tuple[np.ndarray, np.ndarray]:
   """
   if any(id_problem(text, whole) for text in texts):
     raise Doubt
+  texts = [text.strip() for text in texts]
   if whole or all(map(_WHOLE.fullmatch, texts)):
     return np.unique(np.array(list(map(int, texts)), np.int64),
                      return_inverse=True)
@@ -56,6 +57,8 @@ def id_problem(text: str, whole: bool) -> str:
     return 'is empty'
   if len(text) > MAX_ID_LENGTH:
     return f'is longer than {MAX_ID_LENGTH} characters'
+  if any(ord(character) < ord(' ') for character in text.strip()):
+    return 'holds a control character'
   return ''
 
 
@@ -69,8 +72,12 @@ def ids_of(column: pa.ChunkedArray, whole: bool
   if column.null_count:
     raise Doubt
   if pa.types.is_integer(column.type):
+    try:
+      column = column.cast(pa.int64())
+    except pa.ArrowInvalid:  # beyond 63 bits
+      raise Doubt from None
     ids, indices = np.unique(column.to_numpy(), return_inverse=True)
-    return indices.astype(np.int32), ids.astype(np.int64)
+    return indices.astype(np.int32), ids
   if not pa.types.is_dictionary(column.type):
     column = column.dictionary_encode()
   if not column.num_chunks:
@@ -88,7 +95,7 @@ def seconds_of(column: pa.ChunkedArray) -> np.ndarray:
   Raises:
     Doubt: one is missing or cannot be read.
   """
-  if column.null_count:
+  if column.null_count or pa.types.is_boolean(column.type):
     raise Doubt
   try:
     if pa.types.is_string(column.type) or pa.types.is_date(column.type):

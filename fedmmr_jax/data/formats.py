@@ -140,6 +140,8 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
   first = lines[0]
   if first.lstrip().startswith('{'):
     return 'amazon-reviews'
+  if first.lstrip().startswith('['):
+    raise UserError(f'{path}: a JSON array; write one JSON object a line')
   if '::' in first:
     return 'ml-1m'
   separator = _separator(first)
@@ -257,7 +259,8 @@ def _read_sequences(path, names) -> Interactions:
     user, *own = text_files.decode(line, path, number).split()
     if user in users:
       raise UserError(f'{path}, line {number}: a second line of user {user}; '
-                      'expected one line a user: <user id> <item id> <item id> …')
+                      'expected one line a user: <user id> <item id> <item id> '
+                      '…; lines of <user id> <item id> are --dataset=sasrec')
     user_column.append(np.full(len(own), users.of(user)))
     item_column.append(np.fromiter(map(items.of, own), np.int64, len(own)))
   if not items:
@@ -269,7 +272,8 @@ def _read_sequences(path, names) -> Interactions:
         None, whole=False)
   except Doubt:
     raise UserError(f'{path}: an id longer than {columns_lib.MAX_ID_LENGTH} '
-                    'characters; is it a text?') from None
+                    'characters, or with a control character; is it a text?'
+                    ) from None
 
 
 # JSON lines and Parquet.
@@ -360,9 +364,11 @@ def _read_parquet(path, names) -> Interactions:
     return _from_table(table, picked)
   except Doubt:
     raise UserError(
-        f'{path}: an id in {picked[0]} or {picked[1]} is empty or longer than '
-        f'{columns_lib.MAX_ID_LENGTH} characters, or {picked[2]} is neither a '
-        'finite number nor a date') from None
+        f'{path}: an id in {picked[0]} or {picked[1]} is empty, longer than '
+        f'{columns_lib.MAX_ID_LENGTH} characters, beyond 63 bits or holds a '
+        'control character' + (
+            f', or {picked[2]} is neither a finite number nor a date'
+            if picked[2] else '')) from None
 
 
 def _from_table(table: pa.Table, picked: Sequence[str]) -> Interactions:
@@ -381,7 +387,8 @@ def _pick(fields: Sequence[str], names: ColumnNames, what: str) -> str:
   asked = getattr(names, what)
   if asked:
     return asked if asked in fields else ''
-  by_name = {field.partition(':')[0].lower(): field for field in fields}
+  by_name = {field.partition(':')[0].lower().replace(' ', '_'): field
+             for field in fields}
   return next((by_name[a] for a in ALIASES[what] if a in by_name), '')
 
 

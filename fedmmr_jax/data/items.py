@@ -188,26 +188,38 @@ def _read_latin(path, separator: str) -> Iterator[tuple[str, Item]]:
 
 def _read_headed(path) -> Iterator[tuple[str, Item]]:
   """CSV, or RecBole's tabs with a type behind each name."""
-  header, picked = None, None
-  for number, line in text_files.lines(path):
-    text = text_files.decode(line, path, number)
-    if header is None:
-      separator = '\t' if text.count('\t') > text.count(',') else (
-          ';' if text.count(';') > text.count(',') else ',')
-      typed = path.name.removesuffix('.gz').endswith('.item')
-    # RecBole's files know no quotes: one within a title is part of it.
-    fields = (text.split(separator) if typed else next(csv.reader(
-        [text], delimiter=separator)))
-    if header is None:
-      header = [f.partition(':')[0].strip().lower() for f in fields]
-      picked = _pick(header, f'{path}, line 1')
-      continue
+  separator = max(',;\t', key=text_files.head(path)[0].count)
+  rows = _rows(path, separator, quoted=not path.name.removesuffix(
+      '.gz').endswith('.item'))
+  _, header = next(rows)
+  header = [field.partition(':')[0].strip().lower() for field in header]
+  picked = _pick(header, f'{path}, line 1')
+  for number, fields in rows:
     if len(fields) != len(header):
       raise UserError(
           f'{path}, line {number}: {len(fields)} fields instead of '
-          f'{len(header)} in {text[:60]!r}')
+          f'{len(header)} in {separator.join(fields)[:60]!r}')
     values = dict(zip(header, fields))
-    yield values[picked['id']], _item(values, picked)
+    yield values[picked['id']].strip(), _item(values, picked)
+
+
+def _rows(path, separator: str,
+          quoted: bool) -> Iterator[tuple[int, list[str]]]:
+  """Yields (number of its last line, fields); quoted ones may hold ends of
+  lines, as descriptions do."""
+  at = 0
+
+  def texts():
+    nonlocal at
+    for at, line in text_files.lines(path):
+      yield text_files.decode(line, path, at) + '\n'
+
+  if quoted:
+    for fields in csv.reader(texts(), delimiter=separator):
+      yield at, fields
+  else:  # in RecBole's files a quote is part of a title
+    for text in texts():
+      yield at, text.rstrip('\n').split(separator)
 
 
 def _read_json(path) -> Iterator[tuple[str, Item]]:
