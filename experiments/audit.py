@@ -1,5 +1,5 @@
-"""Looks for leaks in a run: proofs on its own sampler, windows and rounds, and a
-canary that sings if there is one.
+"""Looks for leaks in a run: proofs on its own sampler, windows and rounds, and
+a canary that sings if there is one.
 
     python -m experiments.audit --workdir=RUN
     python -m experiments.audit --flagfile=experiments/presets/paper.flags \\

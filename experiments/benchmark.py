@@ -51,7 +51,8 @@ _PARTS = flags.DEFINE_list(
     'parts', ['round', 'saving', 'loop', 'cohort', 'catalogue'],
     'what to measure: round, saving, loop, cohort, catalogue, reading')
 _LINES = flags.DEFINE_integer(
-    'lines', 10_000_000, 'lines of the files of --parts=reading', lower_bound=1000)
+    'lines', 10_000_000, 'lines of the files of --parts=reading',
+    lower_bound=1000)
 
 app.define_config_flags()
 

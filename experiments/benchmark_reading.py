@@ -15,7 +15,8 @@ from pyarrow import parquet as arrow_parquet
 
 # Users and items of ten million lines; fewer lines have fewer of both.
 LINES_A_USER, LINES_AN_ITEM = 50, 100
-# The peak by /proc: what getrusage tells of a new process includes its parent's.
+# The peak by /proc: what getrusage tells of a new process includes its
+# parent's.
 _LOAD = '''
 import json, sys, time
 from fedmmr_jax.config import DataConfig

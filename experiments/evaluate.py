@@ -36,8 +36,8 @@ _PROTOCOL = flags.DEFINE_enum(
     'all; sampled, popularity: 100 unseen ones drawn uniformly or by '
     'popularity; corrected: full as estimated from sampled')
 _METRICS = flags.DEFINE_enum(
-    'metrics', 'default', ['default', 'recbole'], 'names and definitions of the '
-    'metrics; recbole: hit, recall, precision, mrr, map, ndcg, all cut off')
+    'metrics', 'default', ['default', 'recbole'], 'names and definitions of '
+    'the metrics; recbole: hit, recall, precision, mrr, map, ndcg, all cut off')
 _SLICES = flags.DEFINE_boolean(
     'slices', False, 'also by history length and by popularity of the target')
 _PER_USER = flags.DEFINE_string(

@@ -71,7 +71,8 @@ def text(dataset: Dataset, found: Sequence[Quality]) -> str:
   return '\n'.join([
       _overview(found), '', _quintiles(found), '',
       *_repeated(dataset, found), *_neighbours(dataset, found),
-      *_pairs(found), *verdicts, *([f'\nfigure  {_OUT.value}'] if _OUT.value else [])])
+      *_pairs(found), *verdicts,
+      *([f'\nfigure  {_OUT.value}'] if _OUT.value else [])])
 
 
 def _overview(found) -> str:

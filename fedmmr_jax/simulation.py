@@ -236,11 +236,7 @@ class Simulation:
             self.config.evaluation, eval_clients=count)))
 
   def with_popular_negatives(self) -> 'Simulation':
-    """The same, with negatives drawn by popularity for `Ranks.popular`.
-
-    Raises:
-      UserError: a client has too few unseen items that anybody trains on.
-    """
+    """The same, with negatives drawn by popularity for `Ranks.popular`."""
     negatives = dataset_lib.draw_popular(
         self.dataset, popularity.training_counts(self.dataset),
         self.config.data.sampled_negatives, self.config.seed)

@@ -59,10 +59,10 @@ def test_popular_negatives_where_little_is_left():
   np.testing.assert_allclose(share, [0.1, 0.3, 0.6], atol=0.08)
 
 
-def test_too_few_popular_items_are_refused():
-  with pytest.raises(UserError, match='user 5 has only 3 unseen items that '
-                     'anybody trains on'):
-    draws([9, 5, 5, 5, 1, 3, 6, 0], 4, seeds=1)
+def test_what_nobody_trains_on_comes_last():
+  drawn = draws([9, 5, 5, 5, 1, 3, 6, 0, 0], 4, seeds=200)
+  assert {tuple(sorted(row[:3])) for row in drawn.tolist()} == {(4, 5, 6)}
+  assert set(drawn[:, 3].tolist()) == {7, 8}
 
 
 def test_ranks_are_those_of_the_scores(evaluated):

@@ -266,30 +266,24 @@ def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
 
   Args:
     dataset: whose clients.
-    popularity: [V] weight of each item; one of weight 0 is never drawn.
-    count: n, items for each client.
+    popularity: [V] weight of each item; those of weight 0 come when all others
+      are used up.
+    count: n, items for each client, which must have so many unseen ones.
     seed: of the draws.
 
   Returns:
     [K, n] int32 distinct items.
-
-  Raises:
-    UserError: a client has fewer unseen items of any popularity.
   """
   popularity = popularity.astype(np.float64)
-  popularity[[0, *range(dataset.num_rows - dataset.num_cold,
-                        dataset.num_rows)]] = 0
+  drawable = np.arange(1, dataset.num_rows - dataset.num_cold)
+  popularity[np.setdiff1d(np.arange(dataset.num_rows), drawable)] = 0
   cumulative = np.cumsum(popularity)
   drawn = np.empty((dataset.num_clients, count), np.int32)
   for client, user in enumerate(dataset.user_ids.tolist()):
     rng = np.random.default_rng([seed, POPULARITY_STREAM, _as_seed(user)])
-    is_left = popularity > 0
+    is_left = np.zeros(dataset.num_rows, bool)
+    is_left[drawable] = True
     is_left[dataset.sequence(client)] = False
-    if is_left.sum() < count:
-      raise UserError(
-          f'{dataset.name}: user {user} has only {is_left.sum()} unseen items '
-          'that anybody trains on; the popularity protocol needs '
-          f'--sampled_negatives={count}')
     found = 0
     # Passing over what was drawn before is drawing from what is left.
     for item in np.searchsorted(
@@ -298,11 +292,16 @@ def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
         is_left[item] = False
         drawn[client, found] = item
         found += 1
-    if found < count:  # the popular items are consumed: the rest of it exactly
-      left = np.flatnonzero(is_left)
-      drawn[client, found:] = rng.choice(
-          left, count - found, replace=False,
-          p=popularity[left] / popularity[left].sum())
+    # Where the popular items are consumed: the rest of it exactly.
+    for left in (np.flatnonzero(is_left & (popularity > 0)),
+                 np.flatnonzero(is_left & (popularity == 0))):
+      more = min(count - found, len(left))
+      if more:
+        weight = popularity[left] if popularity[left].any() else None
+        drawn[client, found:found + more] = rng.choice(
+            left, more, replace=False,
+            p=None if weight is None else weight / weight.sum())
+        found += more
   return drawn
 
 
