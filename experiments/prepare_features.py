@@ -39,9 +39,9 @@ _PACKAGES = {TEXT: ('sentence-transformers', 'transformers', 'torch')}
 _PACKAGES[VISUAL] = (*_PACKAGES[TEXT], 'pillow')
 
 _TEXTS = flags.DEFINE_string(
-    'texts', AUTO, 'what the text model reads: a JSON file {"item id": "text"}; '
-    'auto: title, genres and abstract from the data set\'s item file; none: '
-    'make no text features')
+    'texts', AUTO, 'what the text model reads: a JSON file {"item id": '
+    '"text"}; auto: title, genres and abstract from the data set\'s item file; '
+    'none: make no text features')
 _IMAGES = flags.DEFINE_string(
     'images', '', 'folder of <item id>' + ', '.join(extraction.IMAGE_ENDS)
     + ' (the first of these counts); empty: make no visual features')

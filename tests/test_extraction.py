@@ -22,8 +22,8 @@ from tests.small import error_of
 from tests.test_cli import ROOT, run
 
 # Ids as no row number: what belongs where must come from `rows`.
-ITEMS = ItemTable(np.array(['a', 'b', 'c', 'd', 'e']), np.array([1, 2, 4, 5, 6]),
-                  7, {}, {})
+ITEMS = ItemTable(np.array(['a', 'b', 'c', 'd', 'e']),
+                  np.array([1, 2, 4, 5, 6]), 7, {}, {})
 TEXTS = {'a': 'xx', 'b': 'yyyy', 'd': 'z', 'e': 'uuu'}
 
 
@@ -144,8 +144,8 @@ def test_texts_without_an_item_in_common_are_refused():
 
 
 @pytest.mark.parametrize('content, said', [
-    (b'{"a": ', 'not JSON'), (b'\xff{}', 'not JSON in UTF-8'), (b'', 'not JSON'),
-    (b'[' * 100_000, 'not JSON'), (b'["a"]', 'found a list'),
+    (b'{"a": ', 'not JSON'), (b'\xff{}', 'not JSON in UTF-8'),
+    (b'', 'not JSON'), (b'[' * 100_000, 'not JSON'), (b'["a"]', 'found a list'),
     (b'{"a": "x", "b": {"title": "y"}}',
      "the text of item 'b' is no string but {\"title\": \"y\"}"),
     (b'{"a": null}', 'is no string but null')])
@@ -621,9 +621,9 @@ def test_a_hub_out_of_reach_asks_for_a_folder(ml_1m, no_hub):
   del no_hub
   pytest.importorskip('sentence_transformers')
   message = refused(f'--data_dir={ml_1m}', '--overwrite')
-  assert ('--text_model=sentence-transformers/all-MiniLM-L6-v2: no such folder, '
-          'not in the cache of the Hugging Face hub, and the hub cannot be '
-          'reached; name a local folder') in message
+  assert ('--text_model=sentence-transformers/all-MiniLM-L6-v2: no such '
+          'folder, not in the cache of the Hugging Face hub, and the hub cannot '
+          'be reached; name a local folder') in message
 
 
 def test_a_model_in_the_hub_s_cache_needs_no_hub(ml_1m, no_hub, minilm):

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from fedmmr_jax.data import features, sidecar
+from fedmmr_jax.config import DataConfig
+from fedmmr_jax.data import features, load as load_lib, sidecar
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
 
@@ -110,6 +111,19 @@ def test_somebody_s_own_json_of_that_name_is_no_sidecar(prepared, content):
   # item_texts.json beside item_texts.npy, say.
   sidecar.path_of(prepared).write_text(content)
   assert load(prepared)[1].source == str(prepared)
+
+
+def test_a_data_set_refuses_features_of_another_one(ml_1m):
+  config = DataConfig(dataset='ml-1m', data_dir=str(ml_1m))
+  path = ml_1m / 'text_features.npy'
+  write(path, data_fingerprint=sidecar.data_fingerprint(
+      load_lib.read_items(config)))
+  loaded = load_lib.load(config, 0)
+  assert [report.source for report in loaded.integrity] == [
+      str(ml_1m / 'visual_features.npy'), f'{path} (small-model)']
+  write(path)  # of ITEMS
+  with pytest.raises(UserError, match='prepared for another data set'):
+    load_lib.load(config, 0)
 
 
 def test_the_fingerprint_is_that_of_ids_rows_and_size():
