@@ -175,6 +175,8 @@ def check_path(path: str) -> None:
   """Raises UserError unless `write` knows the file's ending."""
   if pathlib.Path(path).suffix not in FORMATS:
     raise UserError(f'--per_user={path}: end it in {" or ".join(FORMATS)}')
+  if not pathlib.Path(path).absolute().parent.is_dir():
+    raise UserError(f'--per_user={path}: no such folder')
 
 
 def write(results: UserResults, path: pathlib.Path) -> None:

@@ -385,6 +385,45 @@ def test_columns_can_be_named(tmp_path):
   assert raw.times.tolist() == [3, 2]
 
 
+def test_a_time_that_the_first_line_lacks_counts(tmp_path):
+  (tmp_path / 'x.jsonl').write_text(
+      '{"user": "a", "item": "b"}\n{"user": "a", "item": "c", "time": 5}\n')
+  assert ', line 1: time is neither' in error_of(
+      read_ratings, 'auto', tmp_path)
+
+
+def test_columns_of_a_format_without_names_are_refused(tmp_path):
+  write(tmp_path, 'ratings.dat', rating_lines('ml-1m'))
+  assert 'has no named columns' in error_of(
+      read_ratings, 'auto', tmp_path, ColumnNames('a'))
+
+
+def test_one_column_for_two_things_is_refused(tmp_path):
+  (tmp_path / 'log.csv').write_text('a,b\n1,2\n')
+  assert 'must be different columns' in error_of(
+      read_ratings, 'auto', tmp_path, ColumnNames('a', 'a'))
+
+
+def test_quoted_amazon_ratings_with_the_item_first(tmp_path):
+  (tmp_path / 'x.csv').write_text('"B000000001","A1",5.0,100\n' * 3)
+  raw = read_ratings('auto', tmp_path)
+  assert raw.users.tolist() == ['A1'] * 3
+  assert raw.items.tolist() == ['B000000001'] * 3
+
+
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path):
+  (tmp_path / 'ratings.dat').write_bytes(
+      b'\xef\xbb\xbf1::2::5::100\n\n1::3::5::x\n')
+  assert ', line 3: timestamp' in error_of(read_ratings, 'auto', tmp_path)
+
+
+def test_an_item_file_of_another_set_is_refused(tmp_path):
+  (tmp_path / 'log.csv').write_text('user,item\n1,a\n1,b\n1,c\n')
+  (tmp_path / 'items.csv').write_text('item_id,title\nx,X\n')
+  assert 'tells of no item of the interactions' in error_of(
+      load.load, DataConfig(dataset='auto', data_dir=str(tmp_path)), 0)
+
+
 def test_space_around_ids_and_in_names_does_not_count(tmp_path):
   (tmp_path / 'log.csv').write_text('User ID, Item ID\n1, 2\n1,2 \n 1,3\n')
   raw = read_ratings('auto', tmp_path)
@@ -443,6 +482,12 @@ BROKEN = {
                 ', line 3: item holds a control character', 'auto'),
     'truth': ('log.csv', 'user,item,time\n1,2,true\n',
               ', line 2: time is neither', 'auto'),
+    'open quote': ('log.csv', 'user,item,note\n1,2,"open\n1,3,x\n',
+                   ', line 2: a quote is not closed', 'auto'),
+    'quoted lines': ('log.csv', 'user,item,note\n1,2,"a\n1,3,b"\n',
+                     ', line 2: a quote is not closed', 'auto'),
+    'long id': ('ratings.dat', '1::2::5::3\n' + '9' * 5000 + '::2::5::3\n',
+                ', line 2: user id is larger', 'auto'),
     'array': ('x.json', '[{"user": 1, "item": 2}]\n', ': a JSON array', 'auto'),
     'prose': ('x.txt', 'Dear reader, this is no data.\n',
               ': cannot tell its format from', 'auto'),

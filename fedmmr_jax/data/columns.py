@@ -50,9 +50,10 @@ def id_problem(text: str, whole: bool) -> str:
   """What is wrong with an id; nothing if it may stand."""
   if whole:
     digits = text.strip()
-    if not (digits.isascii() and digits.isdigit()) or int(digits) == 0:
+    if not (digits.isascii() and digits.isdigit()) or not digits.strip('0'):
       return 'is not a positive whole number'
-    return f'is larger than {MAX_ID}' if int(digits) > MAX_ID else ''
+    too_large = len(digits) > 18 or int(digits) > MAX_ID
+    return f'is larger than {MAX_ID}' if too_large else ''
   if not text.strip():
     return 'is empty'
   if len(text) > MAX_ID_LENGTH:

@@ -87,6 +87,11 @@ def _read_fast(path, layout) -> Interactions:
         convert_options=arrow_csv.ConvertOptions(
             column_types=types, include_columns=wanted,
             strings_can_be_null=False))
+  # Between two quotes that belong to different lines all would be one field.
+  rows = table.num_rows + layout.has_header
+  if layout.quoted and rows < text_files.count_ends(path) and (
+      rows < sum(1 for _ in text_files.lines(path))):  # blank ones left out
+    raise Doubt
   for name in layout.numbers:
     column = table[name]
     if column.null_count or not np.isfinite(column.to_numpy()).all():
@@ -154,12 +159,14 @@ def _fields(line: str, layout: Layout) -> list[str]:
   if layout.quoted:
     try:
       return next(csv.reader([line], delimiter=layout.separator, strict=True))
-    except csv.Error:  # a quote that is not closed: fields will be missing
-      pass
+    except csv.Error:  # a quote that is not closed
+      return []
   return line.split(layout.separator)
 
 
 def _problem_of(fields: list[str], layout: Layout) -> str:
+  if not fields:
+    return 'a quote is not closed'
   if len(fields) != len(layout.columns):
     return f'{len(fields)} fields instead of {len(layout.columns)}'
   for name, field in zip(layout.columns, fields):

@@ -47,6 +47,8 @@ ALIASES = {
 _MOVIELENS = ('user id', 'item id', 'rating', 'timestamp')
 _BLOCK = 1 << 26  # bytes; a review must fit into a block
 _ASIN_LENGTH = 10
+# Formats whose columns have names.
+_NAMED = ('csv', 'ml-latest', 'recbole', 'parquet', 'amazon-reviews')
 
 
 class ColumnNames(NamedTuple):
@@ -125,6 +127,10 @@ def read(source: Source, names: ColumnNames = ColumnNames()) -> Interactions:
   Raises:
     UserError: what is malformed, with its line.
   """
+  if any(names) and source.format not in _NAMED:
+    raise UserError(
+        f'{source.path}: {FORMATS[source.format].description}, has no named '
+        'columns; leave --user_column, --item_column and --time_column out')
   return FORMATS[source.format].read(source.path, names)
 
 
@@ -241,14 +247,15 @@ def _read_headed(path, names: ColumnNames, whole: bool = False,
 
 def _read_amazon_ratings(path, names) -> Interactions:
   del names
-  lines = [line.split(',') for line in text_files.head(path)]
+  lines = [_split(line, ',') for line in text_files.head(path)]
   # Releases differ in which id comes first; a product's has 10 characters.
-  item_first = all(len(f[0]) == _ASIN_LENGTH for f in lines) and any(
-      len(f) > 1 and len(f[1]) != _ASIN_LENGTH for f in lines)
+  first, second = (sum(len(fields) > i and len(fields[i]) == _ASIN_LENGTH
+                       for fields in lines) for i in (0, 1))
+  item_first = first > second
   ids = ('item', 'user') if item_first else ('user', 'item')
   return delimited.read(path, Layout(
       ',', (*ids, 'rating', 'timestamp'), 'user', 'item', 'timestamp',
-      numbers=('rating', 'timestamp')))
+      numbers=('rating', 'timestamp'), quoted=True))
 
 
 def _read_sequences(path, names) -> Interactions:
@@ -280,13 +287,17 @@ def _read_sequences(path, names) -> Interactions:
 
 
 def _read_reviews(path, names) -> Interactions:
-  first = text_files.head(path)[0]
+  first, *more = text_files.head(path)
+  keys: dict[str, None] = {}
   try:
-    keys = list(_json_object(first))
+    for line in (first, *more):  # one may lack what others have
+      keys |= dict.fromkeys(_json_object(line))
   except ValueError:
+    pass  # the reader names it
+  if not keys:
     raise UserError(f'{path}, line 1: not a JSON object: '
                     f'{first[:60]!r}') from None
-  user, item, time = _pick_all(keys, names, f'{path}, line 1')
+  user, item, time = _pick_all(list(keys), names, f'{path}, line 1')
   try:
     schema = pa.schema([(user, pa.string()), (item, pa.string()),
                         *([(time, pa.int64())] if time else [])])
@@ -331,7 +342,10 @@ def _reviews_carefully(path, user, item, time) -> Interactions:
 
 
 def _json_object(text: str) -> dict:
-  found = json.loads(text)
+  try:
+    found = json.loads(text)
+  except RecursionError:
+    raise ValueError(text) from None
   if not isinstance(found, dict):
     raise ValueError(text)
   return found
@@ -342,6 +356,8 @@ def _read_parquet(path, names) -> Interactions:
     with text_files.readable(path):
       file = arrow_parquet.ParquetFile(path)
       picked = _pick_all(file.schema_arrow.names, names, str(path))
+      if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+        raise UserError(f'{path}: two columns of one name')
       table = file.read(columns=[name for name in picked if name])
   except pa.ArrowInvalid as error:
     raise UserError(f'{path}: not a readable Parquet file ({error})') from None
@@ -405,7 +421,12 @@ def _pick_all(fields: Sequence[str], names: ColumnNames,
       raise UserError(
           f'{where}: no column ' + (asked or f'of the {what}s') + ' among '
           + ', '.join(fields) + f'; name it with --{what}_column')
-  return tuple(_pick(fields, names, what) for what in ('user', 'item', 'time'))
+  picked = tuple(_pick(fields, names, what)
+                 for what in ('user', 'item', 'time'))
+  if len(set(picked)) < len(picked):
+    raise UserError(f'{where}: users {picked[0]}, items {picked[1]} and times '
+                    f'{picked[2] or "-"} must be different columns')
+  return picked
 
 
 def _separator(line: str) -> str:

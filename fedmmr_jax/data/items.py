@@ -35,6 +35,7 @@ LARGEST_ROW = 10_000_000
 _TITLE = ('title', 'movie_title', 'name', 'product_name', 'item_name',
           'product_title', 'headline')
 _GENRES = ('genres', 'genre', 'class', 'category', 'categories', 'tags')
+csv.field_size_limit(1 << 24)  # descriptions may be long
 _ABSTRACT = ('abstract', 'description', 'overview', 'summary', 'text')
 # u.item: what the 0 and 1 behind the fifth field stand for (u.genre).
 _GENRES_100K = (
@@ -143,6 +144,10 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   else:
     rows = 1 + np.arange(len(ids))
   known = {i: items[i] for i in ids.tolist() if i in items}
+  if items and not set(interactions.item_ids.tolist()) & set(known):
+    raise UserError(f'{path}: tells of no item of the interactions, whose ids '
+                    f'are {interactions.item_ids[0]} to '
+                    f'{interactions.item_ids[-1]}; is it of another data set?')
   return ItemTable(
       ids, rows, int(rows[-1]) + 1,
       {i: item.title for i, item in known.items() if item.title},
@@ -172,7 +177,8 @@ def read(path: pathlib.Path) -> dict[str, Item]:
 
 def _read_latin(path, separator: str) -> Iterator[tuple[str, Item]]:
   for number, line in text_files.lines(path):
-    fields = line.decode('latin-1').split(separator)
+    fields = text_files.decode(
+        line, path, number, 'latin-1').split(separator)
     if len(fields) < 3 or not (fields[0].isascii() and fields[0].isdigit()):
       raise UserError(
           f'{path}, line {number}: expected '
@@ -215,8 +221,12 @@ def _rows(path, separator: str,
       yield text_files.decode(line, path, at) + '\n'
 
   if quoted:
-    for fields in csv.reader(texts(), delimiter=separator):
-      yield at, fields
+    try:
+      for fields in csv.reader(texts(), delimiter=separator, strict=True):
+        yield at, fields
+    except csv.Error as error:
+      raise UserError(f'{path}, line {at}: not CSV ({error}); is a quote not '
+                      'closed?') from None
   else:  # in RecBole's files a quote is part of a title
     for text in texts():
       yield at, text.rstrip('\n').split(separator)
@@ -231,7 +241,7 @@ def _read_json(path) -> Iterator[tuple[str, Item]]:
       except ValueError:  # the metadata of 2014 are Python literals
         values = ast.literal_eval(text)
       values = {str(k).lower(): v for k, v in dict(values).items()}
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, RecursionError):
       raise UserError(f'{path}, line {number}: not a JSON object: '
                       f'{text[:60]!r}') from None
     picked = _pick(list(values), f'{path}, line {number}')
@@ -245,6 +255,8 @@ def _read_parquet(path) -> dict[str, Item]:
   except pa.ArrowInvalid as error:
     raise UserError(f'{path}: not a readable Parquet file ({error})') from None
   found = found.rename_columns([name.lower() for name in found.column_names])
+  if len(set(found.column_names)) < len(found.column_names):
+    raise UserError(f'{path}: two columns of one name')
   picked = _pick(found.column_names, str(path))
   wanted = found.select([name for name in picked.values() if name])
   return {str(values[picked['id']]): _item(values, picked)
@@ -284,4 +296,4 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _is_whole(text: str) -> bool:
-  return text.isascii() and text.isdigit()
+  return text.isascii() and text.isdigit() and len(text) <= 18

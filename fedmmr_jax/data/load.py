@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 from typing import NamedTuple
 
+import numpy as np
+
 from fedmmr_jax.config import DataConfig, SYNTHETIC
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.data import columns, features, formats, items, synthetic
@@ -97,8 +99,7 @@ def _load_files(config: DataConfig) -> Loaded:
   table = items.table(interactions, item_file)
   selected = select(_name(source), interactions, _filters(config))
   dataset = selected.dataset
-  rows = table.rows_of(dataset.item_ids)
-  rows[0] = 0
+  rows = np.append(0, table.rows_of(dataset.item_ids[1:]))
   matrices, reports = {}, []
   for kind, path in paths.items():
     if path is not None:

@@ -86,13 +86,13 @@ def select(name: str, interactions: Interactions,
         + ('training, validation and test need'
            if needed == MIN_INTERACTIONS else
            '--min_interactions and --k_core ask for'))
+  if filters.top_k_users:
+    kept = kept.where(_most_active(sizes.used, filters.top_k_users)[kept.users])
+    sizes = kept.sizes(size, filters)
   if not (sizes.held_out == HELD_OUT)[kept.users].any():
     raise UserError(f'{name}: no user has an interaction before --test_from and '
                     'one from it on; choose a date within '
                     + _span(table.times))
-  if filters.top_k_users:
-    kept = kept.where(_most_active(sizes.used, filters.top_k_users)[kept.users])
-    sizes = kept.sizes(size, filters)
   kept = kept.where(kept.positions(size) < sizes.used[kept.users])
   if filters.test_from is not None:
     notes.append(_about_split(table, filters, sizes))
