@@ -30,6 +30,7 @@ from fedmmr_jax.bootstrap import paired_bootstrap
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset, client_view
 from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.federation import FederationState
 from fedmmr_jax.simulation import Simulation
 
 AUDIT_STREAM = 10  # see federation.COHORT_STREAM
@@ -91,11 +92,13 @@ def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
     wanted = wanted.at[0].set(False)
     keys = jax.random.split(jax.random.fold_in(
         jax.random.key(AUDIT_STREAM), client), num_keys)
-    drawn = jax.lax.map(lambda key: jnp.sum(
-        wanted[scoring.draw_negatives(key, view, config)]), keys)
-    # Of training items none may come.
-    trained = jax.lax.map(lambda key: jnp.sum(
-        consumed[scoring.draw_negatives(key, view, config)]), keys)
+
+    def look(key):
+      negatives = scoring.draw_negatives(key, view, config)
+      # Of training items none may come.
+      return jnp.sum(wanted[negatives]), jnp.sum(consumed[negatives])
+
+    drawn, trained = jax.lax.map(look, keys)
     free = view.num_drawable - 1 - jnp.sum(consumed[1:])
     return jnp.sum(drawn), jnp.sum(trained), jnp.sum(wanted) / free
 
@@ -154,12 +157,7 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
   other = dataclasses.replace(
       simulation, dataset=exchanged(simulation.dataset, simulation.config.seed))
   other = other.with_seed(simulation.config.seed)  # puts it on the device
-  states = []
-  for one in (simulation, other):
-    state = one.init_state()
-    for number in range(1, rounds + 1):
-      state, _ = one.run_round(state, number, one.sample_cohort(number))
-    states.append(state)
+  states = [_trained(one, rounds) for one in (simulation, other)]
   own, theirs = (jax.tree.map(np.asarray, jax.device_get(
       (s.server.params, s.server.prototypes, s.memories))) for s in states)
   changed = (simulation.dataset.items != other.dataset.items).sum()
@@ -208,7 +206,7 @@ def catalogue_filter(simulation: Simulation) -> Check:
   foreign = sum(
       len(np.setxor1d(own[k], dataset.sequence(k)[:simulation.num_train[k]]))
       for k in range(dataset.num_clients))
-  counts = popularity.training_counts(dataset)[1:dataset.num_rows]
+  counts = popularity.training_counts(dataset)[1:]
   k_core = simulation.config.data.k_core
   # The most active users may have been taken after the core was.
   rare = (counts[:dataset.num_items - dataset.num_cold] < k_core).sum() if (
@@ -293,16 +291,22 @@ def federated(simulation: Simulation, rounds: int) -> Trained:
   found = {}
   for leaky in (False, True):
     one = _with_leak(simulation, simulation.config, leaky)
-    state = one.init_state()
-    for number in range(1, rounds + 1):
-      state, _ = one.run_round(state, number, one.sample_cohort(number))
-    found[leaky] = one.evaluate(state, 'test')[1]
+    found[leaky] = one.evaluate(_trained(one, rounds), 'test')[1]
   return Trained(simulation.rank_by_popularity('test'), *found.values())
 
 
 def hit_rate(ranks: Ranks) -> float:
   """HR@10 of the sampled protocol."""
   return metrics_lib.ranking(ranks.sampled)['HR@10']
+
+
+def _trained(simulation: Simulation, rounds: int) -> FederationState:
+  """The state after so many rounds from the start."""
+  state = simulation.init_state()
+  for number in range(1, rounds + 1):
+    state, _ = simulation.run_round(
+        state, number, simulation.sample_cohort(number))
+  return state
 
 
 def _with_leak(simulation: Simulation, config: RunConfig,

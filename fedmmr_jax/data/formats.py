@@ -211,7 +211,7 @@ def _is_about_items(path: pathlib.Path) -> bool:
 
 
 def _movielens(separator: str) -> Callable[..., Interactions]:
-  layout = Layout(separator, _MOVIELENS, *('user id', 'item id', 'timestamp'),
+  layout = Layout(separator, _MOVIELENS, 'user id', 'item id', 'timestamp',
                   numbers=('rating', 'timestamp'), whole_ids=True)
   return lambda path, names: _read_lines(path, layout)
 

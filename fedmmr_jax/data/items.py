@@ -133,7 +133,7 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   Raises:
     UserError: a malformed line of the item file (named).
   """
-  items = read(path) if path else {}
+  items = described = read(path) if path else {}
   ids = interactions.item_ids
   if ids.dtype.kind == 'i':
     items = {int(i): item for i, item in items.items() if _is_whole(i)}
@@ -144,7 +144,7 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   else:
     rows = 1 + np.arange(len(ids))
   known = {i: items[i] for i in ids.tolist() if i in items}
-  if items and not set(interactions.item_ids.tolist()) & set(known):
+  if described and not set(interactions.item_ids.tolist()) & set(known):
     raise UserError(f'{path}: tells of no item of the interactions, whose ids '
                     f'are {interactions.item_ids[0]} to '
                     f'{interactions.item_ids[-1]}; is it of another data set?')
