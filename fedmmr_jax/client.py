@@ -16,6 +16,7 @@ from fedmmr_jax import losses
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import optimizers
+from fedmmr_jax import profile as profile_lib
 from fedmmr_jax import prototypes as prototypes_lib
 from fedmmr_jax import vocabulary as vocabulary_lib
 from fedmmr_jax.config import RunConfig
@@ -103,12 +104,16 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
   has_both = jnp.all(scores.target.available, axis=-1)
   terms = losses.combine(config.loss, rec, valid, scores.target.visual,
                          scores.target.semantic, has_both, balance)
+  total = terms.total
+  if scores.profile is not None:
+    total += config.loss.profile_weight * losses.weighted_mean(
+        scores.profile, valid)
   count = jnp.sum(valid)
   pairs = jnp.sum(valid & has_both)
   usable = scores.counted & jnp.any(scores.candidates.available, axis=-1)
   weights = scores.candidates.weights
   step_metrics = {
-      'loss': metrics_lib.mean(terms.total, count),
+      'loss': metrics_lib.mean(total, count),
       'rec_loss': metrics_lib.mean(terms.rec, count),
       'contrastive_loss': metrics_lib.mean(terms.contrastive, pairs),
       'load_balance_loss': metrics_lib.mean(balance, pairs),
@@ -119,7 +124,7 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
       'instance_weight_shares': metrics_lib.mean(terms.weight_shares, pairs),
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
-  return terms.total, (surprise, step_metrics)
+  return total, (surprise, step_metrics)
 
 
 class LocalState(NamedTuple):
@@ -167,6 +172,9 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
       config, broadcast.learning_rate, vocabulary_lib.take(
           _correction(config, broadcast, control), vocabulary.ids))
 
+  with_profile = _profiler(
+      model, config, client, sent, vocabulary, broadcast.catalogue)
+
   def epoch(number, state):
     order = _window_order(
         config, _order_key(key, number), own_windows, most_windows)
@@ -176,8 +184,9 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
       index = order.at[rank].get(mode='fill', fill_value=0)
       negative_key, dropout_key = _step_keys(key, number, i)
       data = StepData(
-          batch=cut_windows(client, index, rank < own_windows, stride,
-                            config.model.max_seq_len),
+          batch=with_profile(index, cut_windows(
+              client, index, rank < own_windows, stride,
+              config.model.max_seq_len)),
           negative=draw_negatives(negative_key, client, config),
           catalogue=broadcast.catalogue,
           view=memory_view(state.memory, broadcast, config),
@@ -245,9 +254,32 @@ def _round_vocabulary(model, config, client, key) -> Vocabulary:
   negatives = jax.vmap(jax.vmap(negative, (None, 0)), (0, None))(epochs, steps)
   # Held-out items train nothing; left out, they cannot even move a row to
   # another place of the table, and with it a sum's rounding.
+  return vocabulary_lib.touched([_trained(client), negatives], catalogue)
+
+
+def _trained(client: ClientData) -> jax.Array:
+  """[H] int32 the client's training items, 0 behind."""
   position = jnp.arange(client.history.shape[0])
-  trained = jnp.where(position < client.num_train, client.history, 0)
-  return vocabulary_lib.touched([trained, negatives], catalogue)
+  return jnp.where(position < client.num_train, client.history, 0)
+
+
+def _profiler(model, config, client, params, vocabulary, catalogue):
+  """(numbers of windows [B], their batch) -> the batch with its profiles."""
+  if config.model.profile == 'none':
+    return lambda index, batch: batch
+  if len(vocabulary.ids) != model.num_rows:
+    catalogue = jax.tree.map(lambda x: x[vocabulary.ids], catalogue)
+  sums = profile_lib.running_sums(
+      model, params, vocabulary.rows(_trained(client)), catalogue)
+  stride = window_stride(config.client, config.model.max_seq_len)
+
+  def add(index, batch):
+    stop = jnp.maximum(client.num_train - index * stride, 0)
+    start = jnp.maximum(stop - config.model.max_seq_len - 1, 0)
+    return batch._replace(profile=profile_lib.outside(
+        sums, client.num_train, start, stop))
+
+  return add
 
 
 def _order_key(key, epoch) -> jax.Array:
@@ -370,10 +402,15 @@ def fill_memory(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   batch_size = config.client.batch_size
   own_windows = num_windows(client.num_train, stride)
 
+  with_profile = _profiler(
+      model, config, client, broadcast.params,
+      vocabulary_lib.whole(model.num_rows), broadcast.catalogue)
+
   def step(i, filled):
     rank = i * batch_size + jnp.arange(batch_size)
-    batch = cut_windows(client, own_windows - 1 - rank, rank < own_windows,
-                        stride, config.model.max_seq_len)
+    index = own_windows - 1 - rank
+    batch = with_profile(index, cut_windows(
+        client, index, rank < own_windows, stride, config.model.max_seq_len))
     negative = draw_negatives(jax.random.fold_in(key, i), client, config)
     scores = score_batch(
         model, broadcast.params, batch, negative, broadcast.catalogue,

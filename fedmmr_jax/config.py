@@ -105,6 +105,20 @@ class ModelConfig:
       'content_init: its features; content_plus_id: a trained projection of '
       'its features plus a row (see fedmmr_jax/content.py)',
       choices=('id', 'content_init', 'content_plus_id'))
+  collaborative_dim: int = _field(
+      0, 'so many of the D directions of the content are the items\' '
+      'co-occurrence in histories, sketched before round 1 (see '
+      'fedmmr_jax/collaborative.py)', minimum=0)
+  collaborative_rounds: int = _field(
+      5, 'cohorts that the sketch asks, each client once', minimum=1)
+  positions: str = _field(
+      'absolute', 'how attention knows of order; absolute: an embedding of each '
+      'position (the original); relative: a trained bias of each head and '
+      'distance, which starts as more or less recent', choices=(
+          'absolute', 'relative'))
+  profile: str = _field(
+      'none', 'history: a long-term expert for what lies outside of the window '
+      '(see fedmmr_jax/models/profile.py)', choices=('none', 'history'))
   experts: str = _field(
       'both', 'which experts enhance the backbone, as far as there are '
       'features for them; none: the plain backbone',
@@ -144,6 +158,8 @@ class LossConfig:
       0.1, 'weight of the contrastive loss', minimum=0.0)
   load_balance_weight: float = _field(
       0.01, 'weight of the load balance loss', minimum=0.0)
+  profile_weight: float = _field(
+      0.3, 'weight of the loss of the long-term expert alone', minimum=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,6 +377,13 @@ class RunConfig:
         raise UserError(
             f'--hidden_dim={m.hidden_dim} is not a multiple of '
             f'--{heads}={getattr(m, heads)}')
+    if m.collaborative_dim > m.hidden_dim:
+      raise UserError(f'--collaborative_dim={m.collaborative_dim} exceeds '
+                      f'--hidden_dim={m.hidden_dim}')
+    if m.collaborative_dim and m.item_embedding == 'id':
+      raise UserError(
+          f'--collaborative_dim={m.collaborative_dim} is a part of the items\' '
+          'content; say --item_embedding=content_plus_id or content_init')
     if self.memory.memory == 'two_tier' and (
         self.memory.retrieval_size // 2 > self.memory.long_term_capacity):
       raise UserError(

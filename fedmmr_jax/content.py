@@ -39,11 +39,15 @@ def components(features: Sequence[np.ndarray], dim: int) -> np.ndarray:
     return joined.astype(np.float32)
   _, vectors = np.linalg.eigh(joined.T @ joined)  # ascending
   found = joined @ vectors[:, ::-1][:, :dim]
-  # An eigenvector's sign is arbitrary: the largest entry of each is positive.
-  peak = np.abs(found).argmax(axis=0)
-  found = found * np.sign(found[peak, np.arange(found.shape[1])])
+  found = with_fixed_signs(found)
   found = np.pad(found, ((0, 0), (0, dim - found.shape[1])))
-  return (found / _length(found)).astype(np.float32)
+  return (found / root_mean_square_length(found)).astype(np.float32)
+
+
+def with_fixed_signs(columns: np.ndarray) -> np.ndarray:
+  """An eigenvector's sign is arbitrary: the largest entry becomes positive."""
+  peak = np.abs(columns).argmax(axis=0)
+  return columns * np.sign(columns[peak, np.arange(columns.shape[1])])
 
 
 def initial_table(key: jax.Array, content: jax.Array,
@@ -82,10 +86,10 @@ def centred(features: np.ndarray) -> np.ndarray:
     return features
   moved = np.where(
       present[:, None], features - features[present].mean(axis=0), 0.0)
-  return moved / _length(moved)
+  return moved / root_mean_square_length(moved)
 
 
-def _length(rows) -> float:
+def root_mean_square_length(rows) -> float:
   """Root mean square length of the rows that are not zero."""
   squared = (rows ** 2).sum(axis=1)
   return float(np.sqrt(squared[squared > 0].mean())) if squared.any() else 1.0

@@ -15,6 +15,7 @@ from fedmmr_jax import client as client_lib
 from fedmmr_jax import federation
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import profile as profile_lib
 from fedmmr_jax.client import Broadcast
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import ClientData, FederatedData, client_view
@@ -46,15 +47,22 @@ class Ranks(NamedTuple):
 
 
 def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
-                    window: jax.Array, memory: Memory) -> jax.Array:
-  """[V] scores of all items for one client's window [L].
+                    window: jax.Array, memory: Memory,
+                    earlier: jax.Array | None = None) -> jax.Array:
+  """[V] scores of all items for one client's window [L], the `earlier` items
+  of which ([H] int32, 0 = none) make its profile.
 
   The catalogue goes by in blocks, so that what lies between an item and its
   score never exists for all items at once.
   """
   apply = partial(model.apply, {'params': broadcast.params})
-  state = apply(
-      window, broadcast.catalogue, last_only=True, method='encode')[0]
+  profile = None
+  if config.model.profile != 'none' and earlier is not None:
+    profile = profile_lib.mean(
+        model, broadcast.params, earlier, broadcast.catalogue)
+  state = jax.tree.map(lambda x: x[0], apply(
+      window, broadcast.catalogue, last_only=True, profile=profile,
+      method='encode'))
   view = client_lib.memory_view(memory, broadcast, config)
   num_blocks = -(-model.num_rows // config.evaluation.items_per_eval_block)
   block_size = -(-model.num_rows // num_blocks)  # equal, but for the last
@@ -100,7 +108,11 @@ def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   target_at = client.num_train + after_train
   position = target_at + jnp.arange(-config.model.max_seq_len, 0)
   window = jnp.where(position >= 0, client.history[position], 0)
-  scores = score_catalogue(model, config, broadcast, window, memory)
+  before_window = (jnp.arange(len(client.history))
+                   < target_at - config.model.max_seq_len)
+  scores = score_catalogue(
+      model, config, broadcast, window, memory,
+      jnp.where(before_window, client.history, 0))
   return rank_client(scores, client, target_at)
 
 

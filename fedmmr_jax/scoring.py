@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedmmr_jax import losses
 from fedmmr_jax import negatives
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import ClientData
 from fedmmr_jax.models.experts import MemoryView
 from fedmmr_jax.models.feddmmr import Candidates, Catalogue, FedDMMR
+from fedmmr_jax.models.profile import States
 from fedmmr_jax.windows import Batch, targets_of_step
 
 Params = Any  # tree of float32 arrays, `FedDMMR.init(...)['params']`
@@ -27,6 +29,8 @@ class StepScores(NamedTuple):
     target: Candidates of the T positives.
     candidates: Candidates of everything scored, J rows.
     counted: [J] bool, False for candidates of padding targets.
+    profile: [T] losses of the client's profile alone, 0 where it is unknown;
+      None without `--profile=history`.
   """
 
   positive: jax.Array
@@ -34,6 +38,7 @@ class StepScores(NamedTuple):
   target: Candidates
   candidates: Candidates
   counted: jax.Array
+  profile: jax.Array | None = None
 
 
 def draw_negatives(key: jax.Array, client: ClientData,
@@ -69,17 +74,17 @@ def score_batch(model: FedDMMR, params: Params, batch: Batch,
     rngs = {'dropout': key} if train else {}
     return model.apply({'params': params}, *args, rngs=rngs, **kwargs)
 
-  def encode(window, key):
-    return apply(window, catalogue, train, batch.targets.shape[1] == 1, key=key,
-                 method='encode')
+  def encode(window, profile, key):
+    return apply(window, catalogue, train, batch.targets.shape[1] == 1,
+                 profile, key=key, method='encode')
 
   def represent(items):
     return apply(items, catalogue, view, train, key=candidate_key,
                  method='candidates')
 
   keys = jax.random.split(encode_key, len(batch.windows)) if train else None
-  states = jax.vmap(encode)(batch.windows, keys)
-  states = states.reshape(-1, states.shape[-1])  # [T, D]
+  states = jax.vmap(encode)(batch.windows, batch.profile, keys)
+  states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)  # [T, D]
   score = _score_shared if negative.ndim == 1 else _score_own
   return score(model, states, batch.targets.reshape(-1),
                batch.valid.reshape(-1), negative, represent)
@@ -97,7 +102,8 @@ def _score_shared(model, states, targets, valid, negative,
       positive=jax.vmap(model.score)(states, own)[:, 0],
       negative=jax.vmap(model.score, (0, None))(states, rest),
       target=target, candidates=candidates,
-      counted=jnp.concatenate([valid, anyone]))
+      counted=jnp.concatenate([valid, anyone]),
+      profile=_profile_loss(model, states, own, rest, None))
 
 
 def _score_own(model, states, targets, valid, negative,
@@ -111,4 +117,18 @@ def _score_own(model, states, targets, valid, negative,
   return StepScores(
       positive=scores[:, 0], negative=scores[:, 1:],
       target=jax.tree.map(lambda x: x[:, 0], grouped), candidates=candidates,
-      counted=jnp.broadcast_to(valid[:, None], items.shape).reshape(-1))
+      counted=jnp.broadcast_to(valid[:, None], items.shape).reshape(-1),
+      profile=_profile_loss(
+          model, states, jax.tree.map(lambda x: x[:, :1], grouped),
+          jax.tree.map(lambda x: x[:, 1:], grouped), 0))
+
+
+def _profile_loss(model, states, own, negatives, negatives_axis):
+  """[T] losses by the profile alone, or None without."""
+  if not isinstance(states, States):
+    return None
+  positive = jax.vmap(model.score_profile)(states, own)[:, 0]
+  negative = jax.vmap(model.score_profile, (0, negatives_axis))(
+      states, negatives)
+  loss = losses.recommendation_loss(positive, negative)
+  return jnp.where(states.known, loss, 0.0)

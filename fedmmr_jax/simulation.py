@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedmmr_jax import collaborative
 from fedmmr_jax import content as content_lib
 from fedmmr_jax import evaluation, federation, local_only, metrics, popularity
 from fedmmr_jax import optimizers
@@ -166,7 +167,8 @@ class Simulation:
         self.model, self.compiled_config,
         state.server.broadcast(self.catalogue, self.compiled_config), window,
         jax.tree.map(lambda x: x[client],
-                     self._memories(state, np.array([client])))))
+                     self._memories(state, np.array([client]))),
+        history[:-length]))
     # Consumed items that were held out of training are consumed too.
     everything = self.cold.dataset if self.cold else self.dataset
     scores[0] = scores[everything.sequence(client)] = -np.inf
@@ -339,12 +341,16 @@ def build(config: RunConfig, dataset: Dataset,
                     'features: the prototypes are clusters of texts')
   content = None
   if config.model.item_embedding != 'id':
-    if not (dataset.visual.any() or dataset.text.any()):
+    has_features = dataset.visual.any() or dataset.text.any()
+    if not (has_features or config.model.collaborative_dim):
       raise UserError(
           f'--item_embedding={config.model.item_embedding} needs item '
           'features; give some, or say --item_embedding=id')
     content = content_lib.components(
-        [dataset.visual, dataset.text], config.model.hidden_dim)
+        [dataset.visual, dataset.text] if has_features
+        else [np.zeros((dataset.num_rows, 1), np.float32)],
+        config.model.hidden_dim)
+    content = collaborative.put_into(content, dataset, config)
   simulation = Simulation(
       config=config,
       model=FedDMMR(config.model, dataset.num_rows, visual.shape[1],

@@ -209,6 +209,10 @@ def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
     if added[0] != added[1]:
       refuse('embeddings', 'its run had --item_embedding='
              f'{other.model.item_embedding}, not {config.model.item_embedding}')
+    for name in ('collaborative_dim', 'collaborative_rounds'):
+      if added[0] and before[name] != theirs[name]:
+        refuse('embeddings', f'its run had --{name}={before[name]}, not '
+               f'{theirs[name]}')
   if run.data_fingerprint() == dataset.fingerprint():
     return
   # Features may be others, and principal components of another catalogue are

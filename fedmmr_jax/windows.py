@@ -23,11 +23,14 @@ class Batch(NamedTuple):
     windows: [B, L] int32, left-padded with 0.
     targets: [B, Q] int32 next items of the last Q positions.
     valid: [B, Q] bool, False at padding.
+    profile: [B, D] what the client holds outside of each window
+      (`profile.py`); None without `--profile=history`.
   """
 
   windows: jax.Array
   targets: jax.Array
   valid: jax.Array
+  profile: jax.Array | None = None
 
 
 def window_stride(config: ClientConfig, max_seq_len: int) -> int:

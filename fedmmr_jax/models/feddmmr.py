@@ -19,6 +19,7 @@ from fedmmr_jax import content as content_lib
 from fedmmr_jax.config import ModelConfig
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.experts import MemoryView, SemanticExpert, VisualExpert
+from fedmmr_jax.models.profile import ProfileExpert, States
 from fedmmr_jax.models.router import ItemRouter
 from fedmmr_jax.models.sasrec import SASRec
 
@@ -30,7 +31,7 @@ PARAMETER_GROUPS = {
     'embeddings': ('item_embedding', 'content_projection'),
     'backbone': ('backbone',),
     'experts': ('visual_expert', 'visual_norm', 'semantic_expert',
-                'semantic_norm'),
+                'semantic_norm', 'profile_expert'),
     'router': ('router',),
     'fusion': ('sequence_norm', 'fusion_gate'),
 }
@@ -148,7 +149,9 @@ class FedDMMR(nn.Module):
           (c.hidden_dim, c.hidden_dim))
     self.backbone = SASRec(
         c.hidden_dim, c.num_heads, c.num_blocks, c.max_seq_len, c.dropout,
-        c.embedding_init_std)
+        c.embedding_init_std, c.positions == 'relative')
+    if c.profile == 'history':
+      self.profile_expert = ProfileExpert(c.hidden_dim, c.dropout)
     if self.visual_dim:
       self.visual_expert = VisualExpert(
           c.hidden_dim, c.visual_projection_dim, c.dropout,
@@ -174,7 +177,8 @@ class FedDMMR(nn.Module):
     return embedded
 
   def encode(self, window: jax.Array, catalogue: Catalogue,
-             train: bool = False, last_only: bool = False) -> jax.Array:
+             train: bool = False, last_only: bool = False,
+             profile: jax.Array | None = None) -> jax.Array | States:
     """Sequence representations of one left-padded window.
 
     Args:
@@ -182,15 +186,29 @@ class FedDMMR(nn.Module):
       catalogue: item features, [V, ...].
       train: whether dropout acts (consumes the `dropout` key).
       last_only: only the last position, computed more cheaply.
+      profile: [D] the client's (`profile.py`), with `--profile=history`; None
+        or zero = unknown.
 
     Returns:
       [L, D] (or [1, D]) float32, ready for `score`: LN(s), or plain s for a
-      model without experts.
+      model without experts. With `--profile=history` `States` of that shape.
     """
     valid = window > 0
     embedded = self.embed(window, catalogue) * valid[:, None]
     states = self.backbone(embedded, valid, train, last_only)
-    return states if self.is_backbone_only else self.sequence_norm(states)
+    own = None
+    if self.config.profile == 'history':
+      if profile is None:
+        profile = jnp.zeros(states.shape[-1])
+      known = jnp.any(profile != 0)
+      shift, own = self.profile_expert(profile, train)
+      states += jnp.where(known, shift, 0.0)
+    if not self.is_backbone_only:
+      states = self.sequence_norm(states)
+    if own is None:
+      return states
+    return States(states, jnp.broadcast_to(own, states.shape),
+                  jnp.broadcast_to(known, states.shape[:1]))
 
   def candidates(self, items: jax.Array, catalogue: Catalogue,
                  memory: MemoryView, train: bool = False) -> Candidates:
@@ -272,19 +290,29 @@ class FedDMMR(nn.Module):
         window[:1], catalogue, view_memory(catalogue, window[:1]))
 
   @nn.nowrap  # needs no parameters: call it on the model itself
-  def score(self, state: jax.Array, candidates: Candidates) -> jax.Array:
+  def score_profile(self, state: States, candidates: Candidates) -> jax.Array:
+    """[J] scores of J candidates by the client's profile alone."""
+    return candidates.embedding @ state.profile
+
+  @nn.nowrap
+  def score(self, state: jax.Array | States,
+            candidates: Candidates) -> jax.Array:
     """Scores J candidates for one encoded position.
 
     `|s + a|² = |s|² + 2 s·a + |a|²` and `(s + a)·e = s·e + a·e`, so vmapping
     over T states against shared candidates never forms a [T, J, D] tensor.
 
     Args:
-      state: [D] float32 from `encode`.
+      state: [D] float32, or such `States`, from `encode`.
       candidates: J candidates.
 
     Returns:
       [J] float32.
     """
+    if isinstance(state, States):
+      sequence = self.score(state.sequence, candidates)
+      mixed = jnp.logaddexp(sequence, self.score_profile(state, candidates))
+      return jnp.where(state.known, mixed, sequence)
     e, a = candidates.embedding, candidates.auxiliary
     if self.is_backbone_only:
       return e @ state

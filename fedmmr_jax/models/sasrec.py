@@ -14,6 +14,7 @@ class CausalBlock(nn.Module):
   hidden_dim: int
   num_heads: int
   dropout: float
+  relative: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, valid: jax.Array, train: bool,
@@ -40,6 +41,11 @@ class CausalBlock(nn.Module):
     logits = jnp.einsum('hqd,hkd->hqk', query, key)
     logits = logits * (self.hidden_dim // self.num_heads) ** -0.5
     causal = jnp.tril(jnp.ones((length, length), bool))[-query.shape[1]:]
+    if self.relative:
+      bias = self.param('distance_embedding', _recency,
+                        (self.num_heads, length))
+      ago = jnp.arange(length)[:, None] - jnp.arange(length)
+      logits += bias[:, jnp.maximum(ago, 0)[-query.shape[1]:]]
     attention = layers.masked_softmax(logits, causal & valid)
     attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
     attended = layers.merge_heads(
@@ -55,6 +61,16 @@ class CausalBlock(nn.Module):
     return layers.layer_norm('feed_forward_norm')(x + y)
 
 
+def _recency(key, shape) -> jax.Array:
+  """[heads, L] −slope · distance (ALiBi, Press et al. 2022), with slopes from
+  1/2 down to 1/32 by equal factors, and 0 for the last of several heads, which
+  starts with the plain mean."""
+  del key
+  slopes = 2.0 ** -jnp.linspace(1, 5, max(1, shape[0] - 1))
+  slopes = jnp.append(slopes, 0.0)[:shape[0]]
+  return -slopes[:, None] * jnp.arange(shape[1])
+
+
 class SASRec(nn.Module):
   """Position embeddings, causal blocks and a final LayerNorm."""
 
@@ -64,6 +80,7 @@ class SASRec(nn.Module):
   max_seq_len: int
   dropout: float
   embedding_init_std: float
+  relative_positions: bool = False
 
   @nn.compact
   def __call__(self, embedded: jax.Array, valid: jax.Array, train: bool,
@@ -79,15 +96,18 @@ class SASRec(nn.Module):
     Returns:
       [L, D] states, or [1, D] with `last_only`: the sequence representation.
     """
-    positions = self.param(
-        'position_embedding',
-        nn.initializers.normal(self.embedding_init_std),
-        (self.max_seq_len, self.hidden_dim))
-    x = embedded + positions[-embedded.shape[0]:]
+    x = embedded
+    if not self.relative_positions:
+      positions = self.param(
+          'position_embedding',
+          nn.initializers.normal(self.embedding_init_std),
+          (self.max_seq_len, self.hidden_dim))
+      x += positions[-embedded.shape[0]:]
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
     for i in range(self.num_blocks):
       block = CausalBlock(
-          self.hidden_dim, self.num_heads, self.dropout, name=f'block_{i}')
+          self.hidden_dim, self.num_heads, self.dropout,
+          self.relative_positions, name=f'block_{i}')
       x = block(x, valid, train,
                 last_only=last_only and i == self.num_blocks - 1)
     return layers.layer_norm('final_norm')(x)

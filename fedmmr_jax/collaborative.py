@@ -1,0 +1,91 @@
+"""Co-occurrence in the item table: which items stand in the same histories.
+
+The leading eigenvectors of G = Σ_k x_k x_kᵀ, x_k the set of client k's training
+items, are PureSVD's item factors (Cremonesi et al. 2010, "Performance of
+recommender algorithms on top-n recommendation tasks", RecSys). Federated
+training takes tens of rounds to find them; a sketch finds them before round 1:
+the server sends a random Ω, a client adds Σ_{i in x_k} Ω_i to the rows of its
+items, and of the sum Y = GΩ the server makes the Nyström approximation
+Y (ΩᵀY)⁻¹ Yᵀ (Halko et al. 2011, "Finding structure with randomness", SIAM
+Review, section 5.5). As much is sent, and as much seen, as of a delta of the
+item table; a client is asked once.
+"""
+
+import numpy as np
+
+from fedmmr_jax import content as content_lib
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.data.dataset import Dataset
+
+COLLABORATIVE_STREAM = 11  # see federation.COHORT_STREAM
+_SMALLEST = 1e-6  # eigenvalue of ΩᵀY that counts, relative to the largest
+
+
+def put_into(content: np.ndarray, dataset: Dataset,
+             config: RunConfig) -> np.ndarray:
+  """[V, D] content whose last directions are co-occurrence, if so configured.
+
+  Whom the sketch asks does not depend on the run's seed, so that seeds side by
+  side have one catalogue.
+  """
+  model = config.model
+  if not model.collaborative_dim:
+    return content
+  rng = np.random.default_rng([0, COLLABORATIVE_STREAM, 0])
+  asked = round(config.server.client_fraction * dataset.num_clients
+                * model.collaborative_rounds)
+  clients = rng.choice(
+      dataset.num_clients, min(max(1, asked), dataset.num_clients),
+      replace=False)
+  probe = rng.standard_normal((dataset.num_rows, model.hidden_dim))
+  found = factors(sketch(dataset, clients, probe), probe,
+                  model.collaborative_dim)
+  kept = content[:, :model.hidden_dim - model.collaborative_dim]
+  return np.concatenate([kept, found], axis=1)
+
+
+def sketch(dataset: Dataset, clients: np.ndarray,
+           probe: np.ndarray) -> np.ndarray:
+  """Σ_k x_k x_kᵀ Ω over some clients.
+
+  Args:
+    dataset: whose training items count, nothing that is held out.
+    clients: [n] whom to ask.
+    probe: [V, d] Ω.
+
+  Returns:
+    [V, d], the sum of what each client adds to its items' rows.
+  """
+  total = np.zeros_like(probe)
+  for client in clients:
+    start = dataset.offsets[client]
+    items = np.unique(
+        dataset.items[start:start + dataset.num_train[client]])
+    total[items] += probe[items].sum(axis=0)
+  return total
+
+
+def factors(sketched: np.ndarray, probe: np.ndarray, dim: int) -> np.ndarray:
+  """Leading eigenvectors of G from its sketch GΩ.
+
+  Args:
+    sketched: [V, d] from `sketch`.
+    probe: [V, d] Ω.
+    dim: how many; where G's sketch has fewer, the rest is 0.
+
+  Returns:
+    [V, dim] float32, orthogonal columns of equal length; rows of length 1 on
+    average (root mean square over the items that are not zero).
+  """
+  core = probe.T @ sketched
+  values, vectors = np.linalg.eigh((core + core.T) / 2)
+  counts = values > _SMALLEST * max(values.max(), 0)
+  root = sketched @ (vectors[:, counts] / np.sqrt(values[counts]))
+  left, strength, _ = np.linalg.svd(root, full_matrices=False)
+  left = left[:, strength > _SMALLEST * strength.max(initial=0)][:, :dim]
+  found = content_lib.with_fixed_signs(left)
+  found = np.pad(found, ((0, 0), (0, dim - found.shape[1])))
+  # Nobody's items have rows of rounding only.
+  found[~sketched.any(axis=1)] = 0
+  return (found / content_lib.root_mean_square_length(found)).astype(
+      np.float32)

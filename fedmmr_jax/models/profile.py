@@ -1,0 +1,73 @@
+"""Long-term expert: what a client's whole history says, beside its last items.
+
+SASRec sees a window. What left it is the client's profile, the mean embedding
+of its other items, and it enters in two ways:
+
+    s' = s + LN(MLP_1(profile))                             a residual
+    exp score = exp ⟨s', e⟩ + exp ⟨LN(MLP_2(profile)), e⟩   a mixture
+
+The second is a mixture of two softmaxes (Yang et al. 2018, "Breaking the
+Softmax Bottleneck", ICLR), whose weights are the two normalisers: where the
+window is sure, it decides; the rest of the catalogue is ordered by the profile,
+which is all that counts after a break between sessions.
+"""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+
+from fedmmr_jax.models import layers
+
+INIT_SCALE = 0.3  # of both outputs, beside a sequence of scale 1
+
+
+class States(NamedTuple):
+  """A window and its client's profile, ready for `FedDMMR.score`.
+
+  Attributes:
+    sequence: [..., D] sequence representations.
+    profile: [..., D] the second of the mixture.
+    known: [...] bool, False without any profile: the sequence decides alone.
+  """
+
+  sequence: jax.Array
+  profile: jax.Array
+  known: jax.Array
+
+
+class _Head(nn.Module):
+  """Dense, norm, ReLU, dropout, dense, norm."""
+
+  hidden_dim: int
+  dropout: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    x = layers.dense(2 * self.hidden_dim, 'input')(x)
+    x = nn.relu(layers.layer_norm('norm')(x))
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    x = layers.dense(self.hidden_dim, 'output')(x)
+    return layers.layer_norm('output_norm', scale=INIT_SCALE)(x)
+
+
+class ProfileExpert(nn.Module):
+  """The two outputs of a profile."""
+
+  hidden_dim: int
+  dropout: float
+
+  @nn.compact
+  def __call__(self, profile: jax.Array,
+               train: bool) -> tuple[jax.Array, jax.Array]:
+    """Args:
+      profile: [D] float32 mean embedding.
+      train: whether dropout acts.
+
+    Returns:
+      ([D] what to add to the sequence, [D] state of the mixture).
+    """
+    shift = _Head(self.hidden_dim, self.dropout, name='shift')(profile, train)
+    shift = nn.Dropout(self.dropout)(shift, deterministic=not train)
+    return shift, _Head(
+        self.hidden_dim, self.dropout, name='state')(profile, train)

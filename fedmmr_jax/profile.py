@@ -1,0 +1,56 @@
+"""A client's profile: the mean embedding of its items outside of a window
+(input of `models/profile.py`).
+
+In training that is all training items but the window's and its targets, those
+after it too; at evaluation the items before it. Embeddings are those that the
+server sent, without gradient: they are trained by all else. Axes: `H` longest
+history, `B` windows, `D` hidden.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.scoring import Params
+
+
+def running_sums(model: FedDMMR, params: Params, items: jax.Array,
+                 catalogue: Catalogue) -> jax.Array:
+  """[H + 1, D] sums of the embeddings of the first 0, 1, … H items.
+
+  Args:
+    model: the architecture.
+    params: the server's; the item table may have the client's U rows.
+    items: [H] int32 rows of that table, 0 = none.
+    catalogue: features of its rows.
+  """
+  model = model.clone(num_rows=len(params['item_embedding']))
+  embedded = model.apply({'params': params}, items, catalogue, method='embed')
+  embedded = jnp.where(items[:, None] > 0, embedded, 0.0)
+  sums = jnp.cumsum(jax.lax.stop_gradient(embedded), axis=0)
+  return jnp.concatenate([jnp.zeros_like(sums[:1]), sums])
+
+
+def outside(sums: jax.Array, num_items: jax.Array, start: jax.Array,
+            stop: jax.Array) -> jax.Array:
+  """[B, D] mean embeddings of the first `num_items` items but those at
+  start, … stop − 1; zero where nothing is left.
+
+  Args:
+    sums: from `running_sums`.
+    num_items: [] int32.
+    start: [B] int32, at least 0.
+    stop: [B] int32, at most `num_items`.
+  """
+  left = num_items - (stop - start)
+  total = sums[num_items] - (sums[stop] - sums[start])
+  mean = total / jnp.maximum(left, 1)[:, None]
+  # Where nothing is left, rounding may leave something of the sums.
+  return jnp.where(left[:, None] > 0, mean, 0.0)
+
+
+def mean(model: FedDMMR, params: Params, items: jax.Array,
+         catalogue: Catalogue) -> jax.Array:
+  """[D] mean embedding of items [H] int32, 0 = none; zero if there is none."""
+  total = running_sums(model, params, items, catalogue)[-1]
+  return total / jnp.maximum(jnp.sum(items > 0), 1)
