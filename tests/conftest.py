@@ -2,14 +2,28 @@
 
 import gc
 import os
+import shutil
+import tempfile
 
 # The tests compile much and run little: skip LLVM's optimisation passes.
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0')
+# What one worker, or a program that a test starts, has compiled serves the rest
+# of this run of the tests.
+_CACHE = os.path.join(
+    tempfile.gettempdir(),
+    'fedmmr-tests-' + os.environ.setdefault('FEDMMR_TEST_RUN', str(os.getpid())))
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import jax
 import numpy as np
 import pytest
+
+
+def pytest_unconfigure(config):
+  if not hasattr(config, 'workerinput'):  # not in one of xdist's workers
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -308,3 +308,35 @@ def test_scaled_features_keep_missing_rows_and_mean_nothing(scaling, width):
     rows = np.asarray(catalogue.visual)[present]
     np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-6)
     assert (rows ** 2).sum(axis=1).mean() == pytest.approx(1, rel=1e-5)
+
+
+def relative():
+  return build(dataclasses.replace(CONFIG, positions='relative'))
+
+
+def test_relative_positions_have_biases_and_no_embeddings():
+  _, catalogue, apply, params = relative()
+  assert 'position_embedding' not in params['backbone']
+  bias = params['backbone']['block_0']['distance_embedding']
+  # Two heads: one that forgets by half an exponent a step, one that does not.
+  np.testing.assert_allclose(bias, [[0, -.5, -1, -1.5, -2, -2.5], [0] * 6])
+  window = jnp.array([0, 2, 3, 4, 5, 6])
+  states = apply(window, catalogue, method='encode')
+  np.testing.assert_allclose(
+      apply(window, catalogue, last_only=True, method='encode')[0],
+      states[-1], rtol=1e-5, atol=1e-6)
+  after = apply(window.at[4].set(9), catalogue, method='encode')
+  np.testing.assert_array_equal(states[:4], after[:4])
+  # Order matters: the same items, two of them exchanged.
+  swapped = apply(window[jnp.array([0, 1, 3, 2, 4, 5])], catalogue,
+                  method='encode')
+  assert np.abs(swapped[-1] - states[-1]).max() > 1e-3
+
+
+def test_relative_positions_do_not_depend_on_padding():
+  _, catalogue, apply, _ = relative()
+  window = jnp.array([0, 0, 2, 3, 4, 5])
+  moved = jnp.array([0, 2, 3, 4, 5, 7])
+  np.testing.assert_allclose(
+      apply(window, catalogue, method='encode')[2:],
+      apply(moved, catalogue, method='encode')[1:5], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,81 @@
+"""The sketch of the co-occurrence, and what it gives to the item table."""
+
+import dataclasses
+
+import numpy as np
+
+from fedmmr_jax import collaborative
+from fedmmr_jax import simulation as simulation_lib
+from tests import small
+
+
+def gram(dataset, clients):
+  """Σ x xᵀ over sets of training items, the plain way."""
+  total = np.zeros((dataset.num_rows, dataset.num_rows))
+  for client in clients:
+    x = np.zeros(dataset.num_rows)
+    x[dataset.sequence(client)[:-2]] = 1
+    total += np.outer(x, x)
+  return total
+
+
+def test_a_sketch_is_the_gram_matrix_times_the_probe():
+  dataset = small.dataset()
+  probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 7))
+  clients = np.array([1, 4, 6])
+  np.testing.assert_allclose(
+      collaborative.sketch(dataset, clients, probe),
+      gram(dataset, clients) @ probe, atol=1e-9)
+
+
+def test_factors_are_the_leading_eigenvectors():
+  dataset = small.dataset()
+  clients = np.arange(dataset.num_clients)
+  probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 20))
+  got = collaborative.factors(
+      collaborative.sketch(dataset, clients, probe), probe, 3)
+  values, vectors = np.linalg.eigh(gram(dataset, clients))
+  assert values[-4] < values[-3]  # the first three are a subspace of their own
+  cosine = (got / np.linalg.norm(got, axis=0)).T @ vectors[:, ::-1][:, :3]
+  np.testing.assert_allclose(np.abs(cosine), np.eye(3), atol=1e-4)
+  used = np.unique(np.concatenate(
+      [dataset.sequence(c)[:-2] for c in clients]))
+  assert not np.delete(got, used, axis=0).any()
+  np.testing.assert_allclose((got[used] ** 2).sum(1).mean(), 1, rtol=1e-4)
+
+
+def test_more_directions_than_there_are_clients_are_zero():
+  dataset = small.dataset(num_users=2)
+  clients = np.arange(dataset.num_clients)  # 3: G has rank 3
+  probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 12))
+  got = collaborative.factors(
+      collaborative.sketch(dataset, clients, probe), probe, 6)
+  assert got[:, :3].any(axis=0).all() and not got[:, 3:].any()
+
+
+def test_it_takes_the_last_directions_of_the_content():
+  changes = dict(item_embedding='content_plus_id')
+  without = small.simulation(**changes).catalogue.content
+  content = small.simulation(**changes, collaborative_dim=4).catalogue.content
+  assert content.shape == without.shape and content.shape[1] == 16
+  np.testing.assert_array_equal(content[:, :12], without[:, :12])
+  assert content[1:, 12:].any() and not content[0].any()
+
+
+def test_seeds_share_it_and_it_needs_no_features():
+  dataset = small.dataset()
+  dataset = dataclasses.replace(
+      dataset, visual=dataset.visual[:, :0], text=dataset.text[:, :0])
+  contents = [simulation_lib.build(small.config(
+      item_embedding='content_plus_id', collaborative_dim=4, seed=seed),
+      dataset).catalogue.content for seed in (0, 1)]
+  np.testing.assert_array_equal(*contents)
+  assert contents[0].any()
+
+
+def test_bad_settings():
+  assert 'say --item_embedding=content_plus_id' in small.error_of(
+      lambda: small.config(collaborative_dim=4))
+  assert '--collaborative_dim=32 exceeds --hidden_dim=16' in small.error_of(
+      lambda: small.config(
+          collaborative_dim=32, item_embedding='content_init'))

@@ -1,0 +1,141 @@
+"""The long-term expert: what a profile is made of, and how it scores."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedmmr_jax import evaluation
+from fedmmr_jax import profile
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.models.feddmmr import view_memory
+from fedmmr_jax.models.profile import States
+from tests import small
+
+SETTINGS = dict(
+    profile='history', positions='relative', experts='none',
+    item_embedding='content_plus_id', collaborative_dim=4, max_seq_len=4,
+    objective='all_positions', negatives='shared', batch_size=2,
+    client_optimizer='sgd', client_learning_rate=0.1, weight_decay=0.0,
+    embedding_init_std=0.3, dropout=0.0)
+
+
+def test_outside_by_hand():
+  sums = jnp.cumsum(jnp.array([[0.], [1.], [2.], [4.], [8.]]), axis=0)
+  got = profile.outside(
+      sums, jnp.int32(4), jnp.array([1, 0, 0]), jnp.array([3, 4, 0]))
+  # 1 and 8 are left; nothing; all.
+  np.testing.assert_allclose(got[:, 0], [4.5, 0.0, 3.75])
+
+
+def test_a_profile_is_the_mean_embedding_of_the_items():
+  simulation = small.simulation(**SETTINGS)
+  params = simulation.init_state().server.params
+  embedded = simulation.model.apply(
+      {'params': params}, jnp.arange(simulation.model.num_rows),
+      simulation.catalogue, method='embed')
+  got = profile.mean(simulation.model, params, jnp.array([3, 0, 5, 0]),
+                     simulation.catalogue)
+  np.testing.assert_allclose(
+      got, (embedded[3] + embedded[5]) / 2, rtol=1e-5, atol=1e-6)
+  assert not profile.mean(simulation.model, params, jnp.zeros(4, int),
+                          simulation.catalogue).any()
+
+
+def test_the_score_is_a_mixture_of_two_softmaxes():
+  simulation = small.simulation(**SETTINGS)
+  state = simulation.init_state()
+  items = jnp.arange(1, 9)
+  candidates = simulation.model.apply(
+      {'params': state.server.params}, items, simulation.catalogue,
+      view_memory(simulation.catalogue, items[:2]), method='candidates')
+  rng = np.random.default_rng(0)
+  sequence, own = rng.normal(size=(2, 16)).astype(np.float32)
+  e = np.asarray(candidates.embedding)
+  mixed = simulation.model.score(
+      States(sequence, own, jnp.array(True)), candidates)
+  np.testing.assert_allclose(
+      mixed, np.log(np.exp(e @ sequence) + np.exp(e @ own)), rtol=1e-5)
+  alone = simulation.model.score(
+      States(sequence, own, jnp.array(False)), candidates)
+  np.testing.assert_allclose(alone, e @ sequence, rtol=1e-5)
+
+
+def after_round(simulation):
+  state = simulation.init_state()
+  return simulation.run_round(state, 1, simulation.sample_cohort(1))
+
+
+@pytest.mark.parametrize('changes', [
+    dict(clients_per_chunk=1), dict(vocabulary='local')])
+def test_chunks_and_vocabulary_change_nothing(changes):
+  whole, means = after_round(small.simulation(**SETTINGS))
+  other, _ = after_round(small.simulation(**(SETTINGS | changes)))
+  assert np.isfinite(means['loss'])
+  small.assert_trees_close(
+      other.server.params, whole.server.params, rtol=1e-4, atol=1e-5)
+
+
+def test_held_out_items_reach_no_profile():
+  """Neither the sketch nor the profiles of training see them."""
+  simulation = small.simulation(**SETTINGS, vocabulary='local')
+  dataset = simulation.dataset
+  items = dataset.items.copy()
+  # Each client's two held-out items change places: the same consumed set.
+  ends = dataset.offsets[1:]
+  items[ends - 1], items[ends - 2] = items[ends - 2], items[ends - 1]
+  moved = simulation_lib.build(
+      simulation.config, dataclasses.replace(dataset, items=items))
+  np.testing.assert_array_equal(
+      moved.catalogue.content, simulation.catalogue.content)
+  small.assert_trees_equal(
+      after_round(moved)[0].server.params,
+      after_round(simulation)[0].server.params)
+
+
+def test_evaluation_takes_what_lies_before_the_window():
+  simulation = small.simulation(**SETTINGS)
+  state = simulation.init_state()
+  client = int(np.argmax(simulation.dataset.lengths))
+
+  def full_rank(dataset):
+    other = simulation_lib.build(simulation.config, dataset)
+    other = dataclasses.replace(other, catalogue=simulation.catalogue)
+    broadcast = state.server.broadcast(other.catalogue, other.compiled_config)
+    history = jnp.asarray(dataset.sequence(client))
+    n = len(history) - 2
+    earlier = jnp.where(jnp.arange(len(history)) < n - 4, history, 0)
+    return np.asarray(evaluation.score_catalogue(
+        other.model, other.compiled_config, broadcast, history[n - 4:n],
+        jax.tree.map(lambda x: x[0], state.memories), earlier))
+
+  dataset = simulation.dataset
+  before = full_rank(dataset)
+  # The order of what left the window does not matter, what it is does.
+  start = dataset.offsets[client]
+  reversed_ = dataset.items.copy()
+  reversed_[start:start + 10] = reversed_[start:start + 10][::-1]
+  np.testing.assert_allclose(
+      full_rank(dataclasses.replace(dataset, items=reversed_)), before,
+      rtol=1e-4, atol=1e-5)
+  other = dataset.items.copy()
+  other[start:start + 10] = other[start]
+  assert np.abs(full_rank(dataclasses.replace(dataset, items=other))
+                - before).max() > 1e-3
+
+
+@pytest.mark.parametrize('changes', [
+    dict(experts='both', negatives='per_sample', num_negatives=3),
+    dict(experts='both', drift_control='scaffold'),
+    dict(objective='last', warm_memory=True, experts='both')])
+def test_it_goes_with_everything_else(changes):
+  simulation = small.simulation(**(SETTINGS | changes))
+  state, means = after_round(simulation)
+  assert np.isfinite(means['loss']) and means['loss'] > means['rec_loss']
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.server))
+  metrics, _ = simulation.evaluate(state, 'val')
+  assert 0 <= metrics['full']['NDCG@10'] <= 1
+  best, scores = simulation.recommend(state, 0, 5)
+  assert len(best) == 5 and np.isfinite(scores).all()
