@@ -112,8 +112,22 @@ def _decay(schedule: str) -> str:
 
 def _fusion_lines(simulation: Simulation) -> list[str]:
   model, config = simulation.model, simulation.config
+  before = []
+  if config.model.item_embedding != 'id' and config.model.collaborative_dim:
+    before.append(
+        f'items      {config.model.collaborative_dim} of '
+        f'{config.model.hidden_dim} directions of their content are '
+        'co-occurrence, as cohorts that would make '
+        f'{config.model.collaborative_rounds} rounds sketched it')
+  if config.model.profile == 'history':
+    before.append('profile    the mean of what left the window, added to the '
+                  'sequence and mixed with it')
+  return before + _expert_lines(model, config)
+
+
+def _expert_lines(model, config) -> list[str]:
   if model.is_backbone_only:
-    return ['fusion     none: no experts, the plain backbone ⟨s, e⟩']
+    return ['fusion     none: no visual or semantic expert, ⟨s, e⟩']
   experts = [name for name, width in (('visual', model.visual_dim),
                                       ('semantic', model.text_dim)) if width]
   parts = ' + '.join(f'w_{e[:3]}·LN({e})' for e in experts)

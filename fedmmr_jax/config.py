@@ -107,8 +107,8 @@ class ModelConfig:
       choices=('id', 'content_init', 'content_plus_id'))
   collaborative_dim: int = _field(
       0, 'so many of the D directions of the content are the items\' '
-      'co-occurrence in histories, sketched before round 1 (see '
-      'fedmmr_jax/collaborative.py)', minimum=0)
+      'co-occurrence in histories, sketched before round 1; none with '
+      '--item_embedding=id (see fedmmr_jax/collaborative.py)', minimum=0)
   collaborative_rounds: int = _field(
       5, 'cohorts that the sketch asks, each client once', minimum=1)
   positions: str = _field(
@@ -380,10 +380,6 @@ class RunConfig:
     if m.collaborative_dim > m.hidden_dim:
       raise UserError(f'--collaborative_dim={m.collaborative_dim} exceeds '
                       f'--hidden_dim={m.hidden_dim}')
-    if m.collaborative_dim and m.item_embedding == 'id':
-      raise UserError(
-          f'--collaborative_dim={m.collaborative_dim} is a part of the items\' '
-          'content; say --item_embedding=content_plus_id or content_init')
     if self.memory.memory == 'two_tier' and (
         self.memory.retrieval_size // 2 > self.memory.long_term_capacity):
       raise UserError(

@@ -73,9 +73,7 @@ def test_seeds_share_it_and_it_needs_no_features():
   assert contents[0].any()
 
 
-def test_bad_settings():
-  assert 'say --item_embedding=content_plus_id' in small.error_of(
-      lambda: small.config(collaborative_dim=4))
+def test_more_directions_than_an_embedding_has_are_refused():
   assert '--collaborative_dim=32 exceeds --hidden_dim=16' in small.error_of(
       lambda: small.config(
           collaborative_dim=32, item_embedding='content_init'))

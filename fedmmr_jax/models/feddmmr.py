@@ -29,9 +29,9 @@ NUM_EXPERTS = 2
 # configuration has some.
 PARAMETER_GROUPS = {
     'embeddings': ('item_embedding', 'content_projection'),
-    'backbone': ('backbone',),
+    'backbone': ('backbone', 'profile_expert'),
     'experts': ('visual_expert', 'visual_norm', 'semantic_expert',
-                'semantic_norm', 'profile_expert'),
+                'semantic_norm'),
     'router': ('router',),
     'fusion': ('sequence_norm', 'fusion_gate'),
 }
