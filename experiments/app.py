@@ -167,9 +167,10 @@ def _guarded(main: Callable[[], None]) -> None:
   if not flags.FLAGS['verbosity'].present:
     # Orbax narrates, and adds tracebacks to the errors that it raises too.
     logging.set_verbosity(logging.FATAL)
-  if _COMPILATION_CACHE.value:
-    cache = pathlib.Path(_COMPILATION_CACHE.value).expanduser()
-    jax.config.update('jax_compilation_cache_dir', str(cache))
+  cache = _COMPILATION_CACHE.value
+  # None: JAX_COMPILATION_CACHE_DIR does not count either.
+  jax.config.update('jax_compilation_cache_dir', str(
+      pathlib.Path(cache).expanduser()) if cache else None)
   try:
     main()
     sys.stdout.flush()
