@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.scoring import Params
+from fedmmr_jax.vocabulary import ITEM_TABLE
 
 
 def running_sums(model: FedDMMR, params: Params, items: jax.Array,
@@ -24,11 +25,8 @@ def running_sums(model: FedDMMR, params: Params, items: jax.Array,
     items: [H] int32 rows of that table, 0 = none.
     catalogue: features of its rows.
   """
-  model = model.clone(num_rows=len(params['item_embedding']))
-  embedded = model.apply({'params': params}, items, catalogue, method='embed')
-  embedded = jnp.where(items[:, None] > 0, embedded, 0.0)
-  sums = jnp.cumsum(jax.lax.stop_gradient(embedded), axis=0)
-  return jnp.concatenate([jnp.zeros_like(sums[:1]), sums])
+  sums = jnp.cumsum(_embedded(model, params, items, catalogue), axis=0)
+  return jnp.pad(sums, ((1, 0), (0, 0)))
 
 
 def outside(sums: jax.Array, num_items: jax.Array, start: jax.Array,
@@ -52,5 +50,13 @@ def outside(sums: jax.Array, num_items: jax.Array, start: jax.Array,
 def mean(model: FedDMMR, params: Params, items: jax.Array,
          catalogue: Catalogue) -> jax.Array:
   """[D] mean embedding of items [H] int32, 0 = none; zero if there is none."""
-  total = running_sums(model, params, items, catalogue)[-1]
+  total = jnp.sum(_embedded(model, params, items, catalogue), axis=0)
   return total / jnp.maximum(jnp.sum(items > 0), 1)
+
+
+def _embedded(model, params, items, catalogue) -> jax.Array:
+  """[H, D] embeddings without gradient, 0 where there is no item."""
+  model = model.clone(num_rows=len(params[ITEM_TABLE]))
+  embedded = model.apply({'params': params}, items, catalogue, method='embed')
+  return jnp.where(
+      items[:, None] > 0, jax.lax.stop_gradient(embedded), 0.0)

@@ -1,6 +1,7 @@
 """The long-term expert: what a profile is made of, and how it scores."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +69,15 @@ def after_round(simulation):
   return simulation.run_round(state, 1, simulation.sample_cohort(1))
 
 
+@functools.cache
+def one_round():
+  return after_round(small.simulation(**SETTINGS))
+
+
 @pytest.mark.parametrize('changes', [
     dict(clients_per_chunk=1), dict(vocabulary='local')])
 def test_chunks_and_vocabulary_change_nothing(changes):
-  whole, means = after_round(small.simulation(**SETTINGS))
+  whole, means = one_round()
   other, _ = after_round(small.simulation(**(SETTINGS | changes)))
   assert np.isfinite(means['loss'])
   small.assert_trees_close(
@@ -123,6 +129,12 @@ def test_evaluation_takes_what_lies_before_the_window():
   other[start:start + 10] = other[start]
   assert np.abs(full_rank(dataclasses.replace(dataset, items=other))
                 - before).max() > 1e-3
+
+
+def test_who_has_nothing_before_the_window_gets_recommendations():
+  simulation = small.simulation(**(SETTINGS | dict(max_seq_len=40)))
+  best, scores = simulation.recommend(simulation.init_state(), 0, 5)
+  assert len(best) == 5 and np.isfinite(scores).all()
 
 
 @pytest.mark.parametrize('changes', [
