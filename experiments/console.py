@@ -7,6 +7,7 @@ import jax
 from fedmmr_jax import federation
 from fedmmr_jax import warm_start
 from fedmmr_jax import windows
+from fedmmr_jax.config import ModelConfig
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.simulation import Simulation
 from fedmmr_jax.warm_start import WarmStart
@@ -69,6 +70,7 @@ def banner(simulation: Simulation) -> str:
       f'FedDMMR on {jax.default_backend()} ({len(devices)} device{"s"[:len(devices) > 1]})',
       f'  backbone   SASRec, {config.model.num_blocks} blocks, D='
       f'{config.model.hidden_dim}, window {config.model.max_seq_len}',
+      *(f'  {line}' for line in _history_lines(config.model)),
       *(f'  {line}' for line in _fusion_lines(simulation)),
       f'  loss       cross-entropy against {c.num_negatives} negatives '
       f'({c.negatives}), {c.objective}; drift: {drift}',
@@ -110,22 +112,22 @@ def _decay(schedule: str) -> str:
   return '' if schedule == 'constant' else f' ({schedule} decay)'
 
 
+def _history_lines(model: ModelConfig) -> list[str]:
+  """What of whole histories enters the model."""
+  lines = []
+  if model.item_embedding != 'id' and model.collaborative_dim:
+    lines.append(
+        f'items      {model.collaborative_dim} of {model.hidden_dim} '
+        'directions of their content are co-occurrence, as cohorts that would '
+        f'make {model.collaborative_rounds} rounds sketched it')
+  if model.profile == 'history':
+    lines.append('profile    the mean of what left the window, added to the '
+                 'sequence and mixed with it')
+  return lines
+
+
 def _fusion_lines(simulation: Simulation) -> list[str]:
   model, config = simulation.model, simulation.config
-  before = []
-  if config.model.item_embedding != 'id' and config.model.collaborative_dim:
-    before.append(
-        f'items      {config.model.collaborative_dim} of '
-        f'{config.model.hidden_dim} directions of their content are '
-        'co-occurrence, as cohorts that would make '
-        f'{config.model.collaborative_rounds} rounds sketched it')
-  if config.model.profile == 'history':
-    before.append('profile    the mean of what left the window, added to the '
-                  'sequence and mixed with it')
-  return before + _expert_lines(model, config)
-
-
-def _expert_lines(model, config) -> list[str]:
   if model.is_backbone_only:
     return ['fusion     none: no visual or semantic expert, ⟨s, e⟩']
   experts = [name for name, width in (('visual', model.visual_dim),

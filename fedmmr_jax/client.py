@@ -103,17 +103,14 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
   rec = losses.recommendation_loss(scores.positive, scores.negative)
   has_both = jnp.all(scores.target.available, axis=-1)
   terms = losses.combine(config.loss, rec, valid, scores.target.visual,
-                         scores.target.semantic, has_both, balance)
-  total = terms.total
-  if scores.profile is not None:
-    total += config.loss.profile_weight * losses.weighted_mean(
-        scores.profile, valid)
+                         scores.target.semantic, has_both, balance,
+                         scores.profile)
   count = jnp.sum(valid)
   pairs = jnp.sum(valid & has_both)
   usable = scores.counted & jnp.any(scores.candidates.available, axis=-1)
   weights = scores.candidates.weights
   step_metrics = {
-      'loss': metrics_lib.mean(total, count),
+      'loss': metrics_lib.mean(terms.total, count),
       'rec_loss': metrics_lib.mean(terms.rec, count),
       'contrastive_loss': metrics_lib.mean(terms.contrastive, pairs),
       'load_balance_loss': metrics_lib.mean(balance, pairs),
@@ -124,7 +121,7 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
       'instance_weight_shares': metrics_lib.mean(terms.weight_shares, pairs),
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
-  return total, (surprise, step_metrics)
+  return terms.total, (surprise, step_metrics)
 
 
 class LocalState(NamedTuple):
@@ -172,8 +169,7 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
       config, broadcast.learning_rate, vocabulary_lib.take(
           _correction(config, broadcast, control), vocabulary.ids))
 
-  with_profile = _profiler(
-      model, config, client, sent, vocabulary, broadcast.catalogue)
+  cut = _cutter(model, config, client, sent, vocabulary, broadcast.catalogue)
 
   def epoch(number, state):
     order = _window_order(
@@ -184,9 +180,7 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
       index = order.at[rank].get(mode='fill', fill_value=0)
       negative_key, dropout_key = _step_keys(key, number, i)
       data = StepData(
-          batch=with_profile(index, cut_windows(
-              client, index, rank < own_windows, stride,
-              config.model.max_seq_len)),
+          batch=cut(index, rank < own_windows),
           negative=draw_negatives(negative_key, client, config),
           catalogue=broadcast.catalogue,
           view=memory_view(state.memory, broadcast, config),
@@ -263,23 +257,29 @@ def _trained(client: ClientData) -> jax.Array:
   return jnp.where(position < client.num_train, client.history, 0)
 
 
-def _profiler(model, config, client, params, vocabulary, catalogue):
-  """(numbers of windows [B], their batch) -> the batch with its profiles."""
+def _cutter(model, config, client, params, vocabulary, catalogue):
+  """(numbers of windows [B], which are present [B]) -> their batch, with the
+  profiles that `params`, of the vocabulary's rows, give."""
+  length = config.model.max_seq_len
+  stride = window_stride(config.client, length)
+
+  def cut(index, present):
+    return cut_windows(client, index, present, stride, length)
+
   if config.model.profile == 'none':
-    return lambda index, batch: batch
+    return cut
   if len(vocabulary.ids) != model.num_rows:
     catalogue = jax.tree.map(lambda x: x[vocabulary.ids], catalogue)
   sums = profile_lib.running_sums(
       model, params, vocabulary.rows(_trained(client)), catalogue)
-  stride = window_stride(config.client, config.model.max_seq_len)
 
-  def add(index, batch):
+  def cut_with_profiles(index, present):
     stop = jnp.maximum(client.num_train - index * stride, 0)
-    start = jnp.maximum(stop - config.model.max_seq_len - 1, 0)
-    return batch._replace(profile=profile_lib.outside(
+    start = jnp.maximum(stop - length - 1, 0)
+    return cut(index, present)._replace(profile=profile_lib.outside(
         sums, client.num_train, start, stop))
 
-  return add
+  return cut_with_profiles
 
 
 def _order_key(key, epoch) -> jax.Array:
@@ -402,15 +402,12 @@ def fill_memory(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   batch_size = config.client.batch_size
   own_windows = num_windows(client.num_train, stride)
 
-  with_profile = _profiler(
-      model, config, client, broadcast.params,
-      vocabulary_lib.whole(model.num_rows), broadcast.catalogue)
+  cut = _cutter(model, config, client, broadcast.params,
+                vocabulary_lib.whole(model.num_rows), broadcast.catalogue)
 
   def step(i, filled):
     rank = i * batch_size + jnp.arange(batch_size)
-    index = own_windows - 1 - rank
-    batch = with_profile(index, cut_windows(
-        client, index, rank < own_windows, stride, config.model.max_seq_len))
+    batch = cut(own_windows - 1 - rank, rank < own_windows)
     negative = draw_negatives(jax.random.fold_in(key, i), client, config)
     scores = score_batch(
         model, broadcast.params, batch, negative, broadcast.catalogue,

@@ -7,7 +7,7 @@ training takes tens of rounds to find them; a sketch finds them before round 1:
 the server sends a random Ω, a client adds Σ_{i in x_k} Ω_i to the rows of its
 items, and of the sum Y = GΩ the server makes the Nyström approximation
 Y (ΩᵀY)⁻¹ Yᵀ (Halko et al. 2011, "Finding structure with randomness", SIAM
-Review, section 5.5). As much is sent, and as much seen, as of a delta of the
+Review, algorithm 5.5). As much is sent, and as much seen, as of a delta of the
 item table; a client is asked once.
 """
 
@@ -41,7 +41,9 @@ def put_into(content: np.ndarray, dataset: Dataset,
   found = factors(sketch(dataset, clients, probe), probe,
                   model.collaborative_dim)
   kept = content[:, :model.hidden_dim - model.collaborative_dim]
-  return np.concatenate([kept, found], axis=1)
+  # Without any features there is no content to keep.
+  free = model.hidden_dim - kept.shape[1] - found.shape[1]
+  return np.concatenate([np.pad(kept, ((0, 0), (0, free))), found], axis=1)
 
 
 def sketch(dataset: Dataset, clients: np.ndarray,

@@ -135,7 +135,8 @@ class LossTerms(NamedTuple):
 
 def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
             visual: jax.Array, semantic: jax.Array, has_both: jax.Array,
-            load_balance: jax.Array) -> LossTerms:
+            load_balance: jax.Array,
+            profile: jax.Array | None = None) -> LossTerms:
   """Total loss of a step from its parts.
 
   Args:
@@ -146,6 +147,7 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
     semantic: [T, D] semantic representations of the positives.
     has_both: [T] bool, positives whose two experts both had input.
     load_balance: scalar.
+    profile: [T] losses of the client's profile alone; None without.
 
   Returns:
     The terms.
@@ -166,6 +168,8 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
   rec = weighted_mean(rec_per_sample, valid)
   total = (rec + config.contrastive_weight * contrastive
            + config.load_balance_weight * load_balance)
+  if profile is not None:
+    total += config.profile_weight * weighted_mean(profile, valid)
   return LossTerms(
       total, rec, contrastive, load_balance, weighted_mean(weights, pairs),
       hardest_share(weights * per_sample, surprise, pairs),

@@ -341,15 +341,13 @@ def build(config: RunConfig, dataset: Dataset,
                     'features: the prototypes are clusters of texts')
   content = None
   if config.model.item_embedding != 'id':
-    has_features = dataset.visual.any() or dataset.text.any()
-    if not (has_features or config.model.collaborative_dim):
+    if not (dataset.visual.any() or dataset.text.any()
+            or config.model.collaborative_dim):
       raise UserError(
           f'--item_embedding={config.model.item_embedding} needs item '
           'features; give some, or say --item_embedding=id')
     content = content_lib.components(
-        [dataset.visual, dataset.text] if has_features
-        else [np.zeros((dataset.num_rows, 1), np.float32)],
-        config.model.hidden_dim)
+        [dataset.visual, dataset.text], config.model.hidden_dim)
     content = collaborative.put_into(content, dataset, config)
   simulation = Simulation(
       config=config,
