@@ -100,7 +100,7 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
   both = jnp.all(scores.candidates.available, axis=-1)
   balance = losses.load_balance_loss(
       scores.candidates.weights, scores.counted & both)
-  rec = losses.recommendation_loss(scores.positive, scores.negative)
+  rec = losses.cross_entropy(scores.positive, scores.rest)
   has_both = jnp.all(scores.target.available, axis=-1)
   terms = losses.combine(config.loss, rec, valid, scores.target.visual,
                          scores.target.semantic, has_both, balance,

@@ -22,6 +22,7 @@ from fedmmr_jax.data.dataset import ClientData, FederatedData, client_view
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.models.profile import last
 from fedmmr_jax.server import ServerState
 
 # How many items after a client's last training item the target lies.
@@ -60,7 +61,7 @@ def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   if config.model.profile != 'none' and earlier is not None:
     profile = profile_lib.mean(
         model, broadcast.params, earlier, broadcast.catalogue)
-  state = jax.tree.map(lambda x: x[0], apply(
+  state = last(apply(
       window, broadcast.catalogue, last_only=True, profile=profile,
       method='encode'))
   view = client_lib.memory_view(memory, broadcast, config)

@@ -36,8 +36,13 @@ def recommendation_loss(positive: jax.Array,
   Returns:
     [T] losses.
   """
-  logits = jnp.concatenate([positive[:, None], negatives], axis=-1)
-  return jax.nn.logsumexp(logits, axis=-1) - positive
+  return cross_entropy(positive, jax.nn.logsumexp(negatives, axis=-1))
+
+
+def cross_entropy(positive: jax.Array, rest: jax.Array) -> jax.Array:
+  """−log of each positive's share, [T], from its score and the log Σ exp of
+  its negatives' scores, both [T]."""
+  return jnp.logaddexp(positive, rest) - positive
 
 
 def pairwise_surprise(positive: jax.Array, negatives: jax.Array) -> jax.Array:

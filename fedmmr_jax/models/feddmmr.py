@@ -19,7 +19,7 @@ from fedmmr_jax import content as content_lib
 from fedmmr_jax.config import ModelConfig
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.experts import MemoryView, SemanticExpert, VisualExpert
-from fedmmr_jax.models.profile import ProfileExpert, States
+from fedmmr_jax.models.profile import mix, ProfileExpert, States
 from fedmmr_jax.models.router import ItemRouter
 from fedmmr_jax.models.sasrec import SASRec
 
@@ -191,7 +191,8 @@ class FedDMMR(nn.Module):
 
     Returns:
       [L, D] (or [1, D]) float32, ready for `score`: LN(s), or plain s for a
-      model without experts. With `--profile=history` `States` of that shape.
+      model without experts. With `--profile=history` `States`, whose sequence
+      has that shape.
     """
     valid = window > 0
     embedded = self.embed(window, catalogue) * valid[:, None]
@@ -207,8 +208,7 @@ class FedDMMR(nn.Module):
       states = self.sequence_norm(states)
     if own is None:
       return states
-    return States(states, jnp.broadcast_to(own, states.shape),
-                  jnp.broadcast_to(known, states.shape[:1]))
+    return States(states, own, known)
 
   def candidates(self, items: jax.Array, catalogue: Catalogue,
                  memory: MemoryView, train: bool = False) -> Candidates:
@@ -291,7 +291,7 @@ class FedDMMR(nn.Module):
 
   @nn.nowrap  # needs no parameters: call it on the model itself
   def score_profile(self, state: States, candidates: Candidates) -> jax.Array:
-    """[J] scores of J candidates by the client's profile alone."""
+    """[..., J] scores of candidates [..., J] by the client's profile alone."""
     return candidates.embedding @ state.profile
 
   @nn.nowrap
@@ -310,9 +310,8 @@ class FedDMMR(nn.Module):
       [J] float32.
     """
     if isinstance(state, States):
-      sequence = self.score(state.sequence, candidates)
-      mixed = jnp.logaddexp(sequence, self.score_profile(state, candidates))
-      return jnp.where(state.known, mixed, sequence)
+      return mix(self.score(state.sequence, candidates),
+                 self.score_profile(state, candidates), state.known)
     e, a = candidates.embedding, candidates.auxiliary
     if self.is_backbone_only:
       return e @ state

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 from fedmmr_jax.models import layers
 
@@ -26,14 +27,28 @@ class States(NamedTuple):
   """A window and its client's profile, ready for `FedDMMR.score`.
 
   Attributes:
-    sequence: [..., D] sequence representations.
-    profile: [..., D] the second of the mixture.
-    known: [...] bool, False without any profile: the sequence decides alone.
+    sequence: [D] sequence representation, or [L, D] of the window's positions.
+    profile: [D] the second of the mixture, the same at each position.
+    known: [] bool, False without any profile: the sequence decides alone.
   """
 
   sequence: jax.Array
   profile: jax.Array
   known: jax.Array
+
+
+def last(states: jax.Array | States) -> jax.Array | States:
+  """The last of a window's positions, [L, D] or `States` of them."""
+  if isinstance(states, States):
+    return states._replace(sequence=states.sequence[-1])
+  return states[-1]
+
+
+def mix(sequence: jax.Array, profile: jax.Array,
+        known: jax.Array) -> jax.Array:
+  """log(exp sequence + exp profile) where the profile is known; of scores, or
+  of their log Σ exp over the same candidates."""
+  return jnp.where(known, jnp.logaddexp(sequence, profile), sequence)
 
 
 class _Head(nn.Module):
