@@ -67,6 +67,7 @@ class ClientUpdate(NamedTuple):
       None otherwise.
     vocabulary: which items the U rows are.
     weight: [] float32, positives of an epoch.
+    steps: [] float32, local steps taken; at least 1.
     memory: its memory after training.
     own_control: its control variate (SCAFFOLD) or None.
     prototypes: centres of its memory's texts and their sizes.
@@ -77,6 +78,7 @@ class ClientUpdate(NamedTuple):
   control: Params | None
   vocabulary: Vocabulary
   weight: jax.Array
+  steps: jax.Array
   memory: Memory
   own_control: Params | None
   prototypes: Prototypes
@@ -201,6 +203,9 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
       control=uploaded,
       vocabulary=vocabulary,
       weight=num_positives(client.num_train, config).astype(jnp.float32),
+      steps=jnp.maximum(
+          num_steps(client.num_train, config) * config.client.local_epochs,
+          1).astype(jnp.float32),
       memory=end.memory,
       own_control=own_control,
       prototypes=summarise(end.memory, broadcast.catalogue, config),

@@ -274,6 +274,11 @@ class ServerConfig:
   client_fraction: float = _field(
       0.1, 'share of the clients sampled in a round', minimum=1e-9,
       maximum=1.0)
+  averaging: str = _field(
+      'fedavg', 'fedavg: a delta counts by its client\'s positives; fednova '
+      '(Wang et al. 2020): divided by its local steps, so that a client with '
+      'twice the positives counts twice, not four times',
+      choices=('fedavg', 'fednova'))
   server_optimizer: str = _field(
       'fedavg', 'optimizer applied to the mean client delta (Reddi et al. '
       '2021); fedmuon: Muon for the weight matrices, Adam for the rest',

@@ -208,7 +208,7 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
             jax.random.fold_in(key, client), max_steps)
     )(views, memory_lib.fetch(memories, clients),
       memory_lib.fetch(controls, clients), clients)
-    upload = _add(upload, updates)
+    upload = _add(upload, updates, config)
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
     carry = (memory_lib.store(memories, clients, updates.memory),
              memory_lib.store(controls, clients, updates.own_control),
@@ -231,20 +231,26 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
 def _no_upload(server: ServerState, config: RunConfig) -> Upload:
   nothing = jax.tree.map(jnp.zeros_like, server.params)
   return Upload(
-      delta=nothing, weight=jnp.zeros(()),
+      delta=nothing, weight=jnp.zeros(()), steps=jnp.zeros(()),
       control=nothing if optimizers.needs_gradient(config.client) else None)
 
 
-def _add(upload: Upload, updates: ClientUpdate) -> Upload:
+def _add(upload: Upload, updates: ClientUpdate, config: RunConfig) -> Upload:
   """Adds the updates of a chunk, [C/G] clients."""
-  def add(total, part):
+  weight = updates.weight
+
+  def add(total, weight, part):
     if total is None:
       return None
     return vocabulary.add_weighted(
-        total, updates.weight, updates.vocabulary.ids, part)
-  return Upload(add(upload.delta, updates.delta),
-                add(upload.control, updates.control),
-                upload.weight + jnp.sum(updates.weight))
+        total, weight, updates.vocabulary.ids, part)
+
+  delta_weight = (weight / updates.steps
+                  if config.server.averaging == 'fednova' else weight)
+  return Upload(delta=add(upload.delta, delta_weight, updates.delta),
+                control=add(upload.control, weight, updates.control),
+                weight=upload.weight + jnp.sum(weight),
+                steps=upload.steps + jnp.sum(weight * updates.steps))
 
 
 @partial(jax.jit, static_argnames=_STATIC)

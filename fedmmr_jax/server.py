@@ -62,14 +62,16 @@ class Upload(NamedTuple):
   """What a cohort sent, summed.
 
   Attributes:
-    delta: Σ weight · delta.
+    delta: Σ weight · delta; with fednova Σ weight · delta / steps.
     control: Σ weight · control of `ClientUpdate`; None without.
     weight: [] float32 Σ weight.
+    steps: [] float32 Σ weight · steps.
   """
 
   delta: Params
   control: Params | None
   weight: jax.Array
+  steps: jax.Array
 
 
 def aggregate(state: ServerState, upload: Upload, total_weight: jax.Array,
@@ -91,6 +93,9 @@ def aggregate(state: ServerState, upload: Upload, total_weight: jax.Array,
   delta, mean_control = (
       jax.tree.map(lambda x: x / divisor, tree)
       for tree in (upload.delta, upload.control))
+  if config.server.averaging == 'fednova':
+    # Back to the length of the cohort's mean local update, τ_eff steps.
+    delta = jax.tree.map(lambda x: x * (upload.steps / divisor), delta)
   warming_up = state.round < config.server.partial_aggregation_warmup_rounds
   delta = {
       group: part if group in ALWAYS_AGGREGATED else jax.tree.map(

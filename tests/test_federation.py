@@ -73,6 +73,29 @@ def test_vmapped_round_equals_a_loop_over_clients(simulation, update_alone):
   np.testing.assert_allclose(means['loss'], total / sum(weights), rtol=1e-4)
 
 
+def test_fednova_averages_mean_steps(simulation, update_alone):
+  """Σ p_i Δ_i / τ_i times Σ p_i τ_i, clients of 1 to several steps."""
+  updates = [update_alone(index) for index in COHORT.ravel()]
+  steps = [int(windows.num_steps(simulation.num_train[index],
+                                 simulation.config))
+           for index in COHORT.ravel()]
+  assert len(set(steps)) > 1
+  shares = np.array([float(u.weight) for u in updates])
+  shares /= shares.sum()
+  effective = shares @ steps
+  mean = jax.tree.map(
+      lambda *deltas: sum(p * effective / n * d for p, n, d in zip(
+          shares, steps, deltas)),
+      *(u.delta for u in updates))
+  got, _ = run(small.simulation(
+      client_optimizer='sgd', client_learning_rate=0.1, averaging='fednova'),
+               COHORT)
+  start = simulation.init_state()
+  small.assert_trees_close(
+      jax.tree.map(jnp.subtract, got.server.params, start.server.params),
+      mean, rtol=1e-3, atol=2e-6)
+
+
 def test_order_of_the_cohort_changes_nothing(simulation):
   clients = COHORT.ravel()
   num_train = simulation.num_train
@@ -255,7 +278,8 @@ def test_partial_aggregation_holds_the_experts_back():
 def aggregate(state, delta_sum, weight, config):
   """A server step on Σ weight · delta, without prototypes."""
   nothing = server_lib.Prototypes(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2)))
-  upload = server_lib.Upload(delta_sum, None, jnp.float32(weight))
+  upload = server_lib.Upload(
+      delta_sum, None, jnp.float32(weight), steps=jnp.float32(weight))
   return server_lib.aggregate(
       state, upload, jnp.float32(100.0), nothing, config)
 
