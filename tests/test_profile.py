@@ -10,9 +10,11 @@ import pytest
 
 from fedmmr_jax import evaluation
 from fedmmr_jax import profile
+from fedmmr_jax import scoring
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.models.feddmmr import view_memory
 from fedmmr_jax.models.profile import States
+from fedmmr_jax.windows import Batch
 from tests import small
 
 SETTINGS = dict(
@@ -62,6 +64,42 @@ def test_the_score_is_a_mixture_of_two_softmaxes():
   alone = simulation.model.score(
       States(sequence, own, jnp.array(False)), candidates)
   np.testing.assert_allclose(alone, e @ sequence, rtol=1e-5)
+
+
+@pytest.mark.parametrize('experts', ['none', 'both'])
+@pytest.mark.parametrize('shared', [True, False])
+def test_scores_of_a_step_are_those_of_each_position(experts, shared):
+  simulation = small.simulation(**(SETTINGS | dict(experts=experts)))
+  model, catalogue = simulation.model, simulation.catalogue
+  params = simulation.init_state().server.params
+  rng = np.random.default_rng(0)
+  windows = jnp.array([[0, 3, 5, 8], [2, 4, 6, 9], [1, 7, 11, 12]])
+  targets = jnp.array([[3, 5, 8, 10], [4, 6, 9, 1], [7, 11, 12, 2]])
+  # The last client has no profile.
+  profiles = jnp.asarray(rng.normal(size=(3, 16)), jnp.float32).at[2].set(0)
+  negative = rng.integers(13, 30, (5,) if shared else (12, 5))
+  view = view_memory(catalogue, jnp.array([3, 9]))
+  got = scoring.score_batch(
+      model, params, Batch(windows, targets, targets > 0, profiles),
+      jnp.asarray(negative), catalogue, view, None)
+
+  def candidates(items):
+    return model.apply({'params': params}, items, catalogue, view,
+                       method='candidates')
+
+  for i in range(12):
+    b, q = divmod(i, 4)
+    states = model.apply({'params': params}, windows[b], catalogue,
+                         profile=profiles[b], method='encode')
+    state = states._replace(sequence=states.sequence[q])
+    items = jnp.append(targets[b, q], negative if shared else negative[i])
+    expected = np.asarray(model.score(state, candidates(items)))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(got.positive[i], expected[0])
+    close(got.negative[i], expected[1:])
+    close(got.rest[i], np.log(np.exp(expected[1:]).sum()))
+    alone = np.exp(candidates(items).embedding @ state.profile)
+    close(got.profile[i], 0 if b == 2 else -np.log(alone[0] / alone.sum()))
 
 
 def after_round(simulation):
