@@ -106,6 +106,8 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
   has_both = jnp.all(scores.target.available, axis=-1)
   terms = losses.combine(config.loss, rec, valid, scores.target.visual,
                          scores.target.semantic, has_both, balance,
+                         losses.importance_of(batch.lateness.reshape(-1),
+                                              config.loss.late_emphasis),
                          scores.profile)
   count = jnp.sum(valid)
   pairs = jnp.sum(valid & has_both)

@@ -158,6 +158,10 @@ class LossConfig:
       0.1, 'weight of the contrastive loss', minimum=0.0)
   load_balance_weight: float = _field(
       0.01, 'weight of the load balance loss', minimum=0.0)
+  late_emphasis: float = _field(
+      0.0, 'e: the recommendation loss of a target counts 1 - e at the start of '
+      'its client\'s history, 1 + e at its end, in between in proportion',
+      minimum=0.0, maximum=1.0)
   profile_weight: float = _field(
       0.3, 'weight of the loss of the long-term expert alone', minimum=0.0)
 

@@ -69,6 +69,17 @@ def instance_weights(surprise: jax.Array, scale: float) -> jax.Array:
   return 1.0 + scale * surprise
 
 
+def importance_of(lateness: jax.Array, emphasis: float) -> jax.Array:
+  """1 + e · (2 · lateness − 1), as given: tastes and what is left to watch
+  drift, and what a recommender is asked for comes after the last item.
+
+  Args:
+    lateness: from 0, the start of a history, to 1, its end.
+    emphasis: e.
+  """
+  return 1.0 + emphasis * (2.0 * lateness - 1.0)
+
+
 def symmetric_infonce(visual: jax.Array, semantic: jax.Array,
                       valid: jax.Array,
                       temperature: jax.Array | float) -> jax.Array:
@@ -119,7 +130,7 @@ class LossTerms(NamedTuple):
 
   Attributes:
     total: rec + λ · contrastive + μ · load_balance (0.1 and 0.01).
-    rec: mean cross-entropy of the positives.
+    rec: mean of importance · cross-entropy of the positives.
     contrastive: mean of weight · InfoNCE over positives with both views.
     load_balance: router's imbalance.
     instance_weight: mean instance weight of positives with both views.
@@ -140,7 +151,7 @@ class LossTerms(NamedTuple):
 
 def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
             visual: jax.Array, semantic: jax.Array, has_both: jax.Array,
-            load_balance: jax.Array,
+            load_balance: jax.Array, importance: jax.Array | float = 1.0,
             profile: jax.Array | None = None) -> LossTerms:
   """Total loss of a step from its parts.
 
@@ -152,6 +163,7 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
     semantic: [T, D] semantic representations of the positives.
     has_both: [T] bool, positives whose two experts both had input.
     load_balance: scalar.
+    importance: [T] factors of the recommendation losses, or 1.
     profile: [T] losses of the client's profile alone; None without.
 
   Returns:
@@ -170,11 +182,12 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
   pairs = valid & has_both
   per_sample = symmetric_infonce(visual, semantic, pairs, temperature)
   contrastive = weighted_mean(weights * per_sample, pairs)
-  rec = weighted_mean(rec_per_sample, valid)
+  rec = weighted_mean(importance * rec_per_sample, valid)
   total = (rec + config.contrastive_weight * contrastive
            + config.load_balance_weight * load_balance)
   if profile is not None:
-    total += config.profile_weight * weighted_mean(profile, valid)
+    total += config.profile_weight * weighted_mean(
+        importance * profile, valid)
   return LossTerms(
       total, rec, contrastive, load_balance, weighted_mean(weights, pairs),
       hardest_share(weights * per_sample, surprise, pairs),

@@ -23,6 +23,8 @@ class Batch(NamedTuple):
     windows: [B, L] int32, left-padded with 0.
     targets: [B, Q] int32 next items of the last Q positions.
     valid: [B, Q] bool, False at padding.
+    lateness: [B, Q] float32 where in the training sequence a target lies, from
+      0 at its start to 1 at its end; without meaning at padding.
     profile: [B, D] what the client holds outside of each window
       (`profile.py`); None without `--profile=history`.
   """
@@ -30,6 +32,7 @@ class Batch(NamedTuple):
   windows: jax.Array
   targets: jax.Array
   valid: jax.Array
+  lateness: jax.Array
   profile: jax.Array | None = None
 
 
@@ -98,4 +101,6 @@ def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,
       windows=items[:, :-1],
       targets=items[:, -stride:],
       # A target needs an item before it.
-      valid=inside[:, -stride - 1:-1])
+      valid=inside[:, -stride - 1:-1],
+      lateness=((position[:, -stride:] + 0.5)
+                / jnp.maximum(client.num_train, 1)))

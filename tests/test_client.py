@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from fedmmr_jax import client as client_lib
+from fedmmr_jax import losses
 from fedmmr_jax import scoring
 from fedmmr_jax import windows
 from fedmmr_jax.data.dataset import ClientData, client_view
+from fedmmr_jax.models.feddmmr import view_memory
 from tests import small
 
 
@@ -38,6 +40,9 @@ def test_all_positions_covers_each_target_once():
   np.testing.assert_array_equal(batch.targets, [[14, 15, 16], [11, 12, 13]])
   np.testing.assert_array_equal(
       batch.valid, [[True, True, True], [False, True, True]])
+  # Targets 14, 15, 16 are the fourth to sixth of six items, and so on.
+  np.testing.assert_allclose(
+      batch.lateness[batch.valid], np.array([3.5, 4.5, 5.5, 1.5, 2.5]) / 6)
 
 
 def test_windows_never_reach_the_held_out_items():
@@ -46,6 +51,28 @@ def test_windows_never_reach_the_held_out_items():
     batch = windows.cut_windows(
         history(6), jnp.arange(count), jnp.ones(count, bool), stride, 3)
     assert max(batch.windows.max(), batch.targets.max()) <= 16
+
+
+def test_a_step_weighs_its_targets_by_their_lateness():
+  simulation = small.simulation(
+      objective='all_positions', negatives='shared', experts='none',
+      batch_size=2, late_emphasis=0.8)
+  params = simulation.init_state().server.params
+  batch = windows.cut_windows(
+      history(9), jnp.arange(2), jnp.array([True, True]), 6, 6)
+  negative = jnp.arange(31, 36)
+  view = view_memory(simulation.catalogue, jnp.zeros(4, int))
+  scores = scoring.score_batch(simulation.model, params, batch, negative,
+                               simulation.catalogue, view, None)
+  rec = losses.cross_entropy(scores.positive, scores.rest).reshape(2, 6)
+  weighted = [(0.2 + 1.6 * float(late)) * float(loss) for late, loss, valid in
+              zip(batch.lateness.ravel(), rec.ravel(), batch.valid.ravel())
+              if valid]
+  assert len(weighted) == 8
+  total, _ = client_lib.step_loss(
+      params, simulation.model, batch, negative, simulation.catalogue, view,
+      None, simulation.config)
+  np.testing.assert_allclose(total, np.mean(weighted), rtol=1e-5)
 
 
 def window_order(own, most, **changes):

@@ -162,6 +162,19 @@ def test_load_balance_of_nothing_is_0_with_a_zero_gradient():
   assert (gradient == 0).all()
 
 
+def test_late_targets_count_more():
+  importance = losses.importance_of(jnp.array([0.0, 0.5, 1.0]), 0.8)
+  np.testing.assert_allclose(importance, [0.2, 1.0, 1.8], rtol=1e-6)
+  rec, profile = jnp.array([1.0, 2.0, 5.0]), jnp.array([1.0, 0.0, 3.0])
+  nothing, nobody = jnp.zeros((3, 2)), jnp.zeros(3, bool)
+  terms = losses.combine(
+      LossConfig(profile_weight=0.5), rec, jnp.array([True, False, True]),
+      nothing, nothing, nobody, 0.0, importance, profile)
+  # The mean is over the samples, not over their importance.
+  assert float(terms.rec) == close((0.2 * 1 + 1.8 * 5) / 2)
+  assert float(terms.total) == close(4.6 + 0.5 * (0.2 * 1 + 1.8 * 3) / 2)
+
+
 def combined(rec, visual, semantic, valid=None, has_both=None,
              load_balance=0.0, **config):
   """`combine` of samples that count, unless said otherwise."""

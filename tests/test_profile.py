@@ -80,7 +80,8 @@ def test_scores_of_a_step_are_those_of_each_position(experts, shared):
   negative = rng.integers(13, 30, (5,) if shared else (12, 5))
   view = view_memory(catalogue, jnp.array([3, 9]))
   got = scoring.score_batch(
-      model, params, Batch(windows, targets, targets > 0, profiles),
+      model, params, Batch(
+          windows, targets, targets > 0, jnp.ones(targets.shape), profiles),
       jnp.asarray(negative), catalogue, view, None)
 
   def candidates(items):
