@@ -73,12 +73,13 @@ def banner(simulation: Simulation) -> str:
       *(f'  {line}' for line in _history_lines(config.model)),
       *(f'  {line}' for line in _fusion_lines(simulation)),
       f'  loss       cross-entropy against {c.num_negatives} negatives '
-      f'({c.negatives}), {c.objective}; drift: {drift}',
+      f'({c.negatives}), {c.objective}{_emphasis(config.loss)}; drift: {drift}',
       f'  client     {_stepping(c)}, '
       f'epochs {c.local_epochs}, batch {c.batch_size} '
       f'({steps:.0f} steps on average)'
       + (f', frozen: {", ".join(c.frozen_groups)}' if c.freeze else ''),
-      f'  server     {s.server_optimizer} {s.server_learning_rate:g}'
+      f'  server     {_averaged(s)}{s.server_optimizer} '
+      f'{s.server_learning_rate:g}'
       f'{_decay(s.server_schedule)}, '
       f'{size} of {simulation.dataset.num_clients} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
@@ -106,6 +107,16 @@ def _stepping(config) -> str:
     optimizer += f', FedProx {config.proximal_mu:g}'
   return (f'{optimizer} {config.client_learning_rate:g}'
           f'{_decay(config.client_schedule)}')
+
+
+def _emphasis(loss) -> str:
+  """How much more late targets count, if they do."""
+  e = loss.late_emphasis
+  return f', weighed {1 - e:.3g} (first) to {1 + e:.3g} (last)' if e else ''
+
+
+def _averaged(server) -> str:
+  return '' if server.averaging == 'fedavg' else f'{server.averaging}, '
 
 
 def _decay(schedule: str) -> str:
