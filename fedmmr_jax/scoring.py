@@ -99,8 +99,18 @@ def _score_shared(model, states, batch, negative, represent) -> StepScores:
   own = jax.tree.map(
       lambda x: x.reshape(*batch.targets.shape, 1, *x.shape[1:]), target)
   anyone = jnp.broadcast_to(jnp.any(valid), negative.shape)
+  by_sequence = _Scores(
+      jax.vmap(jax.vmap(model.score))(_sequences(states), own)[..., 0],
+      jax.vmap(jax.vmap(model.score, (0, None)), (0, None))(
+          _sequences(states), rest))
+  by_profile = None
+  if isinstance(states, States):
+    # A window's positions share their profile, which scores the negatives once.
+    by_profile = _Scores(
+        jax.vmap(model.score_profile)(states, own)[..., 0],
+        jax.vmap(model.score_profile, (0, None))(states, rest)[:, None])
   return StepScores(
-      **_of_targets(model, states, own, rest, shared=True), target=target,
+      **_of_targets(states, by_sequence, by_profile), target=target,
       candidates=candidates, counted=jnp.concatenate([valid, anyone]))
 
 
@@ -110,51 +120,56 @@ def _score_own(model, states, batch, negative, represent) -> StepScores:
   candidates = represent(items.reshape(-1))
   grouped = jax.tree.map(
       lambda x: x.reshape(*batch.targets.shape, -1, *x.shape[1:]), candidates)
-  own, rest = (jax.tree.map(lambda x: x[:, :, part], grouped)
-               for part in (slice(1), slice(1, None)))
+  scores = jax.vmap(jax.vmap(model.score))(_sequences(states), grouped)
+  by_profile = None
+  if isinstance(states, States):
+    profile_scores = jax.vmap(model.score_profile)(states, grouped)
+    by_profile = _Scores(profile_scores[..., 0], profile_scores[..., 1:])
   return StepScores(
-      **_of_targets(model, states, own, rest),
-      target=jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), own),
+      **_of_targets(
+          states, _Scores(scores[..., 0], scores[..., 1:]), by_profile),
+      target=jax.tree.map(
+          lambda x: x[:, :, 0].reshape(-1, *x.shape[3:]), grouped),
       candidates=candidates,
       counted=jnp.broadcast_to(
           batch.valid.reshape(-1, 1), items.shape).reshape(-1))
 
 
-def _of_targets(model, states, own, negatives, shared=False) -> dict:
+class _Scores(NamedTuple):
+  """Scores of a step's targets and of their negatives, by one state.
+
+  Attributes:
+    positive: [B, Q].
+    negative: [B, Q, N], or [B, 1, N] that are the same at each position.
+  """
+
+  positive: jax.Array
+  negative: jax.Array
+
+
+def _sequences(states: jax.Array | States) -> jax.Array:
+  return states.sequence if isinstance(states, States) else states
+
+
+def _of_targets(states, by_sequence: _Scores,
+                by_profile: _Scores | None) -> dict[str, jax.Array | None]:
   """The fields of `StepScores` that have one row a target.
 
-  Args:
-    model: the architecture.
-    states: of B windows and their Q positions.
-    own: Candidates [B, Q, 1], the targets.
-    negatives: Candidates [B, Q, N], or [N] that are `shared` by all.
-    shared: are they?
+  Log Σ exp is taken of the parts of a mixture: the mixed scores of all
+  negatives, which only the memory's surprise wants, need no gradient then.
   """
-  axis = None if shared else 0
-  score = jax.vmap(jax.vmap(model.score))
-  score_shared = jax.vmap(jax.vmap(model.score, (0, axis)), (0, axis))
-  sequences = states.sequence if isinstance(states, States) else states
-  positive = score(sequences, own)[..., 0]
-  negative = score_shared(sequences, negatives)
+  positive, negative = by_sequence
   rest = jax.nn.logsumexp(negative, axis=-1)
-  profile_loss = None
-  if isinstance(states, States):
-    # A window's positions share their profile. Its scores of shared negatives,
-    # and their sum, are taken once a window; so is no exp of each sum of two.
+  profile = None
+  if by_profile:
     known = states.known[:, None]
-    by_profile = jax.vmap(model.score_profile)(states, own)[..., 0]
-    negative_by_profile = jax.vmap(model.score_profile, (0, axis))(
-        states, negatives)
-    if shared:
-      negative_by_profile = negative_by_profile[:, None]
-    rest_by_profile = jax.nn.logsumexp(negative_by_profile, axis=-1)
-    profile_loss = jnp.where(
-        known, losses.cross_entropy(by_profile, rest_by_profile), 0.0)
-    positive = mix(positive, by_profile, known)
-    negative = mix(negative, negative_by_profile, known[..., None])
+    rest_by_profile = jax.nn.logsumexp(by_profile.negative, axis=-1)
+    profile = jnp.where(
+        known, losses.cross_entropy(by_profile.positive, rest_by_profile), 0.0
+    ).reshape(-1)
+    positive = mix(positive, by_profile.positive, known)
+    negative = mix(negative, by_profile.negative, known[..., None])
     rest = mix(rest, rest_by_profile, known)
-  per_target = dict(positive=positive, rest=rest, profile=profile_loss)
   return dict(
-      {name: None if x is None else x.reshape(-1)
-       for name, x in per_target.items()},
+      positive=positive.reshape(-1), rest=rest.reshape(-1), profile=profile,
       negative=negative.reshape(-1, negative.shape[-1]))
