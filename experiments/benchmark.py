@@ -153,7 +153,8 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   # The state is not donated here: it is needed again.
   aggregate = jax.jit(partial(
       server_lib.aggregate, config=simulation.compiled_config))
-  upload = server_lib.Upload(state.server.params, None, jnp.float32(1.0))
+  upload = server_lib.Upload(state.server.params, None, weight=jnp.float32(1.0),
+                             steps=jnp.float32(1.0))
   aggregation = _seconds(
       lambda: aggregate(state.server, upload, jnp.float32(1.0), uploaded))
   ranking = _seconds(lambda: simulation.evaluate(state, 'val'))
