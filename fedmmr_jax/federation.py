@@ -239,11 +239,11 @@ def _add(upload: Upload, updates: ClientUpdate, config: RunConfig) -> Upload:
   """Adds the updates of a chunk, [C/G] clients."""
   weight = updates.weight
 
-  def add(total, weight, part):
+  def add(total, weights, part):
     if total is None:
       return None
     return vocabulary.add_weighted(
-        total, weight, updates.vocabulary.ids, part)
+        total, weights, updates.vocabulary.ids, part)
 
   delta_weight = (weight / updates.steps
                   if config.server.averaging == 'fednova' else weight)

@@ -25,23 +25,16 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
   return jnp.sum(kept * weights) / jnp.where(total > 0, total, 1.0)
 
 
-def recommendation_loss(positive: jax.Array,
-                        negatives: jax.Array) -> jax.Array:
-  """Cross-entropy of each positive against its sampled negatives.
+def cross_entropy(positive: jax.Array, rest: jax.Array) -> jax.Array:
+  """−log of each positive's share among itself and its negatives.
 
   Args:
     positive: [T] scores.
-    negatives: [T, N] scores.
+    rest: [T] log Σ exp of each one's negatives' scores.
 
   Returns:
     [T] losses.
   """
-  return cross_entropy(positive, jax.nn.logsumexp(negatives, axis=-1))
-
-
-def cross_entropy(positive: jax.Array, rest: jax.Array) -> jax.Array:
-  """−log of each positive's share, [T], from its score and the log Σ exp of
-  its negatives' scores, both [T]."""
   return jnp.logaddexp(positive, rest) - positive
 
 
@@ -157,7 +150,7 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
 
   Args:
     config: weights, temperature and the treatment of surprise.
-    rec_per_sample: [T] from `recommendation_loss`.
+    rec_per_sample: [T] from `cross_entropy`.
     valid: [T] bool, False at padding.
     visual: [T, D] visual representations of the positives.
     semantic: [T, D] semantic representations of the positives.

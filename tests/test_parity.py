@@ -42,7 +42,8 @@ def forward(model, params, reference, catalogue):
 
 def loss(params, model, reference, catalogue):
   _, candidates, scores = forward(model, params, reference, catalogue)
-  rec = losses.recommendation_loss(scores[:, 0], scores[:, 1:])
+  rec = losses.cross_entropy(
+      scores[:, 0], jax.nn.logsumexp(scores[:, 1:], axis=-1))
   everyone = jnp.ones(rec.shape, bool)
   terms = losses.combine(
       LossConfig(), rec, everyone, candidates.visual[:, 0],
