@@ -26,8 +26,7 @@ from experiments import app
 from experiments import benchmark_reading
 from experiments import console
 from fedmmr_jax import client as client_lib
-from fedmmr_jax import evaluation, federation, scoring, training
-from fedmmr_jax import vocabulary, windows
+from fedmmr_jax import evaluation, federation, scoring, training, windows
 from fedmmr_jax import server as server_lib
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
@@ -288,14 +287,14 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
         jax.tree.map(lambda x: x[client], memories), None,
         jax.random.fold_in(key, client),
         windows.num_steps(view.num_train, config))
-    return vocabulary.add_weighted(total, *jax.tree.map(
-        lambda x: x[None],
-        (done.weight, done.vocabulary.ids, done.delta)))
+    return federation.add_updates(
+        total, jax.tree.map(lambda x: x[None], done),
+        simulation.compiled_config)
 
   def loop():
     broadcast = run.state.server.broadcast(
         simulation.catalogue, simulation.compiled_config)
-    total = jax.tree.map(jnp.zeros_like, broadcast.params)
+    total = federation.no_upload(run.state.server, simulation.compiled_config)
     for client in cohort[cohort >= 0]:
       total = update(total, broadcast, run.state.memories, client)
     return total

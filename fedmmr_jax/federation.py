@@ -208,7 +208,7 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
             jax.random.fold_in(key, client), max_steps)
     )(views, memory_lib.fetch(memories, clients),
       memory_lib.fetch(controls, clients), clients)
-    upload = _add(upload, updates, config)
+    upload = add_updates(upload, updates, config)
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
     carry = (memory_lib.store(memories, clients, updates.memory),
              memory_lib.store(controls, clients, updates.own_control),
@@ -217,7 +217,7 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
 
   no_metrics = client_lib.empty_metrics() | {
       'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
-  start = (state.memories, state.controls, _no_upload(state.server, config),
+  start = (state.memories, state.controls, no_upload(state.server, config),
            jax.tree.map(jnp.asarray, no_metrics))
   (memories, controls, upload, metrics), uploaded = jax.lax.scan(
       train_chunk, start, cohort)
@@ -228,14 +228,16 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
   return FederationState(server, memories, controls), metrics
 
 
-def _no_upload(server: ServerState, config: RunConfig) -> Upload:
+def no_upload(server: ServerState, config: RunConfig) -> Upload:
+  """What nobody sent: where `add_updates` starts."""
   nothing = jax.tree.map(jnp.zeros_like, server.params)
   return Upload(
       delta=nothing, weight=jnp.zeros(()), steps=jnp.zeros(()),
       control=nothing if optimizers.needs_gradient(config.client) else None)
 
 
-def _add(upload: Upload, updates: ClientUpdate, config: RunConfig) -> Upload:
+def add_updates(upload: Upload, updates: ClientUpdate,
+                config: RunConfig) -> Upload:
   """Adds the updates of a chunk, [C/G] clients."""
   weight = updates.weight
 
