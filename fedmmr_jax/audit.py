@@ -5,7 +5,7 @@ a run uses, not on a description of them.
 |---|---|
 | training negatives | the sampler draws for every client; its held-out items must come as often as any other unseen item |
 | windows | histories are replaced by their positions: no window may show one behind the training items, every training item but the first is a target once |
-| round | all held-out items are exchanged for others: parameters, prototypes and memories after the rounds must not differ in a bit |
+| round | all held-out items are exchanged for others: parameters, prototypes and memories after the rounds, all that rounds start from included (sketch, profiles), must not differ in a bit |
 | memory | after the rounds each client remembers training items only |
 | catalogue filter | what negatives avoid, and what a k-core counts, are training items |
 | evaluation negatives | unseen, distinct, candidates |
@@ -154,9 +154,10 @@ def training_windows(simulation: Simulation) -> Check:
 
 def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
   """Trains with the held-out items and with others in their place."""
-  other = dataclasses.replace(
-      simulation, dataset=exchanged(simulation.dataset, simulation.config.seed))
-  other = other.with_seed(simulation.config.seed)  # puts it on the device
+  # Built anew: what the items start from is sketched from histories too.
+  other = simulation_lib.build(
+      simulation.config, exchanged(simulation.dataset, simulation.config.seed),
+      simulation.cold)
   states = [_trained(one, rounds) for one in (simulation, other)]
   own, theirs = (jax.tree.map(np.asarray, jax.device_get(
       (s.server.params, s.server.prototypes, s.memories))) for s in states)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from fedmmr_jax import audit
+from fedmmr_jax import client
+from fedmmr_jax import collaborative
+from fedmmr_jax import profile
 from fedmmr_jax import windows
 from fedmmr_jax.data import dataset as dataset_lib
 from tests import small
@@ -15,6 +18,9 @@ from tests.test_cli import TINY, run
 
 CLEAN = {'training negatives', 'windows', '2 rounds', 'memory',
          'catalogue filter', 'evaluation negatives'}
+# What a client's whole history enters, beside its windows.
+SKETCH_AND_PROFILE = dict(
+    item_embedding='content_plus_id', collaborative_dim=4, profile='history')
 
 
 def simulation(**changes):
@@ -30,7 +36,8 @@ def failed(checks):
 
 @pytest.mark.parametrize('changes', [
     {'experts': 'both'}, {'vocabulary': 'local', 'objective': 'all_positions',
-         'negatives': 'shared'}], ids=['dense', 'local'])
+         'negatives': 'shared'}, SKETCH_AND_PROFILE],
+    ids=['dense', 'local', 'sketch and profile'])
 def test_a_clean_run_is_found_clean(changes):
   checks = audit.all_checks(simulation(**changes))
   assert {check.name for check in checks} == CLEAN
@@ -51,6 +58,25 @@ def test_a_window_with_a_held_out_item_is_found(monkeypatch):
     return cut(client._replace(num_train=client.num_train + 1), *rest)
   monkeypatch.setattr(windows, 'cut_windows', one_too_far)
   assert not audit.training_windows(simulation()).passed
+
+
+def test_a_sketch_of_held_out_items_is_found(monkeypatch):
+  sketch = collaborative.sketch
+  monkeypatch.setattr(
+      collaborative, 'sketch', lambda dataset, *rest: sketch(
+          dataclasses.replace(dataset, held_out=0), *rest))
+  checks = audit.all_checks(simulation(**SKETCH_AND_PROFILE))
+  assert failed(checks) == {'2 rounds'}
+
+
+def test_a_profile_of_held_out_items_is_found(monkeypatch):
+  outside = profile.outside
+  monkeypatch.setattr(client, '_trained', lambda view: view.history)
+  monkeypatch.setattr(profile, 'outside', lambda sums, num, *rest: outside(
+      sums, num + 1, *rest))
+  # Other settings, so that it is compiled anew.
+  checks = audit.all_checks(simulation(**SKETCH_AND_PROFILE, profile_weight=.5))
+  assert failed(checks) == {'2 rounds'}
 
 
 def test_training_on_a_held_out_item_is_found(monkeypatch):
