@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedmmr_jax import audit
-from fedmmr_jax import client
+from fedmmr_jax import client as client_lib
 from fedmmr_jax import collaborative
 from fedmmr_jax import profile
 from fedmmr_jax import windows
@@ -71,7 +71,7 @@ def test_a_sketch_of_held_out_items_is_found(monkeypatch):
 
 def test_a_profile_of_held_out_items_is_found(monkeypatch):
   outside = profile.outside
-  monkeypatch.setattr(client, '_trained', lambda view: view.history)
+  monkeypatch.setattr(client_lib, '_trained', lambda view: view.history)
   monkeypatch.setattr(profile, 'outside', lambda sums, num, *rest: outside(
       sums, num + 1, *rest))
   # Other settings, so that it is compiled anew.
