@@ -145,6 +145,8 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
                                       ('semantic', model.text_dim)) if width]
   parts = ' + '.join(f'w_{e[:3]}·LN({e})' for e in experts)
   memory = config.memory
+  score = (', scored by inner product' if config.model.similarity == 'dot'
+           else '')
   lines = [
       f'experts    {", ".join(experts)}, over '
       + (f'{memory.retrieval_size} of {memory.num_slots} entries of the '
@@ -155,10 +157,11 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
   if config.model.fusion == 'gated':
     return lines + [
         f'fusion     LN(s) + g·({parts}), GATED: g starts at '
-        f'{config.model.gating_init:g} and scales the experts\' gradient']
+        f'{config.model.gating_init:g} and scales the experts\' '
+        f'gradient{score}']
   return lines + [
       f'fusion     LN(s) + {parts}; no gate stands before the experts, '
-      'their gradient is full']
+      f'their gradient is full{score}']
 
 
 def round_line(record: dict[str, Any], num_rounds: int) -> str:

@@ -134,6 +134,10 @@ class ModelConfig:
   expert_init_scale: float = _field(
       1.0, 'initial scale of the LayerNorm behind each expert: how much of the '
       'fused vector is theirs at the start', minimum=0.0)
+  similarity: str = _field(
+      'cosine', 'how the fused vector meets an item\'s embedding; cosine: √D '
+      'times their cosine (the original); dot: their inner product, as it is '
+      'without experts', choices=('cosine', 'dot'))
   fusion: str = _field(
       'residual', 'residual adds the experts with full gradient; gated '
       'multiplies them by a learned scalar (the original, for ablation)',

@@ -182,7 +182,8 @@ def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
 _MEANING = {
     'embeddings': ('dataset', 'cold_items'),
     'backbone': ('num_heads',),
-    'experts': ('semantic_heads', 'feature_scaling', 'expert_input', 'fusion'),
+    'experts': ('semantic_heads', 'feature_scaling', 'expert_input', 'fusion',
+                'similarity'),
     'router': ('router_input', 'feature_scaling'),
     'fusion': ('fusion',),
     MEMORIES: ('memory', 'memory_capacity', 'long_term_capacity'),

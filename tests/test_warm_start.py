@@ -157,6 +157,7 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
     (dict(item_embedding='content_plus_id'), '--item_embedding=id, not'),
     (dict(experts='none', load='router'), 'has no router; it has embeddings'),
     (dict(fusion='gated', load='fusion'), '--fusion=residual, not gated'),
+    (dict(similarity='dot', load='experts'), '--similarity=cosine, not dot'),
     (dict(experts='none', load='all,router'), 'has no router; it has'),
     (dict(memory='recent', load='memories'), '--memory=surprise, not recent'),
 ])

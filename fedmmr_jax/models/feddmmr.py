@@ -4,6 +4,9 @@
     a = w_vis · LN(visual(c, memory)) + w_sem · LN(semantic(c, memory))  [J, D]
     score(s, c) = √D · cos(LN(s) + a, e_c)                        [J]
 
+With `--similarity=dot` the score is ⟨LN(s) + a, e_c⟩: a length of `e_c` counts,
+as it does without experts, where the score is ⟨s, e_c⟩.
+
 Everything here is written for one client and one window; callers vmap.
 `a` depends on the candidate and the memory, never on the window, so scoring T
 windows against J candidates takes two [T, D] x [D, J] products (`score`).
@@ -299,7 +302,7 @@ class FedDMMR(nn.Module):
             candidates: Candidates) -> jax.Array:
     """Scores J candidates for one encoded position.
 
-    `|s + a|² = |s|² + 2 s·a + |a|²` and `(s + a)·e = s·e + a·e`, so vmapping
+    `(s + a)·e = s·e + a·e` and `|s + a|² = |s|² + 2 s·a + |a|²`, so vmapping
     over T states against shared candidates never forms a [T, J, D] tensor.
 
     Args:
@@ -315,6 +318,8 @@ class FedDMMR(nn.Module):
     e, a = candidates.embedding, candidates.auxiliary
     if self.is_backbone_only:
       return e @ state
+    if self.config.similarity == 'dot':
+      return e @ state + jnp.sum(a * e, axis=-1)
     # Exact products: the expansion cancels, and a GPU would round to TF32.
     with jax.default_matmul_precision('highest'):
       dot = e @ state + jnp.sum(a * e, axis=-1)
