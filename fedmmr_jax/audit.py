@@ -5,7 +5,7 @@ a run uses, not on a description of them.
 |---|---|
 | training negatives | the sampler draws for every client; its held-out items must come as often as any other unseen item |
 | windows | histories are replaced by their positions: no window may show one behind the training items, every training item but the first is a target once |
-| round | all held-out items are exchanged for others: parameters, prototypes and memories after the rounds, all that rounds start from included (sketch, profiles), must not differ in a bit |
+| round | all held-out items are exchanged for others: the sketch is taken anew, and parameters, prototypes and memories after the rounds must not differ in a bit |
 | memory | after the rounds each client remembers training items only |
 | catalogue filter | what negatives avoid, and what a k-core counts, are training items |
 | evaluation negatives | unseen, distinct, candidates |
