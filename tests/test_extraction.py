@@ -595,6 +595,10 @@ def test_a_matrix_that_is_there_is_not_replaced(ml_1m):
   assert f'{ml_1m}/text_features.npy is there already' in message
   assert '--overwrite' in message
   assert (ml_1m / 'text_features.npy').read_bytes() == before
+
+
+def test_a_model_that_is_nowhere_is_named(ml_1m):
+  pytest.importorskip('sentence_transformers')  # else that is what is missing
   assert '--text_model=/absent: no such folder; name a local' in refused(
       f'--data_dir={ml_1m}', '--text_model=/absent', '--overwrite')
 
