@@ -278,10 +278,14 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
   simulation = run.simulation
   cohort = simulation.sample_cohort(1)
   key = federation.round_key(config.seed, 1)
+  # A loop has one device: on more, each of them would do all of it.
+  data, catalogue, state = jax.device_put(
+      (simulation.data, simulation.catalogue, simulation.init_state()),
+      jax.devices()[0])
 
   @jax.jit
   def update(total, broadcast, memories, client):
-    view = client_view(simulation.data, client, simulation.max_items)
+    view = client_view(data, client, simulation.max_items)
     done = client_lib.local_update(
         simulation.model, simulation.compiled_config, broadcast, view,
         jax.tree.map(lambda x: x[client], memories), None,
@@ -292,11 +296,11 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
         simulation.compiled_config)
 
   def loop():
-    broadcast = run.state.server.broadcast(
-        simulation.catalogue, simulation.compiled_config)
-    total = federation.no_upload(run.state.server, simulation.compiled_config)
+    broadcast = state.server.broadcast(
+        catalogue, simulation.compiled_config)
+    total = federation.no_upload(state.server, simulation.compiled_config)
     for client in cohort[cohort >= 0]:
-      total = update(total, broadcast, run.state.memories, client)
+      total = update(total, broadcast, state.memories, client)
     return total
 
   vmapped = _seconds(lambda: run.run_round(cohort))

@@ -24,6 +24,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from fedmmr_jax import checksums
+from fedmmr_jax import devices
 from fedmmr_jax.config import CheckpointConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import FederationState
@@ -319,9 +320,9 @@ def _context() -> ocp.Context:
 
 
 def _here(tree: Any) -> Any:
-  """Shapes and types of a tree, to be loaded onto this machine's device,
+  """Shapes and types of a tree, to be loaded onto this machine's devices,
   whatever devices it was saved from."""
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = devices.everywhere()
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 

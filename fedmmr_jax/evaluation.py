@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax import client as client_lib
+from fedmmr_jax import devices
 from fedmmr_jax import federation
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
@@ -138,16 +139,20 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     Ranks with axes [G, C].
   """
-  broadcast = server.broadcast(catalogue, config)
+  def rank(chunks, server, memories, after_train, catalogue, data):
+    broadcast = server.broadcast(catalogue, config)
 
-  def rank_one(index, memory):
-    client = client_view(data, index, max_items)
-    return rank_target(
-        model, config, broadcast, client, memory, after_train)
+    def rank_one(index, memory):
+      client = client_view(data, index, max_items)
+      return rank_target(
+          model, config, broadcast, client, memory, after_train)
 
-  return jax.lax.map(
-      lambda chunk: jax.vmap(rank_one)(
-          chunk, memory_lib.fetch(memories, chunk)), clients)
+    return None, jax.lax.map(
+        lambda chunk: jax.vmap(rank_one)(
+            chunk, memory_lib.fetch(memories, chunk)), chunks)
+
+  return devices.run_chunks(
+      rank, clients, server, memories, after_train, catalogue, data)[1]
 
 
 def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:

@@ -1,10 +1,11 @@
 """The federated round as one jit-compiled step: the only place that vmaps
 over clients.
 
-A cohort of C clients comes as chunks [G, C/G]. Chunks are scanned with a
-running weighted sum of the deltas, so memory does not grow with the cohort
-(but for the uploaded prototypes, 8 kB a client); inside a chunk the clients
-are vmapped. Clients of a chunk run as many steps as its longest needs, a
+A cohort of C clients comes as chunks [G, C/G], which the devices share. Each
+device scans its chunks with a running weighted sum of the deltas, so memory
+does not grow with the cohort (but for what a client keeps or sends one by one:
+its memory and prototypes, 9 kB, and SCAFFOLD's control variate); inside a chunk
+the clients are vmapped. Clients of a chunk run as many steps as its longest needs, a
 traced number: one compilation serves every cohort. Sorting the cohort by
 length keeps the masked steps few.
 """
@@ -19,6 +20,7 @@ import numpy as np
 
 from fedmmr_jax import client as client_lib
 from fedmmr_jax import content
+from fedmmr_jax import devices
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import optimizers
@@ -28,13 +30,13 @@ from fedmmr_jax import windows
 from fedmmr_jax.client import ClientUpdate
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import FederatedData, client_view
+from fedmmr_jax.devices import PADDING_CLIENT
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.scoring import Params
 from fedmmr_jax.server import ServerState, Upload
 
-PADDING_CLIENT = -1
 COHORT_STREAM = 1  # NumPy seeds are (run seed, stream, number)
 
 
@@ -117,8 +119,9 @@ def chunked(clients: np.ndarray, num_train: np.ndarray,
 
 
 def in_chunks(clients: np.ndarray, per_chunk: int) -> np.ndarray:
-  """[G, per_chunk] int32 in the given order; PADDING_CLIENT fills the last."""
-  per_chunk = min(per_chunk, len(clients))
+  """[G, ≤ per_chunk] int32 in the given order; PADDING_CLIENT fills the last."""
+  # Every device gets some.
+  per_chunk = min(per_chunk, -(-len(clients) // devices.count()))
   padded = np.pad(clients, (0, -len(clients) % per_chunk),
                   constant_values=PADDING_CLIENT)
   return padded.astype(np.int32).reshape(-1, per_chunk)
@@ -192,40 +195,43 @@ def run_round_of_seeds(
 
 def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
            key):
-  broadcast = state.server.broadcast(catalogue, config)
+  def train(chunks, catalogue, data, state, key):
+    broadcast = state.server.broadcast(catalogue, config)
 
-  def train_chunk(carry, clients):
-    memories, controls, upload, metrics = carry
-    views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
-    max_steps = jnp.max(windows.num_steps(views.num_train, config))
-    if seed_axis:
-      # One trip count for all seeds: each with its own, a loop has to select
-      # between old and new parameters in every step.
-      max_steps = jax.lax.pmax(max_steps, seed_axis)
-    updates = jax.vmap(
-        lambda view, memory, control, client: client_lib.local_update(
-            model, config, broadcast, view, memory, control,
-            jax.random.fold_in(key, client), max_steps)
-    )(views, memory_lib.fetch(memories, clients),
-      memory_lib.fetch(controls, clients), clients)
-    upload = add_updates(upload, updates, config)
-    chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
-    carry = (memory_lib.store(memories, clients, updates.memory),
-             memory_lib.store(controls, clients, updates.own_control),
-             upload, metrics_lib.merge(metrics, chunk_metrics))
-    return carry, updates.prototypes
+    def train_chunk(sums, clients):
+      upload, metrics = sums
+      views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
+      max_steps = jnp.max(windows.num_steps(views.num_train, config))
+      if seed_axis:
+        # One trip count for all seeds: each with its own, a loop has to select
+        # between old and new parameters in every step.
+        max_steps = jax.lax.pmax(max_steps, seed_axis)
+      updates = jax.vmap(
+          lambda view, memory, control, client: client_lib.local_update(
+              model, config, broadcast, view, memory, control,
+              jax.random.fold_in(key, client), max_steps)
+      )(views, memory_lib.fetch(state.memories, clients),
+        memory_lib.fetch(state.controls, clients), clients)
+      chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
+      return ((add_updates(upload, updates, config),
+               metrics_lib.merge(metrics, chunk_metrics)),
+              (updates.memory, updates.own_control, updates.prototypes))
 
-  no_metrics = client_lib.empty_metrics() | {
-      'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
-  start = (state.memories, state.controls, no_upload(state.server, config),
-           jax.tree.map(jnp.asarray, no_metrics))
-  (memories, controls, upload, metrics), uploaded = jax.lax.scan(
-      train_chunk, start, cohort)
+    no_metrics = client_lib.empty_metrics() | {
+        'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
+    nothing = (no_upload(state.server, config),
+               jax.tree.map(jnp.asarray, no_metrics))
+    return jax.lax.scan(train_chunk, nothing, chunks)
+
+  (upload, metrics), (memories, controls, uploaded) = devices.run_chunks(
+      train, cohort, catalogue, data, state, key)
   all_weights = windows.num_positives(data.num_train, config)
   server = server_lib.aggregate(
       state.server, upload, jnp.sum(all_weights).astype(jnp.float32), uploaded,
       config)
-  return FederationState(server, memories, controls), metrics
+  return devices.kept_everywhere(FederationState(
+      server, memory_lib.store(state.memories, cohort, memories),
+      memory_lib.store(state.controls, cohort, controls))), metrics
 
 
 def no_upload(server: ServerState, config: RunConfig) -> Upload:
@@ -267,18 +273,22 @@ def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     The memories of all clients; those sampled before are unchanged.
   """
-  broadcast = state.server.broadcast(catalogue, config)
   config = dataclasses.replace(config, client=dataclasses.replace(
       config.client, max_local_steps=0))  # all of the history
 
-  def warm_chunk(memories, clients):
-    views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
-    max_steps = jnp.max(windows.num_steps(views.num_train, config))
-    filled = jax.vmap(
-        lambda view, memory, client: client_lib.fill_memory(
-            model, config, broadcast, view, memory,
-            jax.random.fold_in(key, client), max_steps)
-    )(views, memory_lib.fetch(memories, clients), clients)
-    return memory_lib.store(memories, clients, filled), None
+  def fill(chunks, catalogue, data, state, key):
+    broadcast = state.server.broadcast(catalogue, config)
 
-  return jax.lax.scan(warm_chunk, state.memories, clients)[0]
+    def fill_chunk(clients):
+      views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
+      max_steps = jnp.max(windows.num_steps(views.num_train, config))
+      return jax.vmap(
+          lambda view, memory, client: client_lib.fill_memory(
+              model, config, broadcast, view, memory,
+              jax.random.fold_in(key, client), max_steps)
+      )(views, memory_lib.fetch(state.memories, clients), clients)
+
+    return None, jax.lax.map(fill_chunk, chunks)
+
+  _, filled = devices.run_chunks(fill, clients, catalogue, data, state, key)
+  return memory_lib.store(state.memories, clients, filled)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmmr_jax import client as client_lib
+from fedmmr_jax import devices
 from fedmmr_jax import evaluation
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import vocabulary
@@ -40,27 +41,31 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     Ranks with axes [G, C, n].
   """
-  broadcast = server.broadcast(catalogue, config)
-  empty = memory_lib.init(config.memory)
+  def rank(chunks, server, key, splits, catalogue, data):
+    broadcast = server.broadcast(catalogue, config)
+    empty = memory_lib.init(config.memory)
 
-  def rank_one(client, max_steps):
-    view = client_view(data, client, max_items)
-    update = client_lib.local_update(
-        model, config, broadcast, view, empty, None,
-        jax.random.fold_in(key, client), max_steps)
-    ids = update.vocabulary.ids
-    trained = jax.tree.map(
-        jnp.add, vocabulary.take(broadcast.params, ids), update.delta)
-    own = broadcast._replace(params=vocabulary.put(
-        broadcast.params, ids, update.vocabulary.is_first, trained))
+    def rank_one(client, max_steps):
+      view = client_view(data, client, max_items)
+      update = client_lib.local_update(
+          model, config, broadcast, view, empty, None,
+          jax.random.fold_in(key, client), max_steps)
+      ids = update.vocabulary.ids
+      trained = jax.tree.map(
+          jnp.add, vocabulary.take(broadcast.params, ids), update.delta)
+      own = broadcast._replace(params=vocabulary.put(
+          broadcast.params, ids, update.vocabulary.is_first, trained))
 
-    return jax.lax.map(
-        partial(evaluation.rank_target, model, config, own, view,
-                update.memory), splits)
+      return jax.lax.map(
+          partial(evaluation.rank_target, model, config, own, view,
+                  update.memory), splits)
 
-  def rank_chunk(chunk):
-    views = jax.vmap(lambda c: client_view(data, c, max_items))(chunk)
-    max_steps = jnp.max(windows.num_steps(views.num_train, config))
-    return jax.vmap(rank_one, (0, None))(chunk, max_steps)
+    def rank_chunk(chunk):
+      views = jax.vmap(lambda c: client_view(data, c, max_items))(chunk)
+      max_steps = jnp.max(windows.num_steps(views.num_train, config))
+      return jax.vmap(rank_one, (0, None))(chunk, max_steps)
 
-  return jax.lax.map(rank_chunk, clients)
+    return None, jax.lax.map(rank_chunk, chunks)
+
+  return devices.run_chunks(
+      rank, clients, server, key, splits, catalogue, data)[1]

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedmmr_jax import collaborative
 from fedmmr_jax import content as content_lib
+from fedmmr_jax import devices
 from fedmmr_jax import evaluation, federation, local_only, metrics, popularity
 from fedmmr_jax import optimizers
 from fedmmr_jax import warm_start as warm_start_lib
@@ -96,7 +97,9 @@ class Simulation:
       UserError: see `warm_start`.
     """
     state = self._fresh_state()
-    return self.warm_start.put_into(state) if self.warm_start else state
+    if self.warm_start:
+      state = self.warm_start.put_into(state)
+    return devices.copied(state)
 
   @functools.cached_property
   def abstract_state(self) -> FederationState:
@@ -353,7 +356,8 @@ def build(config: RunConfig, dataset: Dataset,
       config=config,
       model=FedDMMR(config.model, dataset.num_rows, visual.shape[1],
                     text.shape[1]),
-      catalogue=Catalogue.from_features(visual, text, content),
+      catalogue=devices.copied(
+          Catalogue.from_features(visual, text, content)),
       data=_to_device(config, dataset),
       dataset=dataset, cold=cold)
   frozen = optimizers.frozen_names(config.client)
@@ -365,9 +369,9 @@ def build(config: RunConfig, dataset: Dataset,
 
 def _to_device(config: RunConfig, dataset: Dataset,
                trains: bool = True) -> FederatedData:
-  return dataset_lib.to_device(
+  return devices.copied(dataset_lib.to_device(
       dataset,
       num_negatives=config.client.num_negatives if trains else 0,
       sampled_negatives=config.data.sampled_negatives,
       leaky_negatives=config.client.leaky_negatives,
-      seed=config.seed)
+      seed=config.seed))

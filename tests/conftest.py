@@ -20,6 +20,9 @@ import jax
 import numpy as np
 import pytest
 
+# Tests compare float32 numbers; recent GPUs multiply in TF32 unless told not to.
+jax.config.update('jax_default_matmul_precision', 'highest')
+
 
 def pytest_unconfigure(config):
   if not hasattr(config, 'workerinput'):  # not in one of xdist's workers
