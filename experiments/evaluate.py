@@ -56,7 +56,7 @@ _CLIENTS = flags.DEFINE_integer(
 _FEATURES = flags.DEFINE_enum(
     'features', 'trained', ['trained', 'zeroed', 'shuffled'], 'what the experts '
     'see of the items; zeroed: nothing, shuffled: each item has another\'s. '
-    'Does the model look at them?')
+    'Does the model look at them? The run of --compare keeps its own')
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 _WARM_MEMORY = flags.DEFINE_boolean(
     'warm_memory', None, 'fill the memories of clients that were never '
@@ -77,7 +77,7 @@ def main() -> None:
   number = app.find_round(rounds, _ROUND.value)
   other = (warm_start.find(_COMPARE.value, 'compare') if _COMPARE.value
            else None)
-  config, results = _results(run, rounds, number)
+  config, results = _results(run, rounds, number, _FEATURES.value)
   told = {'round': number, _SPLIT.value: _chosen(results.means(_naming()))}
   if _SLICES.value:
     told['slices'] = {
@@ -98,11 +98,12 @@ def main() -> None:
     print(f'\na row for each user in {_PER_USER.value}', file=sys.stderr)
 
 
-def _results(run, rounds, number, seed: int | None = None,
+def _results(run, rounds, number, features: str, seed: int | None = None,
              **same: Any) -> tuple[Any, UserResults]:
   """The settings of a run and the ranks of one of its rounds.
 
   Args:
+    features: what the experts see, see `--features`.
     seed: of the draws of negatives, if not the run's own.
     same: settings that stand for the run's own.
   """
@@ -116,8 +117,8 @@ def _results(run, rounds, number, seed: int | None = None,
   if seed is not None:
     simulation = simulation.with_seed(seed)
   simulation = simulation.with_popular_negatives()
-  if _FEATURES.value != 'trained':
-    simulation = simulation.with_features(_FEATURES.value)
+  if features != 'trained':
+    simulation = simulation.with_features(features)
   return simulation.config, user_results.evaluate(
       simulation, state, _SPLIT.value)
 
@@ -125,11 +126,13 @@ def _results(run, rounds, number, seed: int | None = None,
 def _difference(config, results, run, number) -> dict[str, Any]:
   """This run minus the other, which is ranked against the same draws."""
   _, theirs = _results(
-      run, Rounds(run.path), number, config.seed,
+      run, Rounds(run.path), number, 'trained', config.seed,
       sampled_negatives=config.data.sampled_negatives,
       eval_clients=config.evaluation.eval_clients)
-  found = _chosen(user_results.difference(results, theirs))
-  return {'to': f'{run.path}, round {number}'} | {
+  found = _chosen(user_results.difference(
+      results, theirs, _naming()))
+  as_trained = '' if _FEATURES.value == 'trained' else ', features as trained'
+  return {'to': f'{run.path}, round {number}{as_trained}'} | {
       protocol: {name: difference._asdict()
                  for name, difference in by_metric.items()}
       for protocol, by_metric in found.items()}
@@ -167,7 +170,7 @@ def _tables(told: dict[str, Any]) -> str:
             [f'{protocol}, {metric}', *(
                 f'{found[metric][key]:+.4f}' for key in ('mean', 'low', 'high'))]
             for protocol, found in by_protocol for metric in found
-            if metric in (*_HEADLINES, 'MRR')]))
+            if metric in (*_HEADLINES, 'MRR', 'mrr@10')]))
   return '\n\n'.join(parts)
 
 

@@ -151,8 +151,9 @@ def _parts(values: np.ndarray, count: int,
   return found
 
 
-def difference(results: UserResults, other: UserResults) -> dict[
-    str, dict[str, Difference]]:
+def difference(results: UserResults, other: UserResults,
+               naming: Callable[..., dict] = metrics.ranking_of_each
+               ) -> dict[str, dict[str, Difference]]:
   """Protocol -> metric -> this minus the other, paired over users.
 
   Raises:
@@ -164,7 +165,7 @@ def difference(results: UserResults, other: UserResults) -> dict[
         'the two runs do not rank the same targets of the same users, so that '
         'they cannot be paired; compare runs on the same data, with the same '
         '--top_k_users, filters and split')
-  mine, theirs = results.of_each(), other.of_each()
+  mine, theirs = results.of_each(naming), other.of_each(naming)
   return {protocol: {
       metric: bootstrap.paired_bootstrap(values, theirs[protocol][metric])
       for metric, values in by_metric.items()}

@@ -8,6 +8,9 @@ import tempfile
 # The tests compile much and run little: skip LLVM's optimisation passes.
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0')
+# Two workers on two cores: more devices would only be more to compile.
+# tests/test_devices.py has some.
+os.environ['JAX_NUM_CPU_DEVICES'] = '1'
 # What one worker has compiled serves the others, and later modules, in this run
 # of the tests: 6 % less CPU time.
 _CACHE = os.path.join(

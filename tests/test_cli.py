@@ -82,8 +82,15 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   assert '--per_user=x.txt: end it in' in refused(
       f'--workdir={workdir}', '--per_user=x.txt', binary='evaluate')
   blind, _ = run('evaluate', f'--workdir={workdir}', '--json',
-                 '--features=zeroed')
-  assert json.loads(blind)['test']['full'] != summary['test']['full']
+                 '--features=zeroed', f'--compare={workdir}',
+                 '--metrics=recbole')
+  blind = json.loads(blind)
+  ndcg = summary['test']['full']['NDCG@10']
+  assert blind['test']['full']['ndcg@10'] != ndcg
+  # Compared with the run as it was trained, by the metrics asked for.
+  assert blind['difference']['full']['ndcg@10']['mean'] == pytest.approx(
+      blind['test']['full']['ndcg@10'] - ndcg)
+  assert blind['difference']['to'].endswith(', features as trained')
   out, _ = run('evaluate', f'--workdir={workdir}', '--json', '--eval_clients=1')
   assert set(json.loads(out)['test']['full'].values()) != set(
       summary['test']['full'].values())

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fedmmr_jax import devices
 from fedmmr_jax import federation
@@ -72,6 +73,20 @@ def test_two_devices_change_nothing(tmp_path):
     for name, expected in on_one.items():
       np.testing.assert_allclose(
           saved[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('flags, count', [
+    (['--cpu_devices=3'], 3), (['--cpu_devices=1'], 1),
+    ([], min(8, len(os.sched_getaffinity(0))))])
+def test_a_binary_divides_the_cpu(flags, count):
+  environment = {k: v for k, v in os.environ.items()
+                 if k != 'JAX_NUM_CPU_DEVICES'}
+  code = ('from experiments import app; import jax; '
+          'app.run(lambda: print(jax.device_count()))')
+  out = subprocess.run(
+      [sys.executable, '-c', code, *flags], cwd=ROOT, check=True,
+      capture_output=True, text=True, env=environment).stdout
+  assert int(out) == count
 
 
 def test_a_cohort_feeds_all_devices(monkeypatch):

@@ -452,6 +452,15 @@ BROKEN = {
                    ', line 3: item is longer than 200', 'auto'),
     'time': ('log.csv', 'user,item,time\n1,2,3\n1,2,noon\n',
              ', line 3: time is neither a number nor a date', 'auto'),
+    'missing id': ('log.csv', 'user,item,time\n1,2,3\nNaN,4,3\n',
+                   ', line 3: user is missing', 'auto'),
+    'unit': ('log.csv', 'user,item,time\n1,2,1600000000\n1,3,1600000001\n'
+             '1,4,1600000002000\n', ', line 4: time 1600000002000 is not in the '
+             'unit of most others', 'auto'),
+    'json unit': ('x.json', ''.join(
+        '{"asin": "%s", "user": "b", "timestamp": %d}\n' % pair for pair in (
+            ('a', 1600000000000), ('b', 1600000000001), ('c', 16 * 10 ** 14))),
+        ', line 3: timestamp 1600000000000000 is not in', 'auto'),
     'twice': ('log.csv', 'user,item,item\n1,2,3\n', ', line 1: two columns',
               'csv'),
     'range': ('ratings.csv', 'userId,movieId,rating,timestamp\n1,2,5,3\n'
@@ -598,6 +607,18 @@ def test_which_row_of_a_matrix_is_whose(ids, rows, num_rows, words):
       np.array([1, 1]), np.array(ids)), None)
   assert table.rows.tolist() == rows and table.num_rows == num_rows
   assert words in table.numbering
+
+
+def test_items_that_are_described_twice_are_counted(tmp_path):
+  (tmp_path / 'log.csv').write_text('user,item\n' + ''.join(
+      f'{u},{i}\n' for u in (1, 2, 3) for i in 'abcde'))
+  (tmp_path / 'items.csv').write_text(
+      'item_id,title\na,A\nb,B\nb,B\na,Other\nb,B\n')
+  loaded = load.load(DataConfig(dataset='auto', data_dir=str(tmp_path)), seed=0)
+  # b says the same each time.
+  assert ('items      1 described more than once, and not alike: the last '
+          'line counts') in loaded.notes
+  assert loaded.dataset.titles[1:3] == ('Other', 'B')
 
 
 def test_features_of_string_ids_are_found_by_number(tmp_path):

@@ -18,6 +18,8 @@ MAX_ID_LENGTH = 200
 _WHOLE = re.compile(r'0|-?[1-9][0-9]{0,17}')
 # Seconds reach year 5138 at 1e11; beyond, the unit is a thousandth, and so on.
 _FIRST_OF_NEXT_UNIT = 1e11
+# What programs write where there is nothing: one user or item made of many.
+_MISSING = ('nan', 'null', 'none', 'n/a', '<na>')
 
 
 class Doubt(Exception):
@@ -56,6 +58,8 @@ def id_problem(text: str, whole: bool) -> str:
     return f'is larger than {MAX_ID}' if too_large else ''
   if not text.strip():
     return 'is empty'
+  if text.strip().lower() in _MISSING:
+    return 'is missing'
   if len(text) > MAX_ID_LENGTH:
     return f'is longer than {MAX_ID_LENGTH} characters'
   if any(ord(character) < ord(' ') for character in text.strip()):
@@ -113,14 +117,29 @@ def in_seconds(times: np.ndarray) -> np.ndarray:
   """Times since 1970 in seconds, milli-, micro- or nanoseconds -> seconds.
 
   Raises:
-    Doubt: one is not finite.
+    Doubt: one is not finite, or `in_larger_unit`.
   """
   if not np.isfinite(times).all():
     raise Doubt
+  if in_larger_unit(times) is not None:
+    raise Doubt
+  return times / (_first_of_next_unit(times) / _FIRST_OF_NEXT_UNIT)
+
+
+def in_larger_unit(times: np.ndarray) -> int | None:
+  """The place of the first time that would lie beyond year 5138 in the unit
+  of most; None where there is none. (One in a smaller unit reads as 1970.)"""
+  odd = np.abs(times) >= _first_of_next_unit(times)
+  return int(odd.argmax()) if odd.any() else None
+
+
+def _first_of_next_unit(times: np.ndarray) -> float:
+  """Where the unit ends that most of them are in."""
   typical = np.median(np.abs(times)) if len(times) else 0
-  while typical >= _FIRST_OF_NEXT_UNIT:
-    times, typical = times / 1000, typical / 1000
-  return times
+  bound = _FIRST_OF_NEXT_UNIT
+  while typical >= bound:
+    bound *= 1000
+  return bound
 
 
 def parse_time(text: str) -> float:

@@ -105,7 +105,7 @@ def _read_fast(path, layout) -> Interactions:
 def _read_carefully(path, layout) -> Interactions:
   place = {name: i for i, name in enumerate(layout.columns)}
   users, items = Numbering(), Numbering()
-  user_column, item_column, times = [], [], []
+  user_column, item_column, times, numbers = [], [], [], []
   first = layout.has_header
   for number, line in text_files.lines(path):
     if first:
@@ -123,9 +123,21 @@ def _read_carefully(path, layout) -> Interactions:
     item_column.append(items.of(fields[place[layout.item]]))
     if layout.time:
       times.append(columns_lib.parse_time(fields[place[layout.time]]))
+      numbers.append(number)
+  check_unit(path, layout.time, times, numbers)
   return from_numbered(
       user_column, users, item_column, items, times if layout.time else None,
       layout.whole_ids)
+
+
+def check_unit(path: pathlib.Path, name: str, times: list[float],
+               lines: list[int]) -> None:
+  """Raises UserError if a time is in a larger unit than most others."""
+  odd = columns_lib.in_larger_unit(np.array(times, np.float64))
+  if odd is not None:
+    raise UserError(
+        f'{path}, line {lines[odd]}: {name} {times[odd]:.0f} is not in the unit '
+        'of most others; write all in seconds since 1970')
 
 
 class Numbering(dict):

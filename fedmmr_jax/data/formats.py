@@ -279,8 +279,8 @@ def _read_sequences(path, names) -> Interactions:
         None, whole=False)
   except Doubt:
     raise UserError(f'{path}: an id longer than {columns_lib.MAX_ID_LENGTH} '
-                    'characters, or with a control character; is it a text?'
-                    ) from None
+                    'characters, with a control character or missing (nan, '
+                    'null); is it a text?') from None
 
 
 # JSON lines and Parquet.
@@ -313,7 +313,7 @@ def _read_reviews(path, names) -> Interactions:
 
 def _reviews_carefully(path, user, item, time) -> Interactions:
   users, items = Numbering(), Numbering()
-  user_column, item_column, times = [], [], []
+  user_column, item_column, times, numbers = [], [], [], []
   for number, line in text_files.lines(path):
     def wrong(what):
       raise UserError(f'{path}, line {number}: {what} in {text[:60]!r}; expected '
@@ -337,6 +337,8 @@ def _reviews_carefully(path, user, item, time) -> Interactions:
         times.append(columns_lib.parse_time(str(review.get(time))))
       except ValueError:
         wrong(f'{time} is neither a number nor a date')
+      numbers.append(number)
+  delimited.check_unit(path, time, times, numbers)
   return delimited.from_numbered(user_column, users, item_column, items,
                                  times if time else None, whole=False)
 
@@ -380,11 +382,11 @@ def _read_parquet(path, names) -> Interactions:
     return _from_table(table, picked)
   except Doubt:
     raise UserError(
-        f'{path}: an id in {picked[0]} or {picked[1]} is empty, longer than '
-        f'{columns_lib.MAX_ID_LENGTH} characters, beyond 63 bits or holds a '
-        'control character' + (
-            f', or {picked[2]} is neither a finite number nor a date'
-            if picked[2] else '')) from None
+        f'{path}: an id in {picked[0]} or {picked[1]} is empty or missing, '
+        f'longer than {columns_lib.MAX_ID_LENGTH} characters, beyond 63 bits or '
+        'holds a control character' + (
+            f', or {picked[2]} is neither a finite number nor a date, or not in '
+            'the unit of most others' if picked[2] else '')) from None
 
 
 def _from_table(table: pa.Table, picked: Sequence[str]) -> Interactions:

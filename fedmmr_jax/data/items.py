@@ -16,7 +16,7 @@ import ast
 import csv
 import json
 import pathlib
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -74,6 +74,8 @@ class ItemTable(NamedTuple):
     num_rows: rows of a feature matrix, row 0 = padding.
     titles: id -> title, of those that have one.
     texts: id -> what the text model reads (title, genres, abstract).
+    retold: how many items the file describes more than once and not alike;
+      the last line counts.
   """
 
   ids: np.ndarray
@@ -81,6 +83,7 @@ class ItemTable(NamedTuple):
   num_rows: int
   titles: dict
   texts: dict
+  retold: int = 0
 
   @property
   def numbering_is_plain(self) -> bool:
@@ -133,7 +136,9 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   Raises:
     UserError: a malformed line of the item file (named).
   """
-  items = described = read(path) if path else {}
+  lines = list(_read(path)) if path else []
+  items = described = dict(lines)
+  retold = len({i for i, item in lines if item != described[i]})
   ids = interactions.item_ids
   if ids.dtype.kind == 'i':
     items = {int(i): item for i, item in items.items() if _is_whole(i)}
@@ -151,28 +156,33 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   return ItemTable(
       ids, rows, int(rows[-1]) + 1,
       {i: item.title for i, item in known.items() if item.title},
-      {i: item.text for i, item in known.items() if item.text})
+      {i: item.text for i, item in known.items() if item.text}, retold)
 
 
 def read(path: pathlib.Path) -> dict[str, Item]:
-  """Id as text -> item.
+  """Id as text -> item; of several lines of one id the last counts.
 
   Raises:
     UserError: a malformed line (named).
   """
+  return dict(_read(path))
+
+
+def _read(path: pathlib.Path) -> Iterable[tuple[str, Item]]:
+  """(Id as text, item) of each line."""
   name = path.name.removesuffix('.gz')
   if name.endswith('.parquet'):
     return _read_parquet(path)
   if not any(True for _ in text_files.lines(path)):
-    return {}
+    return ()
   if name == 'u.item':
-    return dict(_read_latin(path, '|'))
+    return _read_latin(path, '|')
   first = text_files.head(path)[0]
   if '::' in first or name.endswith('.dat'):
-    return dict(_read_latin(path, '::'))
+    return _read_latin(path, '::')
   if first.lstrip().startswith('{'):
-    return dict(_read_json(path))
-  return dict(_read_headed(path))
+    return _read_json(path)
+  return _read_headed(path)
 
 
 def _read_latin(path, separator: str) -> Iterator[tuple[str, Item]]:
@@ -248,7 +258,7 @@ def _read_json(path) -> Iterator[tuple[str, Item]]:
     yield str(values[picked['id']]), _item(values, picked)
 
 
-def _read_parquet(path) -> dict[str, Item]:
+def _read_parquet(path) -> Iterator[tuple[str, Item]]:
   try:
     with text_files.readable(path):
       found = arrow_parquet.read_table(path)
@@ -259,8 +269,8 @@ def _read_parquet(path) -> dict[str, Item]:
     raise UserError(f'{path}: two columns of one name')
   picked = _pick(found.column_names, str(path))
   wanted = found.select([name for name in picked.values() if name])
-  return {str(values[picked['id']]): _item(values, picked)
-          for values in wanted.to_pylist()}
+  for values in wanted.to_pylist():
+    yield str(values[picked['id']]), _item(values, picked)
 
 
 def _pick(names: list[str], where: str) -> dict[str, str]:

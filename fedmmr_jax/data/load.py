@@ -115,7 +115,9 @@ def _load_files(config: DataConfig) -> Loaded:
       f'{len(interactions.user_ids)} users and {len(interactions.item_ids)} '
       'items' + (f', items described in {item_file}' if item_file else ''),
       *([] if table.numbering_is_plain
-        else [f'items      {table.numbering}'])))
+        else [f'items      {table.numbering}']),
+      *([f'items      {table.retold} described more than once, and not '
+         'alike: the last line counts'] if table.retold else [])))
 
 
 def _loaded(selected: Selected, matrices, reports, notes=()) -> Loaded:
