@@ -321,7 +321,7 @@ class Simulation:
 
 def build(config: RunConfig, dataset: Dataset,
           cold: ColdSplit | None = None) -> Simulation:
-  """Puts a data set on the device and fits the model to it.
+  """Puts a data set on the devices and fits the model to it.
 
   Raises:
     UserError: a client with too few unseen items for the negatives, global

@@ -1,5 +1,6 @@
 """Rounds on disk: whole or not there, checked, as many as asked for."""
 
+import os
 import resource
 import shutil
 import subprocess
@@ -181,8 +182,6 @@ def test_a_failed_save_is_told_and_loses_nothing(tmp_path):
 
 def test_saved_from_several_devices_opens_on_one(tmp_path):
   code = f'''
-import os
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from tests import test_checkpoint
@@ -198,7 +197,8 @@ assert len(saved.state.server.params['backbone']['position_embedding']
            .addressable_shards) == 2
 test_checkpoint.save({str(tmp_path)!r}, 1, saved=saved)
 '''
-  subprocess.run([sys.executable, '-c', code], check=True)
+  subprocess.run([sys.executable, '-c', code], check=True,
+                 env=os.environ | {'JAX_NUM_CPU_DEVICES': '2'})
   assert len(jax.devices()) == 1
   expected = checkpoint()
   rounds = Rounds(tmp_path)

@@ -76,7 +76,7 @@ def test_weighted_deltas_land_on_their_items():
 
 
 @pytest.mark.parametrize('changes', [
-    {}, {'local_epochs': 2}, {'negatives': 'per_sample'},
+    {'local_epochs': 2, 'negatives': 'per_sample'},
     {'objective': 'last', 'batch_size': 2},
     # A padded window has more entries than the client has rows.
     {'max_seq_len': 30}], ids=str)
