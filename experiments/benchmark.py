@@ -362,7 +362,7 @@ def _filled_up(dataset: Dataset, num_items: int) -> Dataset:
 def _tables(result: Figures) -> str:
   lines = [
       f'{result["dataset"]}: {result["clients"]} clients, {result["items"]} '
-      f'items; {", ".join(result["devices"])}',
+      f'items; {len(result["devices"])} x {result["devices"][0]}',
       f'a {GEMM_SIZE}³ float32 product: {result["gemm_gflops"]:.0f} GFLOP/s']
   if 'round' in result:
     lines += ['', *_round_lines(result['round'])]
