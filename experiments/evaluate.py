@@ -129,8 +129,7 @@ def _difference(config, results, run, number) -> dict[str, Any]:
       run, Rounds(run.path), number, 'trained', config.seed,
       sampled_negatives=config.data.sampled_negatives,
       eval_clients=config.evaluation.eval_clients)
-  found = _chosen(user_results.difference(
-      results, theirs, _naming()))
+  found = _chosen(user_results.difference(results, theirs, _naming()))
   as_trained = '' if _FEATURES.value == 'trained' else ', features as trained'
   return {'to': f'{run.path}, round {number}{as_trained}'} | {
       protocol: {name: difference._asdict()

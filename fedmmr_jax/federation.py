@@ -5,9 +5,9 @@ A cohort of C clients comes as chunks [G, C/G], which the devices share. Each
 device scans its chunks with a running weighted sum of the deltas, so memory
 does not grow with the cohort (but for what a client keeps or sends one by one:
 its memory and prototypes, 9 kB, and SCAFFOLD's control variate); inside a chunk
-the clients are vmapped. Clients of a chunk run as many steps as its longest needs, a
-traced number: one compilation serves every cohort. Sorting the cohort by
-length keeps the masked steps few.
+the clients are vmapped. Clients of a chunk run as many steps as its longest
+needs, a traced number: one compilation serves every cohort. Sorting the cohort
+by length keeps the masked steps few.
 """
 
 import dataclasses
