@@ -192,8 +192,9 @@ def _guarded(main: Callable[[], None]) -> None:
 
 def _divide_cpu() -> None:
   """Makes `--cpu_devices` of the CPU, unless the environment says how many."""
-  if ('JAX_NUM_CPU_DEVICES' in os.environ or
-      'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')):
+  flag = 'xla_force_host_platform_device_count'
+  if ('JAX_NUM_CPU_DEVICES' in os.environ
+      or flag in os.environ.get('XLA_FLAGS', '')):
     return
   cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
            else os.cpu_count() or 1)  # macOS has no affinity

@@ -136,8 +136,8 @@ def check_unit(path: pathlib.Path, name: str, times: list[float],
   odd = columns_lib.in_larger_unit(np.array(times, np.float64))
   if odd is not None:
     raise UserError(
-        f'{path}, line {lines[odd]}: {name} {times[odd]:.0f} is not in the unit '
-        'of most others; write all in seconds since 1970')
+        f'{path}, line {lines[odd]}: {name} {times[odd]:.0f} is not in the '
+        'unit of most others; write all in seconds since 1970')
 
 
 class Numbering(dict):
