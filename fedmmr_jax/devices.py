@@ -52,7 +52,8 @@ def run_chunks(run: Callable[..., tuple[Any, Any]], chunks: jax.Array,
     run: (chunks [g, C], *shared) -> (sums, a tree of arrays [g, …]).
     chunks: [G, C] int32 clients, PADDING_CLIENT where none. They are dealt
       like cards: neighbours, which are of similar length, run side by side.
-    *shared: trees of arrays that all devices need.
+    *shared: trees of arrays that all devices need; what `run` closes over
+      instead would belong to the mesh as a whole, and be refused.
 
   Returns:
     (the sums, added over the devices; the arrays [G, …] of all chunks).

@@ -29,7 +29,7 @@ from fedmmr_jax import vocabulary
 from fedmmr_jax import windows
 from fedmmr_jax.client import ClientUpdate
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import FederatedData, client_view
+from fedmmr_jax.data.dataset import ClientData, FederatedData, client_view
 from fedmmr_jax.devices import PADDING_CLIENT
 from fedmmr_jax.memory import Memory
 from fedmmr_jax.metrics import Mean
@@ -200,8 +200,7 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
 
     def train_chunk(sums, clients):
       upload, metrics = sums
-      views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
-      max_steps = jnp.max(windows.num_steps(views.num_train, config))
+      views, max_steps = chunk_views(data, clients, max_items, config)
       if seed_axis:
         # One trip count for all seeds: each with its own, a loop has to select
         # between old and new parameters in every step.
@@ -232,6 +231,14 @@ def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
   return devices.kept_everywhere(FederationState(
       server, memory_lib.store(state.memories, cohort, memories),
       memory_lib.store(state.controls, cohort, controls))), metrics
+
+
+def chunk_views(data: FederatedData, clients: jax.Array, max_items: int,
+                config: RunConfig) -> tuple[ClientData, jax.Array]:
+  """The data of a chunk's clients [C/G], and how many local steps the longest
+  of them needs, [] int32."""
+  views = jax.vmap(lambda client: client_view(data, client, max_items))(clients)
+  return views, jnp.max(windows.num_steps(views.num_train, config))
 
 
 def no_upload(server: ServerState, config: RunConfig) -> Upload:
@@ -280,8 +287,7 @@ def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
     broadcast = state.server.broadcast(catalogue, config)
 
     def fill_chunk(clients):
-      views = jax.vmap(lambda c: client_view(data, c, max_items))(clients)
-      max_steps = jnp.max(windows.num_steps(views.num_train, config))
+      views, max_steps = chunk_views(data, clients, max_items, config)
       return jax.vmap(
           lambda view, memory, client: client_lib.fill_memory(
               model, config, broadcast, view, memory,

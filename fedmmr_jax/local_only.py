@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from fedmmr_jax import client as client_lib
 from fedmmr_jax import devices
 from fedmmr_jax import evaluation
+from fedmmr_jax import federation
 from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import vocabulary
-from fedmmr_jax import windows
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import FederatedData, client_view
+from fedmmr_jax.data.dataset import FederatedData
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.server import ServerState
@@ -45,8 +45,7 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     broadcast = server.broadcast(catalogue, config)
     empty = memory_lib.init(config.memory)
 
-    def rank_one(client, max_steps):
-      view = client_view(data, client, max_items)
+    def rank_one(client, view, max_steps):
       update = client_lib.local_update(
           model, config, broadcast, view, empty, None,
           jax.random.fold_in(key, client), max_steps)
@@ -61,9 +60,9 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
                   update.memory), splits)
 
     def rank_chunk(chunk):
-      views = jax.vmap(lambda c: client_view(data, c, max_items))(chunk)
-      max_steps = jnp.max(windows.num_steps(views.num_train, config))
-      return jax.vmap(rank_one, (0, None))(chunk, max_steps)
+      views, max_steps = federation.chunk_views(
+          data, chunk, max_items, config)
+      return jax.vmap(rank_one, (0, 0, None))(chunk, views, max_steps)
 
     return None, jax.lax.map(rank_chunk, chunks)
 
