@@ -35,7 +35,7 @@ def read_ratings(name, folder, columns=ColumnNames()):
 
 def read_titles(name, folder):
   return {int(i): item.title
-          for i, item in items.read(folder / MOVIES[name]).items()}
+          for i, item in items.read(folder / MOVIES[name])}
 
 
 def fields(*values, name, movies=False):
@@ -566,7 +566,7 @@ ITEM_FILES = {
 @pytest.mark.parametrize('name', ITEM_FILES)
 def test_item_files(name, tmp_path):
   (tmp_path / name).write_text(ITEM_FILES[name])
-  found = items.read(tmp_path / name)
+  found = dict(items.read(tmp_path / name))
   assert found == {'1': items.Item('Heat: 2 (1995)', ('Action', 'Crime'))}
   assert found['1'].text == 'Heat: 2 (1995). Genres: Action, Crime.'
 
@@ -574,7 +574,7 @@ def test_item_files(name, tmp_path):
 def test_a_quoted_description_may_have_several_lines(tmp_path):
   (tmp_path / 'items.csv').write_text(
       'item_id,title,description\n1,"A, ""b""","one\n\ntwo"\n2,c,d\n')
-  assert items.read(tmp_path / 'items.csv') == {
+  assert dict(items.read(tmp_path / 'items.csv')) == {
       '1': items.Item('A, "b"', (), 'one\ntwo'), '2': items.Item('c', (), 'd')}
 
 
@@ -582,7 +582,8 @@ def test_a_description_is_part_of_the_text(tmp_path):
   parquet.write_table(pa.table({
       'ITEM_ID': ['a'], 'Name': ['T'], 'description': [['Long', 'text.']]}),
                       tmp_path / 'items.parquet')
-  assert items.read(tmp_path / 'items.parquet')['a'].text == 'T. Long text.'
+  found = dict(items.read(tmp_path / 'items.parquet'))
+  assert found['a'].text == 'T. Long text.'
 
 
 @pytest.mark.parametrize('name, data, message', [

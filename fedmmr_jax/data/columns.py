@@ -117,13 +117,14 @@ def in_seconds(times: np.ndarray) -> np.ndarray:
   """Times since 1970 in seconds, milli-, micro- or nanoseconds -> seconds.
 
   Raises:
-    Doubt: one is not finite, or `in_larger_unit`.
+    Doubt: one is not finite, or in a larger unit than most.
   """
   if not np.isfinite(times).all():
     raise Doubt
-  if in_larger_unit(times) is not None:
+  bound = _first_of_next_unit(times)
+  if (np.abs(times) >= bound).any():
     raise Doubt
-  return times / (_first_of_next_unit(times) / _FIRST_OF_NEXT_UNIT)
+  return times / (bound / _FIRST_OF_NEXT_UNIT)
 
 
 def in_larger_unit(times: np.ndarray) -> int | None:

@@ -16,7 +16,7 @@ import ast
 import csv
 import json
 import pathlib
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -136,7 +136,7 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   Raises:
     UserError: a malformed line of the item file (named).
   """
-  lines = list(_read(path)) if path else []
+  lines = read(path) if path else []
   items = described = dict(lines)
   retold = len({i for i, item in lines if item != described[i]})
   ids = interactions.item_ids
@@ -159,30 +159,25 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
       {i: item.text for i, item in known.items() if item.text}, retold)
 
 
-def read(path: pathlib.Path) -> dict[str, Item]:
-  """Id as text -> item; of several lines of one id the last counts.
+def read(path: pathlib.Path) -> list[tuple[str, Item]]:
+  """(Id as text, item) of each line.
 
   Raises:
     UserError: a malformed line (named).
   """
-  return dict(_read(path))
-
-
-def _read(path: pathlib.Path) -> Iterable[tuple[str, Item]]:
-  """(Id as text, item) of each line."""
   name = path.name.removesuffix('.gz')
   if name.endswith('.parquet'):
     return _read_parquet(path)
   if not any(True for _ in text_files.lines(path)):
-    return ()
+    return []
   if name == 'u.item':
-    return _read_latin(path, '|')
+    return list(_read_latin(path, '|'))
   first = text_files.head(path)[0]
   if '::' in first or name.endswith('.dat'):
-    return _read_latin(path, '::')
+    return list(_read_latin(path, '::'))
   if first.lstrip().startswith('{'):
-    return _read_json(path)
-  return _read_headed(path)
+    return list(_read_json(path))
+  return list(_read_headed(path))
 
 
 def _read_latin(path, separator: str) -> Iterator[tuple[str, Item]]:
@@ -258,7 +253,7 @@ def _read_json(path) -> Iterator[tuple[str, Item]]:
     yield str(values[picked['id']]), _item(values, picked)
 
 
-def _read_parquet(path) -> Iterator[tuple[str, Item]]:
+def _read_parquet(path) -> list[tuple[str, Item]]:
   try:
     with text_files.readable(path):
       found = arrow_parquet.read_table(path)
@@ -269,8 +264,8 @@ def _read_parquet(path) -> Iterator[tuple[str, Item]]:
     raise UserError(f'{path}: two columns of one name')
   picked = _pick(found.column_names, str(path))
   wanted = found.select([name for name in picked.values() if name])
-  for values in wanted.to_pylist():
-    yield str(values[picked['id']]), _item(values, picked)
+  return [(str(values[picked['id']]), _item(values, picked))
+          for values in wanted.to_pylist()]
 
 
 def _pick(names: list[str], where: str) -> dict[str, str]:
