@@ -33,6 +33,7 @@ from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import Ranks
 from fedmmr_jax.federation import FederationState
+from fedmmr_jax.metrics import Mean
 from fedmmr_jax.simulation import Simulation
 
 POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
@@ -201,24 +202,40 @@ class _Best(NamedTuple):
   state: FederationState
 
 
+def run_round(simulations: Sequence[Simulation], states: FederationState,
+              number: int) -> tuple[FederationState, dict[str, Mean]]:
+  """One round of simulations that differ in their seed, side by side.
+
+  Args:
+    simulations: one a seed, of the same data and settings.
+    states: theirs, stacked [seeds, …]; donated.
+    number: of the round, 1-based.
+
+  Returns:
+    As `federation.run_round_of_seeds`.
+  """
+  base = simulations[0]
+  cohorts = jnp.stack([s.sample_cohort(number) for s in simulations])
+  keys = jnp.stack([federation.round_key(s.config.seed, number)
+                    for s in simulations])
+  return federation.run_round_of_seeds(
+      base.model, base.compiled_config, base.max_items, states, cohorts, keys,
+      base.catalogue, base.data)
+
+
 def _train_group(simulations, on_round):
   """Trains seeds side by side, as one compiled program.
 
   Returns:
     (best of each seed, its training metrics of the first round, of the last).
   """
-  base, config = simulations[0], simulations[0].config
+  config = simulations[0].config
   states = jax.tree.map(
       lambda *x: jnp.stack(x), *[s.init_state() for s in simulations])
   best = [_Best(-1.0, 0, None)] * len(simulations)
   first = None
   for number in range(1, config.server.num_rounds + 1):
-    cohorts = jnp.stack([s.sample_cohort(number) for s in simulations])
-    keys = jnp.stack([federation.round_key(s.config.seed, number)
-                      for s in simulations])
-    states, means = federation.run_round_of_seeds(
-        base.model, base.compiled_config, base.max_items, states, cohorts,
-        keys, base.catalogue, base.data)
+    states, means = run_round(simulations, states, number)
     if first is None or number == config.server.num_rounds:
       last = [metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
               for i in range(len(simulations))]

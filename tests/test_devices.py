@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedmmr_jax import ablation
 from fedmmr_jax import devices
 from fedmmr_jax import federation
 from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
@@ -54,11 +55,7 @@ def _seeds() -> federation.FederationState:
                            client_learning_rate=0.1) for seed in (0, 1)]
   states = jax.tree.map(
       lambda *x: jnp.stack(x), *[run.init_state() for run in runs])
-  cohorts = jnp.stack([run.sample_cohort(1) for run in runs])
-  keys = jnp.stack([federation.round_key(seed, 1) for seed in (0, 1)])
-  return federation.run_round_of_seeds(
-      runs[0].model, runs[0].compiled_config, runs[0].max_items, states,
-      cohorts, keys, runs[0].catalogue, runs[0].data)[0]
+  return ablation.run_round(runs, states, 1)[0]
 
 
 def test_two_devices_change_nothing(tmp_path):

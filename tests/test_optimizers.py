@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from fedmmr_jax import ablation
 from fedmmr_jax import drift_control
-from fedmmr_jax import federation
 from fedmmr_jax import optimizers
 from fedmmr_jax.errors import UserError
 from tests import small
@@ -212,11 +212,7 @@ def test_seeds_side_by_side_are_seeds_alone():
   cohorts = np.stack([s.sample_cohort(1) for s in alone])
   assert not (cohorts[0] == cohorts[1]).all()
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-  base = alone[0]
-  together, _ = federation.run_round_of_seeds(
-      base.model, base.compiled_config, base.max_items, stacked, cohorts,
-      jnp.stack([federation.round_key(s, 1) for s in (0, 1)]), base.catalogue,
-      base.data)
+  together, _ = ablation.run_round(alone, stacked, 1)
   for i, simulation in enumerate(alone):
     after, _ = simulation.run_round(states[i], 1, cohorts[i])
     # SGD would be exact; Adam's sign makes rounding visible.
