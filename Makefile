@@ -1,18 +1,22 @@
-# make demo    install into .venv and train on the embedded data set
-# make test    install with the test extra and run the tests
-# make install only install (with the test extra)
+# make demo      install into .venv and train on the embedded data set
+# make test      install with the test extra and run the tests
+# make test-all  the slow ones too
+# make install   only install (with the test extra)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test install clean
+.PHONY: demo test test-all install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.train --flagfile=experiments/presets/synthetic.flags
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 install: $(INSTALLED)

@@ -14,6 +14,7 @@ from absl import flags
 from absl import logging
 import jax
 
+from fedmmr_jax import devices
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax import training
 from fedmmr_jax.checkpoint import Rounds
@@ -36,10 +37,11 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     'folder that keeps compiled programs, so that a second start is quick; '
     'empty = none')
 
-_CPU_DEVICES = flags.DEFINE_integer(
-    'cpu_devices', 0, 'devices that a CPU counts as, each with a copy of the '
-    'data and a share of the clients; 0 = its cores, 8 at most', lower_bound=0)
-_MOST_CPU_DEVICES = 8
+_WORKERS = flags.DEFINE_integer(
+    'workers', 0, 'how many shares of the clients a CPU does side by side, 8 at '
+    'most; 0 = its cores. Changes the speed and no result', lower_bound=0)
+# What runs were started with when a share had a device of its own.
+flags.DEFINE_alias('cpu_devices', 'workers')
 
 
 def define_config_flags() -> None:
@@ -172,7 +174,7 @@ def _guarded(main: Callable[[], None]) -> None:
   if not flags.FLAGS['verbosity'].present:
     # Orbax narrates, and adds tracebacks to the errors that it raises too.
     logging.set_verbosity(logging.FATAL)
-  _divide_cpu()
+  devices.set_workers(_WORKERS.value)
   cache = _COMPILATION_CACHE.value
   # None: JAX_COMPILATION_CACHE_DIR does not count either.
   jax.config.update('jax_compilation_cache_dir', str(
@@ -188,18 +190,6 @@ def _guarded(main: Callable[[], None]) -> None:
     sys.exit(BROKEN_PIPE)
   except OSError as error:  # a full disk, a folder without permission
     _fail(f'{error.filename or "file system"}: {error.strerror or error}')
-
-
-def _divide_cpu() -> None:
-  """Makes `--cpu_devices` of the CPU, unless the environment says how many."""
-  flag = 'xla_force_host_platform_device_count'
-  if ('JAX_NUM_CPU_DEVICES' in os.environ
-      or flag in os.environ.get('XLA_FLAGS', '')):
-    return
-  cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-           else os.cpu_count() or 1)  # macOS has no affinity
-  jax.config.update('jax_num_cpu_devices',
-                    _CPU_DEVICES.value or min(cores, _MOST_CPU_DEVICES))
 
 
 def _fail(line: str) -> None:

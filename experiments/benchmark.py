@@ -146,7 +146,7 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   sampling = _seconds(lambda: simulation.sample_cohort(1))
   whole = _seconds(run.run_round)
   state = run.state
-  uploaded = jax.tree.map(
+  uploaded = jax.tree.map(  # None where nobody attends to them
       lambda x: jnp.tile(x, (cohorts[0].size, *[1] * x.ndim)),
       state.server.prototypes)
   # The state is not donated here: it is needed again.

@@ -4,6 +4,7 @@ from typing import Any, Sequence
 
 import jax
 
+from fedmmr_jax import devices
 from fedmmr_jax import federation
 from fedmmr_jax import warm_start
 from fedmmr_jax import windows
@@ -63,11 +64,10 @@ def banner(simulation: Simulation) -> str:
   c, s = config.client, config.server
   size = federation.cohort_size(config, simulation.dataset.num_clients)
   steps = windows.num_steps(simulation.num_train, config).mean()
-  devices = simulation.data.items.devices()
   drift = (config.loss.drift if simulation.model.has_both_experts
            else 'none, it needs both experts')
   return '\n'.join([
-      f'FedDMMR on {jax.default_backend()} ({len(devices)} device{"s"[:len(devices) > 1]})',
+      f'FedDMMR on {jax.default_backend()} ({_hands()})',
       f'  backbone   SASRec, {config.model.num_blocks} blocks, D='
       f'{config.model.hidden_dim}, window {config.model.max_seq_len}',
       *(f'  {line}' for line in _history_lines(config.model)),
@@ -84,6 +84,13 @@ def banner(simulation: Simulation) -> str:
       f'{size} of {simulation.dataset.num_clients} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
   ])
+
+
+def _hands() -> str:
+  """How many workers or devices share a cohort."""
+  number, kind = ((devices.workers(), 'worker') if devices.count() == 1
+                  and devices.num_shards() > 1 else (devices.count(), 'device'))
+  return f'{number} {kind}{"s"[:number > 1]}'
 
 
 def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:

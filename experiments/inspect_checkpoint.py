@@ -118,12 +118,7 @@ def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
   for group in content['groups'].values():
     squared = group.pop('squared')
     group['norm'] = squared ** 0.5 if group['finite'] else None
-  sampled = memories['clock'] > 0
-  fill = (memories['item'] > 0).mean(axis=1)
-  content['memories'] = {
-      'clients': len(sampled), 'sampled': int(sampled.sum()),
-      'mean_fill_of_sampled': float(fill[sampled].mean()) if sampled.any()
-      else None}
+  content['memories'] = memories and _fill(memories)
   content['not_finite'] = [
       name for name, part in (
           ('parameters', server['params']),
@@ -131,10 +126,20 @@ def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
           ('server optimizer', server['opt_state']), ('memories', memories),
           ('control variates', (server['control'], saved['state']['controls'])))
       if not all(np.isfinite(x).all() for x in jax.tree.leaves(part))]
-  content['prototype_sizes'] = server['prototypes']['size'].tolist()
+  prototypes = server['prototypes']
+  content['prototype_sizes'] = prototypes and prototypes['size'].tolist()
   content['record'] = rounds.metadata(number)['record']
   content['flags'] = run.flags()
   return content, _show_text(content)
+
+
+def _fill(memories: dict[str, np.ndarray]) -> dict[str, Any]:
+  """How many clients have a memory, and how full it is."""
+  sampled = memories['clock'] > 0
+  fill = (memories['item'] > 0).mean(axis=1)
+  return {'clients': len(sampled), 'sampled': int(sampled.sum()),
+          'mean_fill_of_sampled':
+              float(fill[sampled].mean()) if sampled.any() else None}
 
 
 def _show_text(content: dict[str, Any]) -> str:
@@ -147,23 +152,30 @@ def _show_text(content: dict[str, Any]) -> str:
                 for p in content['parameters']]
   groups = [row(name, '', g) for name, g in content['groups'].items()]
   total = sum(g['count'] for g in content['groups'].values())
-  memories = content['memories']
-  fill = memories['mean_fill_of_sampled']
+  state = [f'{total:,} parameters; ' + _memory_text(content['memories'])]
+  if content['prototype_sizes']:
+    state.append('prototypes, stored items each: ' + ', '.join(
+        f'{size:.0f}' for size in content['prototype_sizes']))
   defaults = RunConfig().as_flat_dict()
   changed = ' '.join(f'--{name}={value}' for name, value in
                      content['flags'].items() if value != defaults.get(name))
   return '\n'.join([
       f'round {content["round"]}', '', console.table(header, parameters), '',
       console.table(['group', '', 'count', 'norm', ''], groups), '',
-      f'{total:,} parameters; memories of {memories["sampled"]} of '
-      f'{memories["clients"]} clients in use'
-      + (f', {fill:.0%} full on average' if fill is not None else ''),
-      'prototypes, stored items each: '
-      + ', '.join(f'{size:.0f}' for size in content['prototype_sizes']), '',
+      *state, '',
       'NOT FINITE: ' + ', '.join(content['not_finite'])
       if content['not_finite'] else 'no NaN and no infinity in its state', '',
       'settings that are not the defaults:',
       *textwrap.wrap(changed, 79, break_on_hyphens=False)])
+
+
+def _memory_text(memories: dict[str, Any] | None) -> str:
+  if memories is None:
+    return 'no memories, for there are no experts'
+  fill = memories['mean_fill_of_sampled']
+  return (f'memories of {memories["sampled"]} of {memories["clients"]} clients '
+          'in use' + (f', {fill:.0%} full on average' if fill is not None
+                      else ''))
 
 
 def diff(rounds: Rounds, first: int, second: int) -> tuple[Any, str]:
@@ -300,10 +312,13 @@ def show_memory(run: RunFolder, rounds: Rounds, number: int,
   """One client's memory, most useful entry first.
 
   Raises:
-    UserError: no such user.
+    UserError: no such user, or a run without memories.
   """
   client, ids = _client(run, user), run.ids()
   memories = rounds.load_as_saved(number)['state']['memories']
+  if memories is None:
+    raise UserError(
+        f'{run.path}: this run has no experts, and so no memories')
   memory = memory_lib.Memory(
       **{name: value[client] for name, value in memories.items()})
   utility = np.asarray(

@@ -12,7 +12,7 @@ import pathlib
 import signal
 import sys
 import time
-from typing import Any
+from typing import Any, Callable
 
 from absl import flags
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from experiments import tensorboard
 from fedmmr_jax import report
 from fedmmr_jax import run_folder
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax import supervision
 from fedmmr_jax import training
 from fedmmr_jax.checkpoint import Rounds, saved_rounds
 from fedmmr_jax.config import RunConfig
@@ -42,6 +43,11 @@ _STAGES = flags.DEFINE_string(
 _TENSORBOARD = flags.DEFINE_boolean(
     'tensorboard', False, 'write the metrics as TensorBoard events too, into '
     'WORKDIR/tensorboard')
+
+_STUCK_MINUTES = flags.DEFINE_float(
+    'stuck_minutes', 30.0, 'end a run that has done nothing new for so long (a '
+    'round, a validation, a test each count anew); 0 = wait for ever',
+    lower_bound=0.0)
 
 app.define_config_flags()
 
@@ -79,6 +85,9 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   stop.check()
   run.start(config, loaded.dataset, loaded.integrity)
   print(f'\nrun folder  {run.path}')
+  ended = supervision.last_end(run.path)
+  if ended:
+    print(ended)
   rounds = Rounds(run.path, create=True)
   for path in rounds.clear_leftovers():
     print(f'passed over {path}: half written when the run was cut off')
@@ -87,7 +96,8 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   done, figures = max(rounds.numbers(), default=0), {}
   events = (tensorboard.TensorBoard(run.path, done)
             if _TENSORBOARD.value else contextlib.nullcontext())
-  with events as board, tqdm(
+  with events as board, supervision.Supervisor(
+      run.path, _STUCK_MINUTES.value) as supervisor, tqdm(
       total=config.server.num_rounds, initial=done, unit='round', disable=None,
       file=sys.stdout) as bar:
     if board and done:  # a kill may have come before its event was written
@@ -103,7 +113,8 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
       if board:
         board.log(record)
       stop.check()  # leaving waits for the round to be saved
-    summary = training.train(simulation, run, on_round)
+    stop.note = supervisor.note
+    summary = training.train(simulation, run, on_round, supervisor.step)
   path = report.write(run)
   print(console.final_table(summary))
   print(f'\nrun folder  {run.path}   report  {path}')
@@ -151,15 +162,22 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Turns Ctrl-C and SIGTERM into a stop after the running round.
+  """Turns Ctrl-C, SIGTERM and a lost terminal into a stop after the running
+  round.
 
   A second one ends the process at once; what is saved stays whole.
+
+  Attributes:
+    note: told of it, in a few words.
   """
 
   def __init__(self):
     self._asked = False
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, self._ask)
+    self.note: Callable[[str], None] = lambda note: None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      # nohup has SIGHUP ignored, and so has a shell's & Ctrl-C.
+      if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, self._ask)
 
   def check(self) -> None:
     """Raises Stopped if a signal has come."""
@@ -170,6 +188,7 @@ class StopSignal:
     del frame
     self._asked = True
     signal.signal(number, signal.SIG_DFL)
+    self.note(f'asked to stop by {signal.Signals(number).name}')
     print('\nstopping when the round is done; once more to stop at once',
           file=sys.stderr)
 

@@ -215,7 +215,7 @@ def run_round(simulations: Sequence[Simulation], states: FederationState,
     As `federation.run_round_of_seeds`.
   """
   base = simulations[0]
-  cohorts = jnp.stack([s.sample_cohort(number) for s in simulations])
+  cohorts = np.stack([s.sample_cohort(number) for s in simulations])
   keys = jnp.stack([federation.round_key(s.config.seed, number)
                     for s in simulations])
   return federation.run_round_of_seeds(

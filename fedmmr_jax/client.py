@@ -43,7 +43,8 @@ class Broadcast(NamedTuple):
 
   Attributes:
     params: the server's parameters.
-    prototypes: global prototypes over the text features.
+    prototypes: global prototypes over the text features; None unless
+      `--global_memory` has the experts attend to them.
     catalogue: item features (public, the same for everybody).
     learning_rate: [] float32 of the clients in this round.
     control: the server's control variate (SCAFFOLD) or the state of its
@@ -51,7 +52,7 @@ class Broadcast(NamedTuple):
   """
 
   params: Params
-  prototypes: Prototypes
+  prototypes: Prototypes | None
   catalogue: Catalogue
   learning_rate: jax.Array
   control: Any
@@ -68,9 +69,10 @@ class ClientUpdate(NamedTuple):
     vocabulary: which items the U rows are.
     weight: [] float32, positives of an epoch.
     steps: [] float32, local steps taken; at least 1.
-    memory: its memory after training.
+    memory: its memory after training; None in a model without experts.
     own_control: its control variate (SCAFFOLD) or None.
-    prototypes: centres of its memory's texts and their sizes.
+    prototypes: centres of its memory's texts and their sizes; None unless
+      `--global_memory`.
     metrics: means over its steps.
   """
 
@@ -79,14 +81,14 @@ class ClientUpdate(NamedTuple):
   vocabulary: Vocabulary
   weight: jax.Array
   steps: jax.Array
-  memory: Memory
+  memory: Memory | None
   own_control: Params | None
-  prototypes: Prototypes
+  prototypes: Prototypes | None
   metrics: dict[str, Mean]
 
 
 def step_loss(params: Params, model: FedDMMR, batch: Batch,
-              negative: jax.Array, catalogue: Catalogue, view: MemoryView,
+              negative: jax.Array, catalogue: Catalogue, view: MemoryView | None,
               key: jax.Array, config: RunConfig):
   """Loss of one step.
 
@@ -99,13 +101,16 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
             for name, part in params.items()}
   scores = score_batch(model, params, batch, negative, catalogue, view, key)
   valid = batch.valid.reshape(-1)
+  visual = semantic = None
+  if model.has_both_experts:
+    visual, semantic = scores.target.visual, scores.target.semantic
   both = jnp.all(scores.candidates.available, axis=-1)
   balance = losses.load_balance_loss(
       scores.candidates.weights, scores.counted & both)
   rec = losses.cross_entropy(scores.positive, scores.rest)
   has_both = jnp.all(scores.target.available, axis=-1)
-  terms = losses.combine(config.loss, rec, valid, scores.target.visual,
-                         scores.target.semantic, has_both, balance,
+  terms = losses.combine(config.loss, rec, valid, visual, semantic, has_both,
+                         balance,
                          losses.importance_of(batch.lateness.reshape(-1),
                                               config.loss.late_emphasis),
                          scores.profile)
@@ -134,18 +139,19 @@ class LocalState(NamedTuple):
   Attributes:
     params: its parameters; the item table has U rows.
     opt_state: of the local optimizer, its moments likewise.
-    memory: its memory.
+    memory: its memory; None in a model without experts.
     metrics: sums over the steps so far.
   """
 
   params: Params
   opt_state: optax.OptState
-  memory: Memory
+  memory: Memory | None
   metrics: dict[str, Mean]
 
 
 def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
-                 client: ClientData, memory: Memory, control: Params | None,
+                 client: ClientData, memory: Memory | None,
+                 control: Params | None,
                  key: jax.Array, max_steps: jax.Array) -> ClientUpdate:
   """Trains on one client's positives for `local_epochs`.
 
@@ -154,7 +160,7 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
     config: static settings.
     broadcast: what the server sent.
     client: its data.
-    memory: its memory.
+    memory: its memory; None in a model without experts.
     control: its control variate (SCAFFOLD) or None.
     key: its key of this round; consumed whole.
     max_steps: [] int32 steps of an epoch to run, at least its own number;
@@ -197,9 +203,6 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
   own_control, uploaded = _new_control(
       config, vocabulary, control, end.opt_state)
-  filled = metrics_lib.mean(memory_lib.fill(end.memory), client.num_train > 0)
-  age = metrics_lib.over(
-      end.memory.clock - end.memory.last_update, end.memory.item > 0)
   return ClientUpdate(
       delta=optax.tree.sub(end.params, sent),
       control=uploaded,
@@ -211,7 +214,18 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
       memory=end.memory,
       own_control=own_control,
       prototypes=summarise(end.memory, broadcast.catalogue, config),
-      metrics=end.metrics | {'memory_fill': filled, 'memory_age': age})
+      metrics=end.metrics | _memory_metrics(end.memory, client))
+
+
+def _memory_metrics(memory: Memory | None, client) -> dict[str, Mean]:
+  """How full a memory is, and how old its entries are in processed samples."""
+  if memory is None:
+    return {'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
+  return {
+      'memory_fill': metrics_lib.mean(
+          memory_lib.fill(memory), client.num_train > 0),
+      'memory_age': metrics_lib.over(
+          memory.clock - memory.last_update, memory.item > 0)}
 
 
 def _correction(config, broadcast: Broadcast, own: Params | None) -> Any:
@@ -316,7 +330,7 @@ class StepData(NamedTuple):
   batch: Batch
   negative: jax.Array
   catalogue: Catalogue
-  view: MemoryView
+  view: MemoryView | None
   texts: jax.Array
   key: jax.Array
 
@@ -334,6 +348,8 @@ def _train_step(model, config, optimizer, vocabulary, data: StepData,
         model.clone(num_rows=len(rows)), config, optimizer,
         _renumbered(data, touched), vocabulary_lib.take(state, rows))
     after = vocabulary_lib.put(state, rows, touched.is_first, after)
+  if state.memory is None:
+    return after
   return after._replace(memory=memory_lib.update_all(
       state.memory, data.batch.targets.reshape(-1), surprise,
       data.batch.valid.reshape(-1), data.texts, config.memory))
@@ -373,9 +389,11 @@ def _optimise(model, config, optimizer, data: StepData,
       lambda new, old: jnp.where(active, new, old), after, state), surprise
 
 
-def memory_view(memory: Memory, broadcast: Broadcast,
-                config: RunConfig) -> MemoryView:
-  """What one client's experts may attend to."""
+def memory_view(memory: Memory | None, broadcast: Broadcast,
+                config: RunConfig) -> MemoryView | None:
+  """What one client's experts may attend to; None without experts."""
+  if memory is None:
+    return None
   items = memory_lib.retrieve(memory, config.memory)
   if not config.model.global_memory:
     return view_memory(broadcast.catalogue, items)
@@ -384,8 +402,11 @@ def memory_view(memory: Memory, broadcast: Broadcast,
 
 
 def summarise(memory: Memory, catalogue: Catalogue,
-              config: RunConfig) -> Prototypes:
-  """Prototypes of the texts of the stored items, for upload."""
+              config: RunConfig) -> Prototypes | None:
+  """Prototypes of the texts of the stored items, for upload; None where nobody
+  attends to them."""
+  if not config.model.global_memory:
+    return None
   stored = (memory.item > 0) & catalogue.has_text[memory.item]
   return prototypes_lib.cluster(
       catalogue.text[memory.item], stored.astype(jnp.float32),

@@ -1,13 +1,24 @@
-"""Which devices simulate, and which clients each of them does.
+"""How the clients of a cohort are shared out, so that nobody waits for another.
 
-Every device keeps a copy of the data and of the state, and takes its share of
-the chunks of a cohort; what the chunks upload is summed over the devices. With
-one device nothing of this is in the program. The cores of a CPU count as
-devices where `jax_num_cpu_devices` says so (the binaries: `--cpu_devices`): a
-local step is many small operations, which two cores share badly
-(experiments/SPEED.md).
+A cohort's chunks are dealt into shards, and one jitted program does a shard:
+
+* On a CPU the shards are separate calls on the one device, and `workers()` of
+  them run side by side, each in a thread. They read the same data and state,
+  and their sums are added afterwards, in the order of the shards. Between them
+  there is no collective: several CPU devices in one process, each waiting in an
+  all-reduce for one that finds no free thread, can stop for good
+  (openxla/xla #32115). How many shards there are does not depend on the
+  machine, and a program keeps its arithmetic in one thread, so another number
+  of workers or cores changes no bit of a result.
+* On a GPU all clients are one shard. Several GPUs take one each, as a mesh, in
+  one program that ends in an all-reduce. Every one of them has a copy of the
+  data and of the state.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+import os
+import threading
 from typing import Any, Callable
 
 import jax
@@ -18,11 +29,39 @@ from jax.sharding import (
 
 AXIS = 'devices'
 PADDING_CLIENT = -1
+# More would leave each too few chunks, and each has a sum of all parameters.
+CPU_SHARDS = 8
+
+# Most operations of a local step are too small to share among threads: one
+# program a core is faster than one program on all cores, and a product that is
+# cut in pieces is rounded as the number of pieces has it.
+jit = partial(jax.jit, compiler_options={'xla_cpu_multi_thread_eigen': False})
+
+_most_workers = 0
+
+
+def workers() -> int:
+  """How many shards run side by side on a CPU."""
+  cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+           else os.cpu_count() or 1)  # macOS has no affinity
+  return min(_most_workers or cores, CPU_SHARDS)
+
+
+def set_workers(count: int) -> None:
+  """Sets how many shards run side by side on a CPU; 0 = the cores that this
+  process may use. Changes speed, never a result."""
+  global _most_workers
+  _most_workers = count
 
 
 def count() -> int:
-  """Number of devices."""
-  return len(jax.devices())
+  """Number of devices that share a cohort; a CPU is one."""
+  return 1 if jax.default_backend() == 'cpu' else len(jax.devices())
+
+
+def num_shards() -> int:
+  """Into how many shards a cohort is dealt."""
+  return CPU_SHARDS if jax.default_backend() == 'cpu' else count()
 
 
 def everywhere() -> Sharding:
@@ -44,39 +83,87 @@ def kept_everywhere(tree: Any) -> Any:
       tree, everywhere())
 
 
-def run_chunks(run: Callable[..., tuple[Any, Any]], chunks: jax.Array,
-               *shared: Any) -> tuple[Any, Any]:
-  """Calls `run` with each device's share of the chunks, on that device.
+def deal(chunks: np.ndarray) -> np.ndarray:
+  """Shares chunks out like cards, so that shards take equally long: neighbours
+  are of similar length.
 
   Args:
-    run: (chunks [g, C], *shared) -> (sums, a tree of arrays [g, …]).
-    chunks: [G, C] int32 clients, PADDING_CLIENT where none. They are dealt
-      like cards: neighbours, which are of similar length, run side by side.
-    *shared: trees of arrays that all devices need; what `run` closes over
-      instead would belong to the mesh as a whole, and be refused.
+    chunks: [..., G, C] int32 clients, PADDING_CLIENT where none.
 
   Returns:
-    (the sums, added over the devices; the arrays [G, …] of all chunks).
+    [num_shards, ..., g, C]: each shard's chunks, with chunks of padding.
   """
-  if count() == 1:
-    return run(chunks, *shared)
-  padding = -len(chunks) % count()
-  dealt = jnp.pad(chunks, ((0, padding), (0, 0)),
+  n = num_shards()
+  missing = -chunks.shape[-2] % n
+  padded = np.pad(chunks, [(0, 0)] * (chunks.ndim - 2) + [(0, missing), (0, 0)],
                   constant_values=PADDING_CLIENT)
-  dealt = dealt.reshape(-1, count(), chunks.shape[1])
+  dealt = padded.reshape(*chunks.shape[:-2], -1, n, chunks.shape[-1])
+  return np.moveaxis(dealt, -2, 0)
 
-  def on_one(dealt, *shared):
-    sums, each = run(dealt[:, 0], *shared)
-    return jax.lax.psum(sums, AXIS), jax.tree.map(lambda x: x[:, None], each)
 
-  mine = PartitionSpec(None, AXIS)
-  sums, each = jax.shard_map(
-      on_one, mesh=_mesh(),
-      in_specs=(mine, *[PartitionSpec()] * len(shared)),
-      out_specs=(PartitionSpec(), mine), check_vma=False)(dealt, *shared)
-  return sums, jax.tree.map(
-      lambda x: x.reshape(dealt.shape[0] * count(), *x.shape[2:])[:len(chunks)],
-      each)
+def undealt(shards: list[Any], num_chunks: int) -> Any:
+  """What shards returned for their chunks, in the order before `deal`.
+
+  Args:
+    shards: trees of arrays [g, …], as `run` returns them.
+    num_chunks: G, without the padding.
+
+  Returns:
+    A tree of NumPy arrays [G, …].
+  """
+  def join(*parts):
+    whole = np.concatenate([np.asarray(part) for part in parts])
+    dealt = whole.reshape(num_shards(), -1, *whole.shape[1:])
+    return np.moveaxis(dealt, 0, 1).reshape(whole.shape)[:num_chunks]
+  return jax.tree.map(join, *shards)
+
+
+def run(program: Callable[..., tuple[Any, Any]], static: tuple[Any, ...],
+        shards: np.ndarray, *shared: Any) -> list[tuple[Any, Any]]:
+  """Calls `program(*static, shard, *shared)` for each shard.
+
+  Args:
+    program: jitted; (static…, chunks [..., g, C], *shared) -> (sums, a tree of
+      arrays [..., g, …]).
+    static: its hashable arguments.
+    shards: [n, ..., g, C] from `deal`.
+    *shared: trees of arrays that every shard reads.
+
+  Returns:
+    The result of each shard, in order; of a mesh one: the sums over all shards,
+    and the arrays [..., n·g, …] of shard after shard.
+  """
+  if count() > 1:
+    return [_run_on_mesh(program, static, shards, *shared)]
+  compiling = threading.Lock()
+
+  def run_one(shard):
+    with compiling:  # the others find the program that the first one compiled
+      result = program(*static, shard, *shared)
+    return jax.block_until_ready(result)
+
+  if len(shards) == 1:
+    return [run_one(shards[0])]
+  # A thread for each: what one thread has dispatched runs one after the other.
+  with ThreadPoolExecutor(workers(), 'shard') as pool:
+    return list(pool.map(run_one, shards))
+
+
+@partial(jit, static_argnums=(0, 1))
+def _run_on_mesh(program, static, shards, *shared):
+  chunk_axis = shards.ndim - 3  # of what a shard takes and returns
+
+  def run_one(shard, *shared):
+    # A jitted function with compiler options may not be called within another.
+    sums, each = program.__wrapped__(*static, shard[0], *shared)
+    return jax.lax.psum(sums, AXIS), each
+
+  return jax.shard_map(
+      run_one, mesh=_mesh(),
+      in_specs=(PartitionSpec(AXIS), *[PartitionSpec()] * len(shared)),
+      out_specs=(PartitionSpec(),
+                 PartitionSpec(*[None] * chunk_axis, AXIS)),
+      check_vma=False)(shards, *shared)
 
 
 def _mesh() -> Mesh:

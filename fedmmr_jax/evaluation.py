@@ -49,7 +49,7 @@ class Ranks(NamedTuple):
 
 
 def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
-                    window: jax.Array, memory: Memory,
+                    window: jax.Array, memory: Memory | None,
                     earlier: jax.Array | None = None) -> jax.Array:
   """[V] scores of all items for one client's window [L], the `earlier` items
   of which ([H] int32, 0 = none) make its profile.
@@ -103,7 +103,7 @@ def rank_client(scores: jax.Array, client: ClientData,
 
 
 def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
-                client: ClientData, memory: Memory,
+                client: ClientData, memory: Memory | None,
                 after_train: jax.Array) -> Ranks:
   """Ranks one client's target, `after_train` [] int32 items after its training
   ones, with the parameters of `broadcast` and its memory."""
@@ -118,10 +118,9 @@ def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   return rank_client(scores, client, target_at)
 
 
-@partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
 def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
-             server: ServerState, memories: Memory, clients: jax.Array,
-             after_train: jax.Array, catalogue: Catalogue,
+             server: ServerState, memories: Memory | None, clients: np.ndarray,
+             after_train: int, catalogue: Catalogue,
              data: FederatedData) -> Ranks:
   """Ranks the targets of many clients, each with its own memory.
 
@@ -132,27 +131,35 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     server: parameters and prototypes.
     memories: of all clients, [K].
     clients: [G, C] int32, −1 where none.
-    after_train: [] int32, see SPLITS.
+    after_train: see SPLITS.
     catalogue: item features.
     data: all clients' data.
 
   Returns:
-    Ranks with axes [G, C].
+    Ranks with axes [G, C], on the host.
   """
-  def rank(chunks, server, memories, after_train, catalogue, data):
-    broadcast = server.broadcast(catalogue, config)
+  results = devices.run(
+      rank_shard, (model, config, max_items), devices.deal(clients), server,
+      memories, jnp.int32(after_train), catalogue, data)
+  return devices.undealt([each for _, each in results], len(clients))
 
-    def rank_one(index, memory):
-      client = client_view(data, index, max_items)
-      return rank_target(
-          model, config, broadcast, client, memory, after_train)
 
-    return None, jax.lax.map(
-        lambda chunk: jax.vmap(rank_one)(
-            chunk, memory_lib.fetch(memories, chunk)), chunks)
+@partial(devices.jit, static_argnames=('model', 'config', 'max_items'))
+def rank_shard(model: FedDMMR, config: RunConfig, max_items: int,
+               chunks: jax.Array, server: ServerState, memories: Memory | None,
+               after_train: jax.Array, catalogue: Catalogue,
+               data: FederatedData) -> tuple[None, Ranks]:
+  """(None, the ranks [g, C] of some chunks' clients)."""
+  broadcast = server.broadcast(catalogue, config)
 
-  return devices.run_chunks(
-      rank, clients, server, memories, after_train, catalogue, data)[1]
+  def rank_one(index, memory):
+    client = client_view(data, index, max_items)
+    return rank_target(
+        model, config, broadcast, client, memory, after_train)
+
+  return None, jax.lax.map(
+      lambda chunk: jax.vmap(rank_one)(
+          chunk, memory_lib.fetch(memories, chunk)), chunks)
 
 
 def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
@@ -166,7 +173,7 @@ def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
 
 
 def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
-             server: ServerState, memories: Memory, split: str,
+             server: ServerState, memories: Memory | None, split: str,
              clients: np.ndarray, clients_per_chunk: int,
              catalogue: Catalogue, data: FederatedData
              ) -> tuple[dict[str, dict[str, float]], Ranks]:
@@ -187,8 +194,7 @@ def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
   chunks = federation.in_chunks(clients, clients_per_chunk)
   ranks = rank_all(model, config, max_items, server, memories, chunks,
                    SPLITS[split], catalogue, data)
-  ranks = jax.tree.map(
-      lambda x: np.asarray(x).reshape(-1)[:len(clients)], ranks)
+  ranks = jax.tree.map(lambda x: x.reshape(-1)[:len(clients)], ranks)
   check_finite(ranks, split)
   return metrics_of(ranks), ranks
 

@@ -1,13 +1,13 @@
-"""The federated round as one jit-compiled step: the only place that vmaps
-over clients.
+"""The federated round, jit-compiled: the only place that vmaps over clients.
 
-A cohort of C clients comes as chunks [G, C/G], which the devices share. Each
-device scans its chunks with a running weighted sum of the deltas, so memory
-does not grow with the cohort (but for what a client keeps or sends one by one:
-its memory and prototypes, 9 kB, and SCAFFOLD's control variate); inside a chunk
-the clients are vmapped. Clients of a chunk run as many steps as its longest
-needs, a traced number: one compilation serves every cohort. Sorting the cohort
-by length keeps the masked steps few.
+A cohort of C clients comes as chunks [G, C/G], dealt into shards (`devices`).
+A shard is one jitted program, which scans its chunks with a running weighted
+sum of the deltas, so memory does not grow with the cohort (but for what a client
+keeps or sends one by one: its memory and prototypes, 9 kB, and SCAFFOLD's
+control variate); inside a chunk the clients are vmapped. A second program adds
+the shards' sums and makes the server's step. Clients of a chunk run as many
+steps as its longest needs, a traced number: one compilation serves every
+cohort. Sorting the cohort by length keeps the masked steps few.
 """
 
 import dataclasses
@@ -45,13 +45,14 @@ class FederationState(NamedTuple):
 
   Attributes:
     server: the server's state.
-    memories: memory of each client, leading axis [K].
+    memories: memory of each client, leading axis [K]; None in a model without
+      experts, the only ones that read it.
     controls: control variate of each client (SCAFFOLD), leading axis [K];
       None without.
   """
 
   server: ServerState
-  memories: Memory
+  memories: Memory | None
   controls: Params | None = None
 
 
@@ -65,7 +66,7 @@ def init(model: FedDMMR, catalogue: Catalogue, config: RunConfig,
     params[vocabulary.ITEM_TABLE] = content.initial_table(
         key, catalogue.content, config.model.embedding_init_std,
         config.model.item_embedding == 'content_plus_id')
-  memory = memory_lib.init(config.memory)
+  memory = None if model.is_backbone_only else memory_lib.init(config.memory)
   server = server_lib.init(params, config, catalogue.text.shape[-1])
   return FederationState(
       server=server,
@@ -120,8 +121,8 @@ def chunked(clients: np.ndarray, num_train: np.ndarray,
 
 def in_chunks(clients: np.ndarray, per_chunk: int) -> np.ndarray:
   """[G, ≤ per_chunk] int32 in the given order; PADDING_CLIENT fills the last."""
-  # Every device gets some.
-  per_chunk = min(per_chunk, -(-len(clients) // devices.count()))
+  # Every shard gets some.
+  per_chunk = min(per_chunk, -(-len(clients) // devices.num_shards()))
   padded = np.pad(clients, (0, -len(clients) % per_chunk),
                   constant_values=PADDING_CLIENT)
   return padded.astype(np.int32).reshape(-1, per_chunk)
@@ -151,12 +152,8 @@ def _num_train(cohort, num_train):
   return np.where(cohort >= 0, num_train[cohort], 0)
 
 
-_STATIC = ('model', 'config', 'max_items')
-
-
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames='state')
 def run_round(model: FedDMMR, config: RunConfig, max_items: int,
-              state: FederationState, cohort: jax.Array, key: jax.Array,
+              state: FederationState, cohort: np.ndarray, key: jax.Array,
               catalogue: Catalogue, data: FederatedData
               ) -> tuple[FederationState, dict[str, Mean]]:
   """One round of federated learning.
@@ -174,14 +171,15 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     The state after the round and the training metrics of the cohort.
   """
-  return _round(model, config, max_items, catalogue, data, None, state, cohort,
-                key)
+  shards = devices.deal(cohort)
+  results = devices.run(train_shard, (model, config, max_items), shards,
+                        state, key, catalogue, data)
+  return finish_round(config, state, shards, results, data.num_train)
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames='states')
 def run_round_of_seeds(
     model: FedDMMR, config: RunConfig, max_items: int, states: FederationState,
-    cohorts: jax.Array, keys: jax.Array, catalogue: Catalogue,
+    cohorts: np.ndarray, keys: jax.Array, catalogue: Catalogue,
     data: FederatedData) -> tuple[FederationState, dict[str, Mean]]:
   """One round of several runs that differ in their seed, side by side.
 
@@ -189,42 +187,110 @@ def run_round_of_seeds(
     As `run_round`, with a leading axis, the seeds, on the states (donated),
     the cohorts and the keys, and on what it returns.
   """
-  run = partial(_round, model, config, max_items, catalogue, data, 'seed')
-  return jax.vmap(run, axis_name='seed')(states, cohorts, keys)
+  shards = devices.deal(cohorts)
+  results = devices.run(train_shard_of_seeds, (model, config, max_items),
+                        shards, states, keys, catalogue, data)
+  return finish_round_of_seeds(config, states, shards, results, data.num_train)
 
 
-def _round(model, config, max_items, catalogue, data, seed_axis, state, cohort,
-           key):
-  def train(chunks, catalogue, data, state, key):
-    broadcast = state.server.broadcast(catalogue, config)
+_STATIC = ('model', 'config', 'max_items')
 
-    def train_chunk(sums, clients):
-      upload, metrics = sums
-      views, max_steps = chunk_views(data, clients, max_items, config)
-      if seed_axis:
-        # One trip count for all seeds: each with its own, a loop has to select
-        # between old and new parameters in every step.
-        max_steps = jax.lax.pmax(max_steps, seed_axis)
-      updates = jax.vmap(
-          lambda view, memory, control, client: client_lib.local_update(
-              model, config, broadcast, view, memory, control,
-              jax.random.fold_in(key, client), max_steps)
-      )(views, memory_lib.fetch(state.memories, clients),
-        memory_lib.fetch(state.controls, clients), clients)
-      chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
-      return ((add_updates(upload, updates, config),
-               metrics_lib.merge(metrics, chunk_metrics)),
-              (updates.memory, updates.own_control, updates.prototypes))
 
-    no_metrics = client_lib.empty_metrics() | {
-        'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
-    nothing = (no_upload(state.server, config),
-               jax.tree.map(jnp.asarray, no_metrics))
-    return jax.lax.scan(train_chunk, nothing, chunks)
+@partial(devices.jit, static_argnames=_STATIC)
+def train_shard(model: FedDMMR, config: RunConfig, max_items: int,
+                chunks: jax.Array, state: FederationState, key: jax.Array,
+                catalogue: Catalogue, data: FederatedData):
+  """Trains the clients of some chunks [g, C/G].
 
-  (upload, metrics), (memories, controls, uploaded) = devices.run_chunks(
-      train, cohort, catalogue, data, state, key)
-  all_weights = windows.num_positives(data.num_train, config)
+  Returns:
+    ((their `Upload`, their metrics), what each of them keeps or sends one by
+    one, [g, C/G, …]: memory, control variate, prototypes).
+  """
+  return _train_chunks(model, config, max_items, None, catalogue, data, chunks,
+                       state, key)
+
+
+@partial(devices.jit, static_argnames=_STATIC)
+def train_shard_of_seeds(
+    model: FedDMMR, config: RunConfig, max_items: int, chunks: jax.Array,
+    states: FederationState, keys: jax.Array, catalogue: Catalogue,
+    data: FederatedData):
+  """`train_shard` with a leading axis, the seeds, on chunks, states, keys and
+  results."""
+  return jax.vmap(
+      partial(_train_chunks, model, config, max_items, 'seed', catalogue, data),
+      axis_name='seed')(chunks, states, keys)
+
+
+def _train_chunks(model, config, max_items, seed_axis, catalogue, data, chunks,
+                  state, key):
+  broadcast = state.server.broadcast(catalogue, config)
+
+  def train_chunk(sums, clients):
+    upload, metrics = sums
+    views, max_steps = chunk_views(data, clients, max_items, config)
+    if seed_axis:
+      # One trip count for all seeds: each with its own, a loop has to select
+      # between old and new parameters in every step.
+      max_steps = jax.lax.pmax(max_steps, seed_axis)
+    updates = jax.vmap(
+        lambda view, memory, control, client: client_lib.local_update(
+            model, config, broadcast, view, memory, control,
+            jax.random.fold_in(key, client), max_steps)
+    )(views, memory_lib.fetch(state.memories, clients),
+      memory_lib.fetch(state.controls, clients), clients)
+    chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
+    return ((add_updates(upload, updates, config),
+             metrics_lib.merge(metrics, chunk_metrics)),
+            (updates.memory, updates.own_control, updates.prototypes))
+
+  no_metrics = client_lib.empty_metrics() | {
+      'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
+  nothing = (no_upload(state.server, config),
+             jax.tree.map(jnp.asarray, no_metrics))
+  return jax.lax.scan(train_chunk, nothing, chunks)
+
+
+@partial(devices.jit, static_argnames='config', donate_argnames='state')
+def finish_round(config: RunConfig, state: FederationState, shards: jax.Array,
+                 results: list, num_train: jax.Array
+                 ) -> tuple[FederationState, dict[str, Mean]]:
+  """The server's part of a round.
+
+  Args:
+    config: static settings.
+    state: before the round; donated.
+    shards: [n, g, C/G] int32 whom each shard trained.
+    results: of `train_shard`, one a shard.
+    num_train: [K] int32 training items of all clients.
+
+  Returns:
+    As `run_round`.
+  """
+  return _finish(config, num_train, state, shards, results)
+
+
+@partial(devices.jit, static_argnames='config', donate_argnames='states')
+def finish_round_of_seeds(
+    config: RunConfig, states: FederationState, shards: jax.Array,
+    results: list, num_train: jax.Array
+    ) -> tuple[FederationState, dict[str, Mean]]:
+  """`finish_round` with a leading axis, the seeds, on states and results;
+  shards are [n, seeds, g, C/G]."""
+  return jax.vmap(partial(_finish, config, num_train), in_axes=(0, 1, 0))(
+      states, shards, results)
+
+
+def _finish(config, num_train, state, shards, results):
+  # In the order of the shards, whoever was done first: the same bits.
+  upload, metrics = results[0][0]
+  for (more, more_metrics), _ in results[1:]:
+    upload = jax.tree.map(jnp.add, upload, more)
+    metrics = metrics_lib.merge(metrics, more_metrics)
+  memories, controls, uploaded = jax.tree.map(
+      lambda *x: jnp.concatenate(x), *[each for _, each in results])
+  cohort = shards.reshape(-1, shards.shape[-1])
+  all_weights = windows.num_positives(num_train, config)
   server = server_lib.aggregate(
       state.server, upload, jnp.sum(all_weights).astype(jnp.float32), uploaded,
       config)
@@ -268,9 +334,8 @@ def add_updates(upload: Upload, updates: ClientUpdate,
                 steps=upload.steps + jnp.sum(weight * updates.steps))
 
 
-@partial(jax.jit, static_argnames=_STATIC)
 def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
-                  state: FederationState, clients: jax.Array, key: jax.Array,
+                  state: FederationState, clients: np.ndarray, key: jax.Array,
                   catalogue: Catalogue, data: FederatedData) -> Memory:
   """Memories with those of never-sampled clients filled (`--warm_memory`).
 
@@ -282,19 +347,33 @@ def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
   """
   config = dataclasses.replace(config, client=dataclasses.replace(
       config.client, max_local_steps=0))  # all of the history
+  shards = devices.deal(clients)
+  results = devices.run(fill_shard, (model, config, max_items), shards,
+                        state, key, catalogue, data)
+  return _store_filled(state.memories, shards, [each for _, each in results])
 
-  def fill(chunks, catalogue, data, state, key):
-    broadcast = state.server.broadcast(catalogue, config)
 
-    def fill_chunk(clients):
-      views, max_steps = chunk_views(data, clients, max_items, config)
-      return jax.vmap(
-          lambda view, memory, client: client_lib.fill_memory(
-              model, config, broadcast, view, memory,
-              jax.random.fold_in(key, client), max_steps)
-      )(views, memory_lib.fetch(state.memories, clients), clients)
+@partial(devices.jit, static_argnames=_STATIC)
+def fill_shard(model: FedDMMR, config: RunConfig, max_items: int,
+               chunks: jax.Array, state: FederationState, key: jax.Array,
+               catalogue: Catalogue, data: FederatedData
+               ) -> tuple[None, Memory]:
+  """(None, the filled memories [g, C/G] of some chunks' clients)."""
+  broadcast = state.server.broadcast(catalogue, config)
 
-    return None, jax.lax.map(fill_chunk, chunks)
+  def fill_chunk(clients):
+    views, max_steps = chunk_views(data, clients, max_items, config)
+    return jax.vmap(
+        lambda view, memory, client: client_lib.fill_memory(
+            model, config, broadcast, view, memory,
+            jax.random.fold_in(key, client), max_steps)
+    )(views, memory_lib.fetch(state.memories, clients), clients)
 
-  _, filled = devices.run_chunks(fill, clients, catalogue, data, state, key)
-  return memory_lib.store(state.memories, clients, filled)
+  return None, jax.lax.map(fill_chunk, chunks)
+
+
+@jax.jit
+def _store_filled(memories, shards, filled):
+  filled = jax.tree.map(lambda *x: jnp.concatenate(x), *filled)
+  return memory_lib.store(
+      memories, shards.reshape(-1, shards.shape[-1]), filled)

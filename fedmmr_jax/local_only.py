@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedmmr_jax import client as client_lib
 from fedmmr_jax import devices
@@ -20,9 +21,8 @@ from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.server import ServerState
 
 
-@partial(jax.jit, static_argnames=('model', 'config', 'max_items'))
 def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
-             server: ServerState, clients: jax.Array, key: jax.Array,
+             server: ServerState, clients: np.ndarray, key: jax.Array,
              splits: jax.Array, catalogue: Catalogue,
              data: FederatedData) -> Ranks:
   """Trains each client alone for `local_epochs` and ranks its targets.
@@ -39,32 +39,39 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     data: all clients' data.
 
   Returns:
-    Ranks with axes [G, C, n].
+    Ranks with axes [G, C, n], on the host.
   """
-  def rank(chunks, server, key, splits, catalogue, data):
-    broadcast = server.broadcast(catalogue, config)
-    empty = memory_lib.init(config.memory)
+  results = devices.run(
+      rank_shard, (model, config, max_items), devices.deal(clients), server,
+      key, splits, catalogue, data)
+  return devices.undealt([each for _, each in results], len(clients))
 
-    def rank_one(client, view, max_steps):
-      update = client_lib.local_update(
-          model, config, broadcast, view, empty, None,
-          jax.random.fold_in(key, client), max_steps)
-      ids = update.vocabulary.ids
-      trained = jax.tree.map(
-          jnp.add, vocabulary.take(broadcast.params, ids), update.delta)
-      own = broadcast._replace(params=vocabulary.put(
-          broadcast.params, ids, update.vocabulary.is_first, trained))
 
-      return jax.lax.map(
-          partial(evaluation.rank_target, model, config, own, view,
-                  update.memory), splits)
+@partial(devices.jit, static_argnames=('model', 'config', 'max_items'))
+def rank_shard(model: FedDMMR, config: RunConfig, max_items: int,
+               chunks: jax.Array, server: ServerState, key: jax.Array,
+               splits: jax.Array, catalogue: Catalogue,
+               data: FederatedData) -> tuple[None, Ranks]:
+  """(None, the ranks [g, C, n] of some chunks' clients)."""
+  broadcast = server.broadcast(catalogue, config)
+  empty = None if model.is_backbone_only else memory_lib.init(config.memory)
 
-    def rank_chunk(chunk):
-      views, max_steps = federation.chunk_views(
-          data, chunk, max_items, config)
-      return jax.vmap(rank_one, (0, 0, None))(chunk, views, max_steps)
+  def rank_one(client, view, max_steps):
+    update = client_lib.local_update(
+        model, config, broadcast, view, empty, None,
+        jax.random.fold_in(key, client), max_steps)
+    ids = update.vocabulary.ids
+    trained = jax.tree.map(
+        jnp.add, vocabulary.take(broadcast.params, ids), update.delta)
+    own = broadcast._replace(params=vocabulary.put(
+        broadcast.params, ids, update.vocabulary.is_first, trained))
 
-    return None, jax.lax.map(rank_chunk, chunks)
+    return jax.lax.map(
+        partial(evaluation.rank_target, model, config, own, view,
+                update.memory), splits)
 
-  return devices.run_chunks(
-      rank, clients, server, key, splits, catalogue, data)[1]
+  def rank_chunk(chunk):
+    views, max_steps = federation.chunk_views(data, chunk, max_items, config)
+    return jax.vmap(rank_one, (0, 0, None))(chunk, views, max_steps)
+
+  return None, jax.lax.map(rank_chunk, chunks)

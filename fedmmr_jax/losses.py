@@ -143,7 +143,8 @@ class LossTerms(NamedTuple):
 
 
 def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
-            visual: jax.Array, semantic: jax.Array, has_both: jax.Array,
+            visual: jax.Array | None, semantic: jax.Array | None,
+            has_both: jax.Array,
             load_balance: jax.Array, importance: jax.Array | float = 1.0,
             profile: jax.Array | None = None) -> LossTerms:
   """Total loss of a step from its parts.
@@ -152,8 +153,9 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
     config: weights, temperature and the treatment of surprise.
     rec_per_sample: [T] from `cross_entropy`.
     valid: [T] bool, False at padding.
-    visual: [T, D] visual representations of the positives.
-    semantic: [T, D] semantic representations of the positives.
+    visual: [T, D] visual representations of the positives; None in a model
+      without both experts, which has no pairs to contrast.
+    semantic: [T, D] semantic representations of the positives; None likewise.
     has_both: [T] bool, positives whose two experts both had input.
     load_balance: scalar.
     importance: [T] factors of the recommendation losses, or 1.
@@ -162,6 +164,16 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
   Returns:
     The terms.
   """
+  rec = weighted_mean(importance * rec_per_sample, valid)
+  total = rec
+  if profile is not None:
+    total += config.profile_weight * weighted_mean(
+        importance * profile, valid)
+  if visual is None or semantic is None:
+    nothing = jnp.zeros(())
+    return LossTerms(total, rec, nothing, nothing, nothing, nothing,
+                     jnp.zeros((WEIGHT_BINS,)))
+
   surprise = surprise_of(rec_per_sample)
   weights = jnp.ones_like(surprise)
   temperature = config.temperature
@@ -175,12 +187,8 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
   pairs = valid & has_both
   per_sample = symmetric_infonce(visual, semantic, pairs, temperature)
   contrastive = weighted_mean(weights * per_sample, pairs)
-  rec = weighted_mean(importance * rec_per_sample, valid)
-  total = (rec + config.contrastive_weight * contrastive
-           + config.load_balance_weight * load_balance)
-  if profile is not None:
-    total += config.profile_weight * weighted_mean(
-        importance * profile, valid)
+  total += (config.contrastive_weight * contrastive
+            + config.load_balance_weight * load_balance)
   return LossTerms(
       total, rec, contrastive, load_balance, weighted_mean(weights, pairs),
       hardest_share(weights * per_sample, surprise, pairs),

@@ -203,17 +203,19 @@ def fill(memory: Memory) -> jax.Array:
   return jnp.mean((memory.item > 0).astype(jnp.float32))
 
 
-def fetch(memories: Memory, clients: jax.Array) -> Memory:
+def fetch(memories: Memory | None, clients: jax.Array) -> Memory | None:
   """Takes [C] clients out of memories stacked over all clients, [K].
 
-  A padding client (−1) gets an empty memory, never somebody else's.
+  A padding client (−1) gets an empty memory, never somebody else's; where there
+  are none, None.
   """
   return jax.tree.map(
       lambda x: x.at[jnp.where(clients >= 0, clients, x.shape[0])].get(
           mode='fill', fill_value=0), memories)
 
 
-def store(memories: Memory, clients: jax.Array, updated: Memory) -> Memory:
+def store(memories: Memory | None, clients: jax.Array,
+          updated: Memory | None) -> Memory | None:
   """Inverse of `fetch`; what padding clients hold is dropped."""
   return jax.tree.map(
       lambda all_, new: all_.at[jnp.where(

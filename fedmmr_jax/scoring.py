@@ -55,7 +55,7 @@ def draw_negatives(key: jax.Array, client: ClientData,
 
 
 def score_batch(model: FedDMMR, params: Params, batch: Batch,
-                negative: jax.Array, catalogue: Catalogue, view: MemoryView,
+                negative: jax.Array, catalogue: Catalogue, view: MemoryView | None,
                 key: jax.Array | None) -> StepScores:
   """Scores each target and its negatives.
 

@@ -25,7 +25,7 @@ class ServerState(NamedTuple):
   Attributes:
     params: global parameters.
     opt_state: of the server optimizer.
-    prototypes: global prototypes.
+    prototypes: global prototypes; None unless `--global_memory`.
     round: [] int32 finished rounds.
     control: SCAFFOLD's control variate, the mean of the clients'; None
       without.
@@ -33,7 +33,7 @@ class ServerState(NamedTuple):
 
   params: Params
   opt_state: optax.OptState
-  prototypes: Prototypes
+  prototypes: Prototypes | None
   round: jax.Array
   control: Params | None = None
 
@@ -51,10 +51,13 @@ def init(params: Params, config: RunConfig, text_dim: int) -> ServerState:
   control = None
   if config.client.drift_control == 'scaffold':
     control = jax.tree.map(jnp.zeros_like, params)
+  prototypes = None
+  if config.model.global_memory:
+    prototypes = prototypes_lib.init(config.memory.num_prototypes, text_dim)
   return ServerState(
       params=params,
       opt_state=optimizers.server_direction(config.server).init(params),
-      prototypes=prototypes_lib.init(config.memory.num_prototypes, text_dim),
+      prototypes=prototypes,
       round=jnp.zeros((), jnp.int32), control=control)
 
 
@@ -75,7 +78,8 @@ class Upload(NamedTuple):
 
 
 def aggregate(state: ServerState, upload: Upload, total_weight: jax.Array,
-              prototypes: Prototypes, config: RunConfig) -> ServerState:
+              prototypes: Prototypes | None, config: RunConfig
+              ) -> ServerState:
   """Applies one round's updates.
 
   Args:
@@ -83,7 +87,7 @@ def aggregate(state: ServerState, upload: Upload, total_weight: jax.Array,
     upload: of the cohort; a weight of 0 (nobody had a positive) changes no
       parameter through fedavg.
     total_weight: [] float32 Σ weight over all clients, sampled or not.
-    prototypes: the clients', [..., P, F] and [..., P].
+    prototypes: the clients', [..., P, F] and [..., P], or None.
     config: optimizer, drift control and warm-up.
 
   Returns:
@@ -108,9 +112,9 @@ def aggregate(state: ServerState, upload: Upload, total_weight: jax.Array,
     total = jnp.where(total_weight > 0, total_weight, 1.0)
     control = jax.tree.map(
         lambda c, change: c + change / total, control, upload.control)
+  if prototypes is not None:
+    prototypes = prototypes_lib.recluster(
+        prototypes, state.prototypes, config.memory.prototype_iterations)
   return ServerState(
       params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-      prototypes=prototypes_lib.recluster(
-          prototypes, state.prototypes, config.memory.prototype_iterations),
-      round=state.round + 1, control=control)
+      opt_state=opt_state, prototypes=prototypes, round=state.round + 1, control=control)

@@ -308,9 +308,10 @@ class Simulation:
     return (np.intersect1d(clients, self.dataset.tested) if split == 'test'
             else clients)
 
-  def _memories(self, state: FederationState, clients: np.ndarray) -> Memory:
+  def _memories(self, state: FederationState,
+                clients: np.ndarray) -> Memory | None:
     """Those of the state; of these [n] clients warm, if the config says so."""
-    if not self.config.memory.warm_memory:
+    if state.memories is None or not self.config.memory.warm_memory:
       return state.memories
     chunks = federation.chunked(
         clients, self.num_train, self.config.server.clients_per_chunk)

@@ -23,7 +23,9 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 
 
 def train(simulation: Simulation, run: RunFolder,
-          on_round: Callable[[Record], None]) -> dict[str, Any]:
+          on_round: Callable[[Record], None],
+          on_step: Callable[[str], None] = lambda step: None
+          ) -> dict[str, Any]:
   """Trains to the end, from the last saved round if there is one.
 
   Args:
@@ -31,6 +33,7 @@ def train(simulation: Simulation, run: RunFolder,
     run: an opened run folder; its metrics, checkpoints and summary are
       written.
     on_round: told each finished round's record.
+    on_step: told what comes next, as in 'training round 3'.
 
   Returns:
     The content of `summary.json`.
@@ -54,8 +57,10 @@ def train(simulation: Simulation, run: RunFolder,
            and not out_of_patience(last_round, checkpoint.progress, config)):
       last_round += 1
       run.remove_results()  # of an earlier, shorter run
-      checkpoint, record = train_round(simulation, checkpoint, last_round)
+      checkpoint, record = train_round(
+          simulation, checkpoint, last_round, on_step)
       record['saving_seconds'] = saving_seconds
+      on_step(f'saving round {last_round}')
       start = time.perf_counter()
       saver.save(last_round, checkpoint, record, wall_seconds())
       saving_seconds = time.perf_counter() - start
@@ -63,6 +68,7 @@ def train(simulation: Simulation, run: RunFolder,
       on_round(record)
 
   best_round = rounds.best()
+  on_step(f'testing round {best_round}')
   summary = test(simulation, rounds.load(best_round, checkpoint).state)
   records = run.records()
   summary |= describe(simulation, records, best_round, wall_seconds())
@@ -97,13 +103,15 @@ def structure(simulation: Simulation) -> Checkpoint:
 
 
 def train_round(simulation: Simulation, checkpoint: Checkpoint,
-                round_number: int) -> tuple[Checkpoint, Record]:
+                round_number: int, on_step: Callable[[str], None]
+                ) -> tuple[Checkpoint, Record]:
   """One round, with validation if it is due.
 
   Raises:
     UserError: the loss, or a score in validation, is not finite.
   """
   config = simulation.config
+  on_step(f'training round {round_number}')
   start = time.perf_counter()
   cohort = simulation.sample_cohort(round_number)
   state, means = simulation.run_round(
@@ -120,6 +128,7 @@ def train_round(simulation: Simulation, checkpoint: Checkpoint,
   record = {'round': round_number, 'train': means}
   progress = checkpoint.progress
   if due(round_number, config):
+    on_step(f'validating round {round_number}')
     start = time.perf_counter()
     record['val'], _ = simulation.evaluate(state, 'val')
     record['evaluation_seconds'] = time.perf_counter() - start

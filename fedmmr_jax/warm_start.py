@@ -51,14 +51,14 @@ class WarmStart(NamedTuple):
     source: folder of the round it comes from.
     params: top-level name -> parameters.
     memories: of all clients, with the global prototypes: the fields of
-      `FederationState.memories` and of `ServerState.prototypes`; None unless
-      asked for.
+      `FederationState.memories` and, where the experts attend to them, of
+      `ServerState.prototypes`; None unless asked for.
     table: a row for each part.
   """
 
   source: pathlib.Path
   params: dict[str, Any]
-  memories: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None
+  memories: tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None] | None
   table: list[Part]
 
   def put_into(self, state: FederationState) -> FederationState:
@@ -68,10 +68,11 @@ class WarmStart(NamedTuple):
     if self.memories is None:
       return state._replace(server=server)
     memories, prototypes = jax.tree.map(jnp.asarray, self.memories)
+    if prototypes is not None:
+      server = server._replace(
+          prototypes=type(server.prototypes)(**prototypes))
     return state._replace(
-        memories=type(state.memories)(**memories),
-        server=server._replace(
-            prototypes=type(server.prototypes)(**prototypes)))
+        memories=type(state.memories)(**memories), server=server)
 
 
 def load(config: RunConfig, dataset: Dataset,
@@ -98,9 +99,13 @@ def load(config: RunConfig, dataset: Dataset,
   params, table = _take(wanted, fresh.server.params, saved['server']['params'],
                         rows, refuse)
   memories = None
-  own = fresh.memories._asdict(), fresh.server.prototypes._asdict()
+  own = tuple(x and x._asdict()
+              for x in (fresh.memories, fresh.server.prototypes))
   if MEMORIES in wanted:
-    memories = saved['memories'], saved['server']['prototypes']
+    if fresh.memories is None:
+      refuse(MEMORIES, 'this run has no experts, which alone read a memory')
+    # Prototypes that this run would not read stay behind.
+    memories = saved['memories'], own[1] and saved['server']['prototypes']
     _check_whole(own, memories, MEMORIES, MEMORIES, refuse)
     memories = _with_empty(own, memories)
   table.append(Part(
@@ -269,8 +274,7 @@ def _check_whole(own: Any, found: Any, name: str, group: str, refuse) -> None:
 def _with_empty(own: Any, found: Any) -> Any:
   """What was found, and the arrays without an entry, which are not saved."""
   return jax.tree.map(
-      lambda x, y: y if x.size else np.zeros(x.shape, x.dtype), own, found,
-      is_leaf=lambda x: x is None)
+      lambda x, y: y if x.size else np.zeros(x.shape, x.dtype), own, found)
 
 
 def _count(tree: Any) -> int:

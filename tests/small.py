@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from fedmmr_jax import devices
+from fedmmr_jax import federation
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
@@ -64,6 +66,13 @@ def assert_trees_equal(actual, expected):
   jax.tree.map(
       lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
       actual, expected)
+
+
+def compiled_rounds() -> int:
+  """How many programs of a round have been compiled so far."""
+  return (federation.train_shard._cache_size()
+          + devices._run_on_mesh._cache_size()
+          + federation.finish_round._cache_size())
 
 
 def copy(tree):

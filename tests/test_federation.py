@@ -146,10 +146,10 @@ def test_a_lone_client_makes_fedavg_take_its_parameters(
 
 def test_the_second_round_compiles_nothing(simulation):
   state, _ = run(simulation, COHORT)
-  compiled = federation.run_round._cache_size()
+  compiled = small.compiled_rounds()
   # Other clients, other lengths, other steps: the same program.
   run(simulation, [[7, 1], [6, 4]], state, 2)
-  assert federation.run_round._cache_size() == compiled
+  assert small.compiled_rounds() == compiled
 
 
 def test_the_same_seed_gives_the_same_bits(simulation):
@@ -161,8 +161,9 @@ def test_cohort_sampling():
   lengths = np.random.default_rng(0).integers(5, 50, 21)
   cohort = federation.sample_cohort(config, 1, lengths)
   chosen = cohort[cohort >= 0]
-  # round(0.5 * 21) = 10 clients in chunks of 4: 2 padding clients.
-  assert cohort.shape == (3, 4) and len(set(chosen)) == len(chosen) == 10
+  # round(0.5 * 21) = 10 clients, in chunks of 2 instead of 4 so that all shards
+  # but the last have some.
+  assert cohort.shape == (5, 2) and len(set(chosen)) == len(chosen) == 10
   assert (np.diff(lengths[chosen]) <= 0).all()  # longest first
   np.testing.assert_array_equal(
       cohort, federation.sample_cohort(config, 1, lengths))
@@ -277,18 +278,36 @@ def test_partial_aggregation_holds_the_experts_back():
 
 def aggregate(state, delta_sum, weight, config):
   """A server step on Σ weight · delta, without prototypes."""
-  nothing = server_lib.Prototypes(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2)))
   upload = server_lib.Upload(
       delta_sum, None, jnp.float32(weight), steps=jnp.float32(weight))
   return server_lib.aggregate(
-      state, upload, jnp.float32(100.0), nothing, config)
+      state, upload, jnp.float32(100.0), None, config)
 
 
-def test_prototypes_reach_the_server(simulation):
+def test_prototypes_reach_the_server():
+  simulation = small.simulation(global_memory=True)
   after, _ = run(simulation, COHORT)
   stored = np.asarray(after.memories.item)[COHORT.ravel()]
   with_text = (stored > 0) & np.asarray(simulation.catalogue.has_text)[stored]
   assert after.server.prototypes.size.sum() == with_text.sum()
+
+
+def test_nothing_is_kept_that_nobody_reads(simulation):
+  """Prototypes without --global_memory, memories without experts."""
+  assert simulation.init_state().server.prototypes is None
+  alone = small.simulation(experts='none')
+  after, means = run(alone, COHORT)
+  assert after.memories is None and after.server.prototypes is None
+  assert means['memory_fill'] is None
+  assert means['contrastive_loss'] is None
+  one, many = (federation.train_shard.lower(
+      s.model, s.compiled_config, s.max_items, np.array(COHORT, np.int32),
+      s.init_state(), jax.random.key(0), s.catalogue, s.data).as_text()
+               for s in (alone, simulation))
+  targets = simulation.config.client.batch_size
+  # No two representations of the targets are held against each other.
+  assert f'tensor<2x{targets}x{targets}xf32>' in many
+  assert f'tensor<2x{targets}x{targets}xf32>' not in one
 
 
 # Each combination is a compilation, so the variants share a few.

@@ -80,7 +80,6 @@ def test_memories_come_along_when_asked_for(pretrained):
   state = start(pretrained, load='all,memories').init_state()
   trained = saved(pretrained)
   small.assert_trees_equal(state.memories, trained.memories)
-  small.assert_trees_equal(state.server.prototypes, trained.server.prototypes)
   assert int(state.server.round) == 0
   assert jax.tree.structure(state) == jax.tree.structure(trained)
 
@@ -185,10 +184,28 @@ def test_items_that_were_never_trained_are_refused(tmp_path):
 
 
 def test_memories_of_a_run_without_texts_come_along(tmp_path):
-  path = train(tmp_path / 'run', experts='none', num_rounds=1)
-  state = start(path, experts='none', load='all,memories').init_state()
-  assert state.server.prototypes.centre.shape[-1] == 0
+  path = train(tmp_path / 'run', experts='visual', num_rounds=1)
+  state = start(path, experts='visual', load='all,memories').init_state()
   assert np.any(state.memories.clock > 0)
+
+
+def test_prototypes_come_along_where_somebody_attends_to_them(tmp_path):
+  path = train(tmp_path / 'run', global_memory=True, num_rounds=1)
+  state = start(path, global_memory=True, load='all,memories').init_state()
+  trained = saved(path)
+  assert trained.server.prototypes.size.sum() > 0
+  small.assert_trees_equal(state.server.prototypes, trained.server.prototypes)
+  # They are of no use to who does not.
+  state = start(path, load='all,memories').init_state()
+  assert state.server.prototypes is None
+
+
+def test_memories_where_there_are_none_are_refused(tmp_path, pretrained):
+  with pytest.raises(UserError, match='this run has no experts'):
+    start(pretrained, experts='none', load='backbone,memories').init_state()
+  without = train(tmp_path / 'run', experts='none', num_rounds=1)
+  with pytest.raises(UserError, match='would stay as drawn'):
+    start(without, load='backbone,memories').init_state()
 
 
 def test_another_generated_set_is_refused(tmp_path):

@@ -214,13 +214,14 @@ class FedDMMR(nn.Module):
     return States(states, own, known)
 
   def candidates(self, items: jax.Array, catalogue: Catalogue,
-                 memory: MemoryView, train: bool = False) -> Candidates:
+                 memory: MemoryView | None, train: bool = False
+                 ) -> Candidates:
     """Represents J candidates through one client's memory.
 
     Args:
       items: [J] int32 item ids.
       catalogue: item features, [V, ...].
-      memory: the client's retrieved entries.
+      memory: the client's retrieved entries; None in a model without experts.
       train: whether dropout acts.
 
     Returns:

@@ -1,0 +1,179 @@
+"""A stuck run says so and ends; a dead one is told of by the next."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fedmmr_jax import supervision
+from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.supervision import Supervisor
+from tests import small
+from tests import test_kill
+
+# Runs training with a round 3 that waits for ever, or until the file is there.
+HANGING = '''
+import pathlib, sys, time
+from experiments import app, train
+from fedmmr_jax.simulation import Simulation
+run_round = Simulation.run_round
+def hang(self, state, number, cohort):
+  if number == 3:
+    pathlib.Path(sys.argv[0]).touch()
+    time.sleep(1000)
+  return run_round(self, state, number, cohort)
+Simulation.run_round = hang
+app.run(train.main)
+'''
+
+
+def start(workdir, *flags, hanging: bool = False, **options):
+  command = test_kill.command(workdir)
+  if hanging:  # what stands for the program's name is the file that it touches
+    command = [sys.executable, '-c', HANGING, *command[3:]]
+  return subprocess.Popen(
+      [*command, '--num_rounds=4', '--keep_last=0', *flags],
+      cwd=test_kill.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      text=True, **options)
+
+
+def finish(workdir) -> tuple[str, str]:
+  """What the run that goes on prints."""
+  with start(workdir) as process:
+    out, err = process.communicate()
+  assert process.returncode == 0, err
+  assert not (workdir / supervision.PROCESS).exists()
+  assert not (workdir / supervision.CRASH).exists()
+  return out, err
+
+
+def state(workdir):
+  return Rounds(workdir).load_as_saved(4)['state']
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """The state at the end of a run that nothing happened to."""
+  workdir = tmp_path_factory.mktemp('straight') / 'run'
+  out, err = finish(workdir)
+  assert 'the last process' not in out
+  # Our lines only: no alarm of XLA's, no warning.
+  assert err == ''
+  return state(workdir)
+
+
+def wait_for_round(workdir, number: int) -> None:
+  while not (workdir / 'rounds' / str(number)).exists():
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize('number, told', [
+    (signal.SIGABRT, 'signal 6 (SIGABRT)'),
+    (signal.SIGSEGV, 'signal 11 (SIGSEGV)'),
+    (signal.SIGKILL, 'signal 9 (SIGKILL, or another that leaves no trace)')])
+def test_the_next_process_says_how_the_last_one_died(
+    tmp_path, straight, number, told):
+  with start(tmp_path / 'run', hanging=True) as process:
+    wait_for_round(tmp_path / 'run', 2)
+    record = tmp_path / 'run' / supervision.PROCESS
+    while 'training round 3' not in record.read_text():
+      time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate()
+  assert process.returncode == -number
+  out, _ = finish(tmp_path / 'run')
+  assert f'the last process ended by {told} while training round 3\n' in out
+  small.assert_trees_equal(state(tmp_path / 'run'), straight)
+
+
+def test_a_stuck_run_says_so_and_ends(tmp_path, straight):
+  with start(tmp_path / 'run', '--stuck_minutes=0.2', hanging=True) as process:
+    _, err = process.communicate()
+  assert process.returncode == supervision.STUCK_STATUS
+  assert err.strip().count('\n') == 0
+  assert err.strip().startswith('error: stuck: training round 3 has not ended')
+  assert 'round 2 is saved, continue with --resume' in err
+  # Where it hung is written down.
+  assert 'in hang' in (tmp_path / 'run' / supervision.STUCK).read_text()
+  out, _ = finish(tmp_path / 'run')
+  assert 'the last process ended itself, stuck while training round 3\n' in out
+  small.assert_trees_equal(state(tmp_path / 'run'), straight)
+
+
+def test_a_machine_that_sleeps_is_not_stuck(tmp_path, straight):
+  """Stopped for longer than a step may take; and at low priority."""
+  with start(tmp_path / 'run', '--stuck_minutes=0.2',
+             preexec_fn=lambda: os.nice(10)) as process:
+    wait_for_round(tmp_path / 'run', 1)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(float(os.environ.get('FEDMMR_SLEEP', 14)))
+    process.send_signal(signal.SIGCONT)
+    process.communicate()
+  assert process.returncode == 0
+  small.assert_trees_equal(state(tmp_path / 'run'), straight)
+
+
+def test_two_runs_side_by_side(tmp_path, straight):
+  workdirs = [tmp_path / 'one', tmp_path / 'other']
+  processes = [start(workdir) for workdir in workdirs]
+  for process, workdir in zip(processes, workdirs):
+    process.communicate()
+    assert process.returncode == 0
+    small.assert_trees_equal(state(workdir), straight)
+
+
+def record_of(folder: pathlib.Path, **changes) -> None:
+  """Leaves the record of a dead process behind."""
+  supervisor = Supervisor(folder, 0)
+  supervisor.step('validating round 7')
+  content = json.loads((folder / supervision.PROCESS).read_text())
+  (folder / supervision.PROCESS).write_text(json.dumps(content | changes))
+
+
+@pytest.mark.parametrize('changes, told', [
+    (dict(), 'ended by signal 9 (SIGKILL, or another that leaves no trace) '
+     'while validating round 7'),
+    (dict(note='asked to stop by SIGTERM'),
+     'while validating round 7, asked to stop by SIGTERM'),
+    (dict(host='elsewhere'), 'on elsewhere, ended without a word while valid'),
+    (dict(boot='another'), 'the machine was restarted while validating round 7'),
+    (dict(oom_kills=supervision._oom_kills() - 2),
+     'the machine ran out of memory 2 time(s) since it was started')])
+def test_how_a_process_ended(tmp_path, changes, told):
+  record_of(tmp_path, **changes)
+  assert told in supervision.last_end(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"step": 1}'])
+def test_a_damaged_record_tells_nothing(tmp_path, text):
+  assert supervision.last_end(tmp_path) is None
+  (tmp_path / supervision.PROCESS).write_text(text)
+  assert supervision.last_end(tmp_path) is None
+
+
+def test_a_process_in_good_order_leaves_nothing(tmp_path):
+  threads = threading.active_count()
+  with pytest.raises(ValueError):
+    with Supervisor(tmp_path, 10) as supervisor:
+      supervisor.step('training round 1')
+      assert supervision.last_end(tmp_path)
+      raise ValueError
+  assert list(tmp_path.iterdir()) == []
+  while threading.active_count() > threads:
+    time.sleep(0.01)
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path, monkeypatch):
+  supervisor = Supervisor(tmp_path, 0)
+
+  def no_space(*unused):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', no_space)
+  supervisor.step('training round 1')
