@@ -17,25 +17,28 @@ import pathlib
 import sys
 from typing import Any, Sequence
 
-from absl import flags
 import numpy as np
+from absl import flags
 from tqdm import tqdm
 
-from experiments import app
-from experiments import console
-from experiments import figures
-from fedmmr_jax import ablation
-from fedmmr_jax import run_folder
-from fedmmr_jax.ablation import Differences, HEADLINES, Outcome, Variant
+from experiments import app, console, figures
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.evaluation import ablation
+from fedmmr_jax.evaluation.ablation import (
+  Differences,
+  HEADLINES,
+  Outcome,
+  Variant,
+)
+from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.runs import run_folder
 
 _VARIANTS = flags.DEFINE_string(
     'variants', 'experiments/ablations/baselines.txt', 'file with a variant a '
-    'line, name: --flag=value …; see fedmmr_jax/ablation.py')
+    'line, name: --flag=value …; see fedmmr_jax/evaluation/ablation.py')
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds of each variant')
 
 app.define_config_flags()

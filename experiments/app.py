@@ -9,21 +9,19 @@ import signal
 import sys
 from typing import Any, Callable, Sequence
 
-from absl import app
-from absl import flags
-from absl import logging
 import jax
+from absl import app, flags, logging
 
-from fedmmr_jax import devices
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax import training
-from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.config import RunConfig, walk_fields
 from fedmmr_jax.data import load
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.federation import FederationState
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.federation import devices
+from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.runs import training
+from fedmmr_jax.runs.checkpoint import Rounds
+from fedmmr_jax.runs.run_folder import RunFolder
 from fedmmr_jax.simulation import Simulation
 
 USER_ERROR, INTERRUPTED = 2, 130

@@ -6,7 +6,7 @@ a canary that sings if there is one.
         --data_dir=path/to/ml-1m
 
 Takes the flags of experiments.train, or a run's own settings. What each check
-does: fedmmr_jax/audit.py. Exit status 1 if one fails.
+does: fedmmr_jax/evaluation/audit.py. Exit status 1 if one fails.
 """
 
 import json
@@ -15,14 +15,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import app
-from experiments import console
-from fedmmr_jax import audit
-from fedmmr_jax import evaluation
+from experiments import app, console
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax.audit import Trained
 from fedmmr_jax.data import load
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.evaluation import audit, ranking
+from fedmmr_jax.evaluation.audit import Trained
+from fedmmr_jax.runs.run_folder import RunFolder
 
 _ROUNDS = flags.DEFINE_integer(
     'rounds', 10, 'rounds that the run is trained with and without the leak; 0 '
@@ -55,7 +53,7 @@ def main() -> None:
   if _JSON.value:
     print(json.dumps({
         'checks': [check._asdict() for check in checks],
-        'test': {name: {kind: evaluation.metrics_of(ranks) for kind, ranks in
+        'test': {name: {kind: ranking.metrics_of(ranks) for kind, ranks in
                         trained._asdict().items()}
                  for name, trained in figures.items()}}, indent=2,
                      allow_nan=False))
@@ -80,7 +78,7 @@ def _rows(figures: dict[str, Trained]) -> list[list[Any]]:
   rows = []
   for name, trained in figures.items():
     for kind, ranks in trained._asdict().items():
-      found = evaluation.metrics_of(ranks)
+      found = ranking.metrics_of(ranks)
       rows.append([
           'popularity' if kind == 'popularity' else name, len(ranks.full),
           '' if kind == 'popularity' else kind, *(

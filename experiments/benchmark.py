@@ -10,30 +10,31 @@ Nothing else should run on the machine meanwhile.
 """
 
 import dataclasses
-from functools import partial
 import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from typing import Any, Callable
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
-from experiments import app
-from experiments import benchmark_reading
-from experiments import console
-from fedmmr_jax import client as client_lib
-from fedmmr_jax import evaluation, federation, scoring, training, windows
-from fedmmr_jax import server as server_lib
+from experiments import app, benchmark_reading, console
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
+from fedmmr_jax.client import scoring, windows
+from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
-from fedmmr_jax.data.dataset import Dataset, client_view
+from fedmmr_jax.data.dataset import client_view, Dataset
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import ranking
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation import server as server_lib
+from fedmmr_jax.runs import training
+from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.simulation import Simulation
 
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
@@ -159,19 +160,19 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   ranking = _seconds(lambda: simulation.evaluate(state, 'val'))
   targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
   steps = config.client.local_epochs * statistics.mean(
-      federation.executed_steps(c, simulation.num_train, config)
+      round_lib.executed_steps(c, simulation.num_train, config)
       for c in cohorts[1:])
   step_flops = _step_flops(simulation)
-  ranked = len(evaluation.evaluated_clients(config, dataset.num_clients))
+  ranked = len(ranking.evaluated_clients(config, dataset.num_clients))
   rank_flops = _rank_flops(simulation)
   return {
-      'cohort': federation.cohort_size(config, dataset.num_clients),
+      'cohort': round_lib.cohort_size(config, dataset.num_clients),
       'seconds': {'sampling': sampling, 'local_training': whole - aggregation,
                   'aggregation': aggregation, 'evaluation': ranking},
       'clients_per_second': cohorts[0].size / whole,
       'targets_per_second': targets / whole,
       'milliseconds_per_target': 1e3 * whole / targets,
-      'masked_fraction': statistics.mean(federation.masked_fraction(
+      'masked_fraction': statistics.mean(round_lib.masked_fraction(
           c, simulation.num_train, config) for c in cohorts[1:]),
       'step_mflop': step_flops / 1e6,
       'training_gflops': steps * step_flops / whole / 1e9,
@@ -261,7 +262,7 @@ def _rank_flops(simulation: Simulation) -> float:
   state = simulation.init_state()
 
   def rank(window, memory):
-    return evaluation.score_catalogue(
+    return ranking.score_catalogue(
         simulation.model, config,
         state.server.broadcast(simulation.catalogue, config), window, memory)
   return _flops(rank, jnp.ones(config.model.max_seq_len, jnp.int32),
@@ -277,7 +278,7 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
   run = _Training(config, dataset)
   simulation = run.simulation
   cohort = simulation.sample_cohort(1)
-  key = federation.round_key(config.seed, 1)
+  key = round_lib.round_key(config.seed, 1)
   # A loop has one device: on more, each of them would do all of it.
   data, catalogue, state = jax.device_put(
       (simulation.data, simulation.catalogue, simulation.init_state()),
@@ -291,14 +292,14 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
         jax.tree.map(lambda x: x[client], memories), None,
         jax.random.fold_in(key, client),
         windows.num_steps(view.num_train, config))
-    return federation.add_updates(
+    return round_lib.add_updates(
         total, jax.tree.map(lambda x: x[None], done),
         simulation.compiled_config)
 
   def loop():
     broadcast = state.server.broadcast(
         catalogue, simulation.compiled_config)
-    total = federation.no_upload(state.server, simulation.compiled_config)
+    total = round_lib.no_upload(state.server, simulation.compiled_config)
     for client in cohort[cohort >= 0]:
       total = update(total, broadcast, state.memories, client)
     return total

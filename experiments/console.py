@@ -4,14 +4,14 @@ from typing import Any, Sequence
 
 import jax
 
-from fedmmr_jax import devices
-from fedmmr_jax import federation
-from fedmmr_jax import warm_start
-from fedmmr_jax import windows
+from fedmmr_jax.client import windows
 from fedmmr_jax.config import ModelConfig
 from fedmmr_jax.data.load import Loaded
+from fedmmr_jax.federation import devices
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.runs import warm_start
+from fedmmr_jax.runs.warm_start import WarmStart
 from fedmmr_jax.simulation import Simulation
-from fedmmr_jax.warm_start import WarmStart
 
 MAX_METRICS = 9  # columns of a table
 
@@ -62,7 +62,7 @@ def banner(simulation: Simulation) -> str:
   """How the model works, in this configuration."""
   config = simulation.config
   c, s = config.client, config.server
-  size = federation.cohort_size(config, simulation.dataset.num_clients)
+  size = round_lib.cohort_size(config, simulation.dataset.num_clients)
   steps = windows.num_steps(simulation.num_train, config).mean()
   drift = (config.loss.drift if simulation.model.has_both_experts
            else 'none, it needs both experts')

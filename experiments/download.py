@@ -12,8 +12,8 @@ import pathlib
 import shlex
 import sys
 
-from absl import flags
 import pooch
+from absl import flags
 
 from experiments import app
 from fedmmr_jax.data import download

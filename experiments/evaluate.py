@@ -7,7 +7,7 @@
 The run's own settings are used; `--data_dir`, `--visual_features` and
 `--text_features` may name the places where the data lies now, `--eval_clients`
 ranks more or fewer clients, and `--warm_memory` fills the memories of clients
-that were never sampled. Protocols: fedmmr_jax/user_results.py.
+that were never sampled. Protocols: fedmmr_jax/evaluation/user_results.py.
 """
 
 import json
@@ -17,15 +17,14 @@ from typing import Any
 
 from absl import flags
 
-from experiments import app
-from experiments import console
+from experiments import app, console
 from fedmmr_jax import metrics as metrics_lib
-from fedmmr_jax import user_results
-from fedmmr_jax import warm_start
-from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import SPLITS
-from fedmmr_jax.user_results import PROTOCOLS, UserResults
+from fedmmr_jax.evaluation import user_results
+from fedmmr_jax.evaluation.ranking import SPLITS
+from fedmmr_jax.evaluation.user_results import PROTOCOLS, UserResults
+from fedmmr_jax.runs import warm_start
+from fedmmr_jax.runs.checkpoint import Rounds
 
 _ROUND = flags.DEFINE_string('round', 'best', 'a number, best or last')
 _SPLIT = flags.DEFINE_enum(

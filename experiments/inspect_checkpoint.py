@@ -19,18 +19,17 @@ import pathlib
 import textwrap
 from typing import Any
 
-from absl import flags
 import jax
 import numpy as np
+from absl import flags
 
-from experiments import app
-from experiments import console
-from fedmmr_jax import memory as memory_lib
-from fedmmr_jax.checkpoint import named_arrays, Rounds
+from experiments import app, console
+from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.models.feddmmr import VISUAL
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.runs.checkpoint import named_arrays, Rounds
+from fedmmr_jax.runs.run_folder import RunFolder
 
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 _K = flags.DEFINE_integer('k', 10, 'how many items to list', lower_bound=1)
@@ -228,7 +227,7 @@ def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
                    for row in np.flatnonzero(has_choice)}}
   for name, rows in (('most_visual', order), ('most_semantic', order[::-1])):
     content[name] = [
-        {'item_id': int(ids[row + 1]), 'w_visual': float(visual[row]),
+        {'item_id': ids[row + 1], 'w_visual': float(visual[row]),
          'title': titles[row + 1] if titles else ''}
         for row in rows[:_K.value]]
   return content, _router_text(content)

@@ -13,14 +13,11 @@ import json
 import pathlib
 from typing import Any, Sequence
 
-from absl import flags
 import numpy as np
+from absl import flags
 
-from experiments import app
-from experiments import console
-from experiments import figures
-from fedmmr_jax.data import feature_quality
-from fedmmr_jax.data import load
+from experiments import app, console, figures
+from fedmmr_jax.data import feature_quality, load
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.feature_quality import Quality
 from fedmmr_jax.errors import UserError

@@ -16,8 +16,8 @@ import pathlib
 import signal
 import sys
 import time
-from typing import Any, NamedTuple
 import warnings
+from typing import Any, NamedTuple
 
 from absl import flags
 from tqdm import tqdm

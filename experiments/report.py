@@ -12,9 +12,9 @@ import pathlib
 from absl import flags
 
 from experiments import app
-from fedmmr_jax import report
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.runs import report
+from fedmmr_jax.runs.run_folder import RunFolder
 
 _COMPARE = flags.DEFINE_boolean(
     'compare', False, 'draw the named runs over one another')

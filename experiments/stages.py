@@ -13,11 +13,11 @@ import re
 from typing import Any, NamedTuple
 
 from experiments import app
-from fedmmr_jax import ablation
-from fedmmr_jax import run_folder
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.evaluation import ablation
+from fedmmr_jax.runs import run_folder
+from fedmmr_jax.runs.run_folder import RunFolder
 
 STAGES = 'stages.json'
 

@@ -17,20 +17,14 @@ from typing import Any, Callable
 from absl import flags
 from tqdm import tqdm
 
-from experiments import app
-from experiments import console
-from experiments import stages
-from experiments import tensorboard
-from fedmmr_jax import report
-from fedmmr_jax import run_folder
+from experiments import app, console, stages, tensorboard
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax import supervision
-from fedmmr_jax import training
-from fedmmr_jax.checkpoint import Rounds, saved_rounds
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.runs import report, run_folder, supervision, training
+from fedmmr_jax.runs.checkpoint import Rounds, saved_rounds
+from fedmmr_jax.runs.run_folder import RunFolder
 
 _RESUME = flags.DEFINE_boolean(
     'resume', False, 'continue the run in --workdir with its settings; starts '

@@ -9,7 +9,6 @@ import dataclasses
 import math
 from typing import Any, Iterator
 
-from fedmmr_jax.data.formats import AUTO, FORMATS
 from fedmmr_jax.errors import UserError
 
 SYNTHETIC = 'synthetic'
@@ -31,8 +30,8 @@ class DataConfig:
 
   dataset: str = _field(
       SYNTHETIC, 'the embedded set, or the format of the files in --data_dir '
-      '(see fedmmr_jax/data/formats.py); auto: tell it by the file',
-      choices=(SYNTHETIC, AUTO, *FORMATS))
+      '(see fedmmr_jax/data/formats.py), or a format of your own as '
+      'my_package.module:Thing; auto: tell it by the file')
   data_dir: str = _field(
       '', 'folder of the data set, or its interaction file (unused by '
       'synthetic)')
@@ -103,12 +102,12 @@ class ModelConfig:
   item_embedding: str = _field(
       'id', 'what an item\'s embedding starts as; id: a random row; '
       'content_init: its features; content_plus_id: a trained projection of '
-      'its features plus a row (see fedmmr_jax/content.py)',
+      'its features plus a row (see fedmmr_jax/models/content.py)',
       choices=('id', 'content_init', 'content_plus_id'))
   collaborative_dim: int = _field(
       0, 'so many of the D directions of the content are the items\' '
       'co-occurrence in histories, sketched before round 1; none with '
-      '--item_embedding=id (see fedmmr_jax/collaborative.py)', minimum=0)
+      '--item_embedding=id (see fedmmr_jax/federation/collaborative.py)', minimum=0)
   collaborative_rounds: int = _field(
       5, 'cohorts that the sketch asks, each client once', minimum=1)
   positions: str = _field(
@@ -177,7 +176,7 @@ class MemoryConfig:
   memory: str = _field(
       'surprise', 'what a client remembers of its positives; surprise: the '
       'hard ones (the original); recent: the last ones; two_tier: the last '
-      'ones, and for long those unlike them (see fedmmr_jax/memory.py)',
+      'ones, and for long those unlike them (see fedmmr_jax/client/memory.py)',
       choices=('surprise', 'recent', 'two_tier', 'none'))
   memory_capacity: int = _field(
       50, 'M, slots of a memory; of two_tier the short-term ones', minimum=1)
@@ -234,7 +233,7 @@ class ClientConfig:
   vocabulary: str = _field(
       'dense', 'rows of the item table a client works on; dense: all, as the '
       'original; local: those it touches, so that the catalogue costs nothing '
-      '(see fedmmr_jax/vocabulary.py for what that changes)',
+      '(see fedmmr_jax/client/vocabulary.py for what that changes)',
       choices=('dense', 'local'))
   num_negatives: int = _field(100, 'N, negatives of a draw', minimum=1)
   leaky_negatives: bool = _field(
@@ -252,7 +251,7 @@ class ClientConfig:
       'most', minimum=0)
   client_schedule: str = _field(
       'constant', 'how the client learning rate falls over the rounds (see '
-      'fedmmr_jax/optimizers.py)', choices=SCHEDULES)
+      'fedmmr_jax/federation/optimizers.py)', choices=SCHEDULES)
   client_warmup_rounds: int = _field(
       0, 'rounds over which the client learning rate rises to its value',
       minimum=0)
@@ -263,7 +262,7 @@ class ClientConfig:
       'none', 'scaffold: control variates, as much state as parameters for '
       'every client; mime_lite: local steps are the server optimizer\'s, with '
       'its moments held, and --server_learning_rate=1 is the mean of the '
-      'clients (see fedmmr_jax/drift_control.py)',
+      'clients (see fedmmr_jax/federation/drift_control.py)',
       choices=('none', 'scaffold', 'mime_lite'))
   freeze: str = _field(
       '', 'what is not trained, with commas between: ' + ', '.join(GROUPS),
@@ -338,7 +337,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-  """What a run starts from (see fedmmr_jax/warm_start.py)."""
+  """What a run starts from (see fedmmr_jax/runs/warm_start.py)."""
 
   pretrained_path: str = _field(
       '', 'another run to start from: its folder (its best round) or '

@@ -8,26 +8,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import collaborative
-from fedmmr_jax import content as content_lib
-from fedmmr_jax import devices
-from fedmmr_jax import evaluation, federation, local_only, metrics, popularity
-from fedmmr_jax import optimizers
-from fedmmr_jax import warm_start as warm_start_lib
+from fedmmr_jax import metrics
+from fedmmr_jax.client.memory import Memory
+from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
-    CheckpointConfig, DataConfig, EvaluationConfig, RunConfig, StartConfig)
+  CheckpointConfig,
+  DataConfig,
+  EvaluationConfig,
+  RunConfig,
+  StartConfig,
+)
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset, FederatedData
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import Ranks
-from fedmmr_jax.federation import FederationState
-from fedmmr_jax.memory import Memory
+from fedmmr_jax.evaluation import local_only, popularity, ranking
+from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.federation import collaborative, devices, optimizers
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
-from fedmmr_jax.warm_start import WarmStart
-from fedmmr_jax.windows import num_positives
-
-SHUFFLE_STREAM = 7  # see federation.COHORT_STREAM
+from fedmmr_jax.runs import warm_start as warm_start_lib
+from fedmmr_jax.runs.warm_start import WarmStart
+from fedmmr_jax.streams import generator, Stream
 
 
 class _Ranked(NamedTuple):
@@ -36,7 +40,7 @@ class _Ranked(NamedTuple):
   dataset: Dataset
   data: FederatedData
   clients: np.ndarray
-  split: str  # a key of `evaluation.SPLITS`
+  split: str  # a key of `ranking.SPLITS`
 
   @property
   def max_items(self) -> int:
@@ -118,12 +122,12 @@ class Simulation:
     return warm_start_lib.load(self.config, self.dataset, self.abstract_state)
 
   def _fresh_state(self) -> FederationState:
-    return federation.init(
+    return round_lib.init(
         self.model, self.catalogue, self.config, self.dataset.num_clients)
 
   def sample_cohort(self, round_number: int) -> np.ndarray:
     """[G, C/G] int32 clients of a round (1-based)."""
-    return federation.sample_cohort(self.config, round_number, self.num_train)
+    return round_lib.sample_cohort(self.config, round_number, self.num_train)
 
   def count_targets(self, cohort: np.ndarray) -> int:
     """Positives that a round over this cohort trains on."""
@@ -135,9 +139,9 @@ class Simulation:
                 cohort: np.ndarray
                 ) -> tuple[FederationState, dict[str, float | None]]:
     """Trains one round; `state` is donated."""
-    state, means = federation.run_round(
+    state, means = round_lib.run_round(
         self.model, self.compiled_config, self.max_items, state, cohort,
-        federation.round_key(self.config.seed, round_number), self.catalogue,
+        round_lib.round_key(self.config.seed, round_number), self.catalogue,
         self.data)
     return state, metrics.finish(jax.device_get(means))
 
@@ -150,7 +154,7 @@ class Simulation:
       UserError: a score is NaN or infinite.
     """
     on = self._ranked(split)
-    return evaluation.evaluate(
+    return ranking.evaluate(
         self.model, self.compiled_config, on.max_items, state.server,
         self._memories(state, on.clients), on.split, on.clients,
         self.config.evaluation.clients_per_eval_chunk, self.catalogue, on.data)
@@ -166,7 +170,7 @@ class Simulation:
     history = self.dataset.sequence(client)
     length = self.config.model.max_seq_len
     window = np.pad(history[-length:], (max(0, length - len(history)), 0))
-    scores = np.array(evaluation.score_catalogue(
+    scores = np.array(ranking.score_catalogue(
         self.model, self.compiled_config,
         state.server.broadcast(self.catalogue, self.compiled_config), window,
         jax.tree.map(lambda x: x[client],
@@ -209,23 +213,23 @@ class Simulation:
     config = dataclasses.replace(
         self.compiled_config, client=dataclasses.replace(
             self.config.client, drift_control='none'))
-    chunks = federation.chunked(
+    chunks = round_lib.chunked(
         self.evaluated_clients, self.num_train,
         self.config.server.clients_per_chunk)
-    splits = np.array(list(evaluation.SPLITS.values()))
+    splits = np.array(list(ranking.SPLITS.values()))
     ranks = local_only.rank_all(
         self.model, config, self.max_items, state.server, chunks,
-        federation.round_key(self.config.seed, 1), splits, self.catalogue,
+        round_lib.round_key(self.config.seed, 1), splits, self.catalogue,
         self.data)
     present = chunks >= 0
     order = np.argsort(chunks[present])  # back into that of the clients
     found = {}
-    for i, split in enumerate(evaluation.SPLITS):
+    for i, split in enumerate(ranking.SPLITS):
       has_target = np.isin(chunks[present][order], self.targeted(split))
       found[split] = jax.tree.map(
           lambda x: np.asarray(x)[present][order, i][has_target], ranks)
     for split, ranks in found.items():
-      evaluation.check_finite(ranks, split)
+      ranking.check_finite(ranks, split)
     return found
 
   def with_seed(self, seed: int) -> 'Simulation':
@@ -259,7 +263,7 @@ class Simulation:
     if change == 'zeroed':
       visual, text = jnp.zeros_like(visual), jnp.zeros_like(text)
     else:
-      rng = np.random.default_rng([self.config.seed, SHUFFLE_STREAM])
+      rng = generator(self.config.seed, Stream.SHUFFLED_FEATURES)
       order = np.concatenate(
           [[0], 1 + rng.permutation(self.model.num_rows - 1)])
       visual, text = visual[order], text[order]
@@ -269,7 +273,7 @@ class Simulation:
   @property
   def splits(self) -> tuple[str, ...]:
     """What can be evaluated: 'val', 'test' and, with `--cold_items`, 'cold'."""
-    return (*evaluation.SPLITS, *(['cold'] if self.cold else []))
+    return (*ranking.SPLITS, *(['cold'] if self.cold else []))
 
   def _ranked(self, split: str) -> _Ranked:
     """The data that a split's targets are in, and who has one."""
@@ -289,7 +293,7 @@ class Simulation:
   @property
   def evaluated_clients(self) -> np.ndarray:
     """[n] clients that are ranked."""
-    return evaluation.evaluated_clients(self.config, self.dataset.num_clients)
+    return ranking.evaluated_clients(self.config, self.dataset.num_clients)
 
   def ranked_dataset(self, split: str) -> Dataset:
     """The sequences that hold the targets of one of `splits`."""
@@ -299,7 +303,7 @@ class Simulation:
     """([n] clients that have a target in one of `splits`, [n] its row)."""
     on = self._ranked(split)
     at = (on.dataset.offsets[:-1] + on.dataset.num_train
-          + evaluation.SPLITS[on.split])
+          + ranking.SPLITS[on.split])
     return on.clients, on.dataset.items[at[on.clients]]
 
   def targeted(self, split: str) -> np.ndarray:
@@ -313,11 +317,11 @@ class Simulation:
     """Those of the state; of these [n] clients warm, if the config says so."""
     if state.memories is None or not self.config.memory.warm_memory:
       return state.memories
-    chunks = federation.chunked(
+    chunks = round_lib.chunked(
         clients, self.num_train, self.config.server.clients_per_chunk)
-    return federation.warm_memories(
+    return round_lib.warm_memories(
         self.model, self.compiled_config, self.max_items, state, chunks,
-        federation.warm_key(self.config.seed), self.catalogue, self.data)
+        round_lib.warm_key(self.config.seed), self.catalogue, self.data)
 
 
 def build(config: RunConfig, dataset: Dataset,

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from fedmmr_jax import devices
-from fedmmr_jax import federation
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.federation import devices
+from fedmmr_jax.federation import round as round_lib
 
 NUM_ITEMS = 60
 
@@ -70,9 +70,9 @@ def assert_trees_equal(actual, expected):
 
 def compiled_rounds() -> int:
   """How many programs of a round have been compiled so far."""
-  return (federation.train_shard._cache_size()
+  return (round_lib.train_shard._cache_size()
           + devices._run_on_mesh._cache_size()
-          + federation.finish_round._cache_size())
+          + round_lib.finish_round._cache_size())
 
 
 def copy(tree):

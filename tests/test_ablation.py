@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from experiments import ablate
-from fedmmr_jax import ablation
-from fedmmr_jax.ablation import Outcome, Variant
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.evaluation import ablation
+from fedmmr_jax.evaluation.ablation import Outcome, Variant
+from fedmmr_jax.evaluation.ranking import Ranks
 from tests import small
-from tests.test_cli import ROOT, TINY, refused, run
+from tests.test_cli import refused, ROOT, run, TINY
 
 
 def variants(tmp_path, text):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedmmr_jax import acceptance
 from fedmmr_jax.data.features import IntegrityReport
+from fedmmr_jax.runs import acceptance
 from tests import small
 
 REPORT = IntegrityReport('visual', 'file', (4, 2), 'float32', 0, 1, 0.5, 0.1,

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import audit
-from fedmmr_jax import client as client_lib
-from fedmmr_jax import collaborative
-from fedmmr_jax import profile
-from fedmmr_jax import windows
+from fedmmr_jax.client import profile, windows
+from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.data import dataset as dataset_lib
+from fedmmr_jax.evaluation import audit
+from fedmmr_jax.federation import collaborative
 from tests import small
-from tests.test_cli import TINY, run
+from tests.test_cli import run, TINY
 
 CLEAN = {'training negatives', 'windows', '2 rounds', 'memory',
          'catalogue filter', 'evaluation negatives'}
@@ -86,7 +85,7 @@ def test_training_on_a_held_out_item_is_found(monkeypatch):
   def one_too_many(*arguments):
     found = view(*arguments)
     return found._replace(num_train=found.num_train + (found.num_train > 0))
-  monkeypatch.setattr('fedmmr_jax.federation.client_view', one_too_many)
+  monkeypatch.setattr('fedmmr_jax.federation.round.client_view', one_too_many)
   # Another shape of the program, so that it is compiled anew.
   other = dataclasses.replace(some, config=small.config(
       client_fraction=1.0, surprise_threshold=-1.0, experts='none'))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedmmr_jax.bootstrap import paired_bootstrap
+from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
 
 
 def test_the_same_values_differ_by_nothing():

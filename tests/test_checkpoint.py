@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import checksums
-from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.config import CheckpointConfig
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.runs import checksums
+from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
 from tests import small
 
 VARIANTS = {

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import numpy as np
-from pyarrow import csv
 import pytest
+from pyarrow import csv
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PRESETS = ROOT / 'experiments' / 'presets'

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from tests.test_cli import TINY, refused, run
+from tests.test_cli import refused, run, TINY
 
 
 def test_string_ids_along_a_timeline(tmp_path):
@@ -16,6 +16,10 @@ def test_string_ids_along_a_timeline(tmp_path):
       for day, item in enumerate(rng.permutation(30)[:9])))
   (tmp_path / 'meta_x.json').write_text(
       '{"asin": "B07", "title": "Toy seven"}\n')
+  for kind, width in (('visual', 8), ('text', 6)):
+    matrix = rng.normal(size=(31, width)).astype(np.float32)
+    matrix[0] = 0
+    np.save(tmp_path / f'{kind}_features.npy', matrix)
   workdir = tmp_path / 'run'
   flags = [*TINY[1:], '--dataset=auto', '--split_by=timeline',
            '--test_from=2001-09-15', '--client_fraction=1',
@@ -36,5 +40,9 @@ def test_string_ids_along_a_timeline(tmp_path):
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'memory', 'best',
                'A3')
   assert 'user A3: ' in out
+  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--json',
+               'router', 'best')
+  assert {e['item_id'] for e in json.loads(out)['most_visual']} <= set(
+      ids['item_ids'][1:])
   assert '--test_from=noon is neither a date' in refused(
       *flags, f'--data_dir={tmp_path}', '--test_from=noon')

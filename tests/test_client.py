@@ -5,11 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import client as client_lib
-from fedmmr_jax import losses
-from fedmmr_jax import scoring
-from fedmmr_jax import windows
-from fedmmr_jax.data.dataset import ClientData, client_view
+from fedmmr_jax.client import losses, scoring, windows
+from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.data.dataset import client_view, ClientData
 from fedmmr_jax.models.feddmmr import view_memory
 from tests import small
 

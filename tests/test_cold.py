@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fedmmr_jax import popularity
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import popularity
 from tests import small
 
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from fedmmr_jax import collaborative
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.federation import collaborative
 from tests import small
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import content
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.models import content
 from tests import small
 
 

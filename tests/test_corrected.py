@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fedmmr_jax import corrected
 from fedmmr_jax import metrics
+from fedmmr_jax.evaluation import corrected
 
 
 def test_probabilities_by_hand():

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import ablation
-from fedmmr_jax import devices
-from fedmmr_jax import federation
-from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds
-from tests import small
-from tests import test_checkpoint
+from fedmmr_jax.evaluation import ablation
+from fedmmr_jax.federation import devices
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds
+from tests import small, test_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -52,7 +51,7 @@ def outcomes(folder: pathlib.Path) -> dict[str, np.ndarray]:
           for path, x in jax.tree_util.tree_leaves_with_path(found)}
 
 
-def _seeds() -> federation.FederationState:
+def _seeds() -> round_lib.FederationState:
   runs = [small.simulation(seed=seed, client_optimizer='sgd', experts='none',
                            client_learning_rate=0.1) for seed in (0, 1)]
   states = jax.tree.map(
@@ -146,7 +145,7 @@ def test_a_mesh_of_two_devices_changes_rounding_only(tmp_path):
     (['--workers=3'], 3), (['--cpu_devices=1'], 1), (['--workers=50'], 8),
     ([], min(8, len(os.sched_getaffinity(0))))])
 def test_a_binary_sets_the_workers(flags, count):
-  code = ('from experiments import app; from fedmmr_jax import devices; '
+  code = ('from experiments import app; from fedmmr_jax.federation import devices; '
           'app.run(lambda: print(devices.workers()))')
   out = subprocess.run(
       [sys.executable, '-c', code, *flags], cwd=ROOT, check=True,
@@ -156,7 +155,7 @@ def test_a_binary_sets_the_workers(flags, count):
 
 def test_a_cohort_feeds_all_shards(monkeypatch):
   monkeypatch.setattr(devices, 'num_shards', lambda: 4)
-  chunks = federation.in_chunks(np.arange(10), per_chunk=100)
+  chunks = round_lib.in_chunks(np.arange(10), per_chunk=100)
   assert chunks.shape == (4, 3)
   assert sorted(chunks.ravel()) == [-1, -1, *range(10)]
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import evaluation
 from fedmmr_jax.data.dataset import ClientData
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import ranking
 from tests import small
 
 
@@ -26,7 +26,7 @@ CLIENT = client([1, 2, 3, 0], 3, [4, 5])
 
 
 def rank(scores):
-  return evaluation.rank_client(
+  return ranking.rank_client(
       jnp.array(scores, jnp.float32), CLIENT, jnp.int32(2))
 
 
@@ -86,7 +86,7 @@ def test_blocks_of_the_catalogue_change_nothing(simulation):
   args = (state.server.broadcast(simulation.catalogue, simulation.config),
           jnp.array([0, 0, 4, 9, 2, 7]),
           jax.tree.map(lambda x: x[0], state.memories))
-  scores = [evaluation.score_catalogue(
+  scores = [ranking.score_catalogue(
       simulation.model, changed(simulation, items_per_eval_block=size).config,
       *args) for size in (8, 57)]
   assert scores[0].shape == (57,)
@@ -96,10 +96,10 @@ def test_blocks_of_the_catalogue_change_nothing(simulation):
 def test_chosen_clients_have_the_ranks_they_have_among_all(simulation):
   state = simulation.init_state()
   some = changed(simulation, eval_clients=4)
-  clients = evaluation.evaluated_clients(some.config, 9)
+  clients = ranking.evaluated_clients(some.config, 9)
   assert len(set(clients)) == 4
   np.testing.assert_array_equal(
-      clients, evaluation.evaluated_clients(some.config, 9))
+      clients, ranking.evaluated_clients(some.config, 9))
   _, ranks = some.evaluate(state, 'test')
   _, everyone = simulation.evaluate(state, 'test')
   np.testing.assert_array_equal(ranks.full, everyone.full[clients])
@@ -117,7 +117,7 @@ def test_scores_use_the_items_before_the_target(simulation):
     window = np.zeros(6, np.int32)
     known = history[:-2][-6:]
     window[-len(known):] = known
-    scores = np.asarray(evaluation.score_catalogue(
+    scores = np.asarray(ranking.score_catalogue(
         simulation.model, simulation.config, broadcast, jnp.asarray(window),
         jax.tree.map(lambda x: x[index], state.memories)))
     unseen = np.setdiff1d(np.arange(1, data.num_rows), history)

@@ -11,8 +11,7 @@ from fedmmr_jax.data import feature_quality
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
 from fedmmr_jax.errors import UserError
-from tests import small
-from tests import test_cli
+from tests import small, test_cli
 
 CLUSTERS, PER_CLUSTER = 20, 12
 

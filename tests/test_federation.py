@@ -8,17 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import client as client_lib
-from fedmmr_jax import evaluation
-from fedmmr_jax import federation
-from fedmmr_jax import server as server_lib
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax import windows
-from fedmmr_jax.data import dataset as dataset_lib
-from fedmmr_jax.data import synthetic
+from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.client import windows
 from fedmmr_jax.data.dataset import client_view
-from tests import parity
-from tests import small
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation import server as server_lib
+from tests import parity, small
 
 PRESETS = pathlib.Path(__file__).parents[1] / 'experiments' / 'presets'
 COHORT = np.array([[8, 5], [2, 0]], np.int32)
@@ -35,7 +31,7 @@ def simulation():
 def update_alone(simulation):
   """Round 1 of one client, on its own."""
   start = simulation.init_state()
-  key = federation.round_key(simulation.config.seed, 1)
+  key = round_lib.round_key(simulation.config.seed, 1)
 
   @jax.jit
   def update(index):
@@ -99,8 +95,8 @@ def test_fednova_averages_mean_steps(simulation, update_alone):
 def test_order_of_the_cohort_changes_nothing(simulation):
   clients = COHORT.ravel()
   num_train = simulation.num_train
-  first = federation.chunked(clients, num_train, 2)
-  second = federation.chunked(clients[::-1], num_train, 2)
+  first = round_lib.chunked(clients, num_train, 2)
+  second = round_lib.chunked(clients[::-1], num_train, 2)
   np.testing.assert_array_equal(first, second)
 
 
@@ -159,28 +155,22 @@ def test_the_same_seed_gives_the_same_bits(simulation):
 def test_cohort_sampling():
   config = small.config(client_fraction=0.5, clients_per_chunk=4)
   lengths = np.random.default_rng(0).integers(5, 50, 21)
-  cohort = federation.sample_cohort(config, 1, lengths)
+  cohort = round_lib.sample_cohort(config, 1, lengths)
   chosen = cohort[cohort >= 0]
   # round(0.5 * 21) = 10 clients, in chunks of 2 instead of 4 so that all shards
   # but the last have some.
   assert cohort.shape == (5, 2) and len(set(chosen)) == len(chosen) == 10
   assert (np.diff(lengths[chosen]) <= 0).all()  # longest first
   np.testing.assert_array_equal(
-      cohort, federation.sample_cohort(config, 1, lengths))
-  assert (cohort != federation.sample_cohort(config, 2, lengths)).any()
-
-
-def test_no_two_draws_share_a_random_stream():
-  streams = [federation.COHORT_STREAM, dataset_lib.NEGATIVES_STREAM,
-             synthetic.SYNTHETIC_STREAM, evaluation.EVALUATION_STREAM]
-  assert len(set(streams)) == len(streams)
+      cohort, round_lib.sample_cohort(config, 1, lengths))
+  assert (cohort != round_lib.sample_cohort(config, 2, lengths)).any()
 
 
 def test_masked_fraction_by_hand():
   # 10 and 6 training items -> 9 and 5 positives, batch 4:
   # 3 steps for both, 24 slots executed, 14 used.
   config = small.config(batch_size=4)
-  got = federation.masked_fraction(
+  got = round_lib.masked_fraction(
       np.array([[0, 1]]), np.array([10, 6]), config)
   assert got == pytest.approx(1 - 14 / 24)
 
@@ -201,8 +191,8 @@ def test_little_is_masked_on_the_real_lengths(preset):
       [int(line.split(b'::')[0]) for line in ratings.open('rb')],
       return_counts=True)[1])[-1000:] - 2
   assert max(
-      federation.masked_fraction(
-          federation.sample_cohort(config, number, num_train), num_train,
+      round_lib.masked_fraction(
+          round_lib.sample_cohort(config, number, num_train), num_train,
           config)
       for number in range(1, 21)) < 0.15
 
@@ -251,7 +241,7 @@ def test_masked_fraction_under_a_step_limit():
   config = small.config(objective='all_positions', negatives='shared',
                         batch_size=1, max_local_steps=3)
   # Chunks run 3 steps; 3 and 2 of them train something.
-  assert federation.masked_fraction(
+  assert round_lib.masked_fraction(
       np.array([[0, 1]]), num_train, config) == pytest.approx(1 - 5 / 6)
 
 
@@ -300,7 +290,7 @@ def test_nothing_is_kept_that_nobody_reads(simulation):
   assert after.memories is None and after.server.prototypes is None
   assert means['memory_fill'] is None
   assert means['contrastive_loss'] is None
-  one, many = (federation.train_shard.lower(
+  one, many = (round_lib.train_shard.lower(
       s.model, s.compiled_config, s.max_items, np.array(COHORT, np.int32),
       s.init_state(), jax.random.key(0), s.catalogue, s.data).as_text()
                for s in (alone, simulation))

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
 import pytest
+from pyarrow import parquet
 
 from fedmmr_jax.config import DataConfig
 from fedmmr_jax.data import formats, items, load
@@ -259,7 +259,7 @@ def test_the_1000_most_active_users_of_the_real_set():
       DataConfig(dataset='ml-1m', data_dir=str(folder), top_k_users=1000,
                  visual_features='none', text_features='none'), 0).dataset
   assert dataset.num_clients == 1000
-  assert len(dataset.items) == 513_961
+  assert len(dataset.items) == 514_961
   assert dataset.num_items == 3415
   assert dataset.lengths.min() == 292
   assert dataset.lengths.max() == 2276

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from fedmmr_jax.checkpoint import Rounds
+from fedmmr_jax.runs.checkpoint import Rounds
 from tests import small
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import losses
+from fedmmr_jax.client import losses
 from fedmmr_jax.config import LossConfig
 
 LN2, LN3, LN4 = np.log([2, 3, 4])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import memory as memory_lib
+from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.config import MemoryConfig
 from tests import parity
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import negatives
+from fedmmr_jax.client import negatives
 
 NUM_ROWS = 11  # items 1 … 10
 EVERYTHING_BUT_4 = [1, 2, 3, 5, 6, 7, 8, 9, 10]

@@ -6,10 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from fedmmr_jax import ablation
-from fedmmr_jax import drift_control
-from fedmmr_jax import optimizers
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import ablation
+from fedmmr_jax.federation import drift_control, optimizers
 from tests import small
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedmmr_jax import losses
+from fedmmr_jax.client import losses
 from fedmmr_jax.config import LossConfig
 from fedmmr_jax.models import feddmmr
 from tests import parity

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import evaluation
-from fedmmr_jax import profile
-from fedmmr_jax import scoring
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.client import profile, scoring
+from fedmmr_jax.client.windows import Batch
+from fedmmr_jax.evaluation import ranking
 from fedmmr_jax.models.feddmmr import view_memory
 from fedmmr_jax.models.profile import States
-from fedmmr_jax.windows import Batch
 from tests import small
 
 SETTINGS = dict(
@@ -151,7 +150,7 @@ def test_evaluation_takes_what_lies_before_the_window():
     history = jnp.asarray(dataset.sequence(client))
     n = len(history) - 2
     earlier = jnp.where(jnp.arange(len(history)) < n - 4, history, 0)
-    return np.asarray(evaluation.score_catalogue(
+    return np.asarray(ranking.score_catalogue(
         other.model, other.compiled_config, broadcast, history[n - 4:n],
         jax.tree.map(lambda x: x[0], state.memories), earlier))
 

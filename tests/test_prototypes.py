@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import prototypes
-from fedmmr_jax.prototypes import Prototypes
+from fedmmr_jax.client import prototypes
+from fedmmr_jax.client.prototypes import Prototypes
 
 _cluster = jax.jit(prototypes.cluster, static_argnums=(2, 3))
 _recluster = jax.jit(prototypes.recluster, static_argnums=2)

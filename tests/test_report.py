@@ -8,11 +8,11 @@ import subprocess
 
 import pytest
 
-from fedmmr_jax import losses
-from fedmmr_jax import report
+from fedmmr_jax.client import losses
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.runs import report
+from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
 
 INTEGRITY = IntegrityReport(

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from fedmmr_jax import popularity
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import Filters, select
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import popularity
 from tests import small
 
 

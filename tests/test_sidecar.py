@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedmmr_jax.config import DataConfig
-from fedmmr_jax.data import features, load as load_lib, sidecar
+from fedmmr_jax.data import features, sidecar
+from fedmmr_jax.data import load as load_lib
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
 

@@ -11,11 +11,10 @@ import time
 
 import pytest
 
-from fedmmr_jax import supervision
-from fedmmr_jax.checkpoint import Rounds
-from fedmmr_jax.supervision import Supervisor
-from tests import small
-from tests import test_kill
+from fedmmr_jax.runs import supervision
+from fedmmr_jax.runs.checkpoint import Rounds
+from fedmmr_jax.runs.supervision import Supervisor
+from tests import small, test_kill
 
 # Runs training with a round 3 that waits for ever, or until the file is there.
 HANGING = '''

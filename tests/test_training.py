@@ -8,11 +8,11 @@ import pytest
 
 from experiments import console
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax import training
-from fedmmr_jax.checkpoint import Progress, Rounds
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.runs import training
+from fedmmr_jax.runs.checkpoint import Progress, Rounds
+from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
 
 ROUNDS = 4

@@ -3,13 +3,12 @@
 import dataclasses
 
 import numpy as np
-from pyarrow import parquet
 import pytest
+from pyarrow import parquet
 
-from fedmmr_jax import popularity
-from fedmmr_jax import user_results
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import popularity, user_results
 from tests import small
 
 

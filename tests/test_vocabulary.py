@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax import federation
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax import vocabulary
+from fedmmr_jax.client import vocabulary
+from fedmmr_jax.federation import round as round_lib
 from tests import small
 
 # Two negatives a step: fewer rows than the catalogue has, for the round and
@@ -102,7 +102,7 @@ def test_rows_that_no_step_touches_stay(changes):
       1, client_fraction=0.1, vocabulary='local', **changes)
   start = simulation.init_state().server.params['item_embedding']
   moved = np.any(state.server.params['item_embedding'] != start, axis=1)
-  cohort = federation.sample_cohort(simulation.config, 1, simulation.num_train)
+  cohort = round_lib.sample_cohort(simulation.config, 1, simulation.num_train)
   client = int(cohort[cohort >= 0][0])
   history = np.asarray(simulation.data.items)[
       int(simulation.data.offset[client]):][:simulation.num_train[client]]
@@ -113,7 +113,7 @@ def test_rows_that_no_step_touches_stay(changes):
 def test_local_rows_are_fewer_than_the_catalogue():
   """The round of this file's clients really works on a part of the table."""
   simulation, _ = rounds(0, vocabulary='local')
-  lowered = federation.train_shard.lower(
+  lowered = round_lib.train_shard.lower(
       simulation.model, simulation.compiled_config, simulation.max_items,
       np.array([[0, 1]], np.int32), simulation.init_state(), jax.random.key(0),
       simulation.catalogue, simulation.data).as_text()

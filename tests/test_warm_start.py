@@ -8,17 +8,16 @@ import pytest
 
 from experiments import console
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax import training
-from fedmmr_jax.checkpoint import Rounds
 from fedmmr_jax.config import GROUPS
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.runs import training
+from fedmmr_jax.runs.checkpoint import Rounds
+from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
-
 
 # Not a generated set: of those, another one has other items under the same ids.
 NAMED = dict(dataset='ml-1m', data_dir='unused')

@@ -14,8 +14,7 @@ import numpy as np
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.selection import MIN_INTERACTIONS
 from fedmmr_jax.errors import UserError
-
-COLD_STREAM = 5  # see federation.COHORT_STREAM
+from fedmmr_jax.streams import generator, Stream
 
 
 class ColdSplit(NamedTuple):
@@ -48,7 +47,7 @@ def hold_out(dataset: Dataset, share: float,
   Raises:
     UserError: no client or no cold item remains.
   """
-  rng = np.random.default_rng([seed, COLD_STREAM])
+  rng = generator(seed, Stream.COLD_ITEMS)
   num_cold = round(share * dataset.num_items)
   is_cold = np.zeros(dataset.num_rows, bool)
   is_cold[1 + rng.choice(dataset.num_items, num_cold, replace=False)] = True

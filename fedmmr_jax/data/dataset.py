@@ -10,19 +10,18 @@ target; the rest is training (`selection.py`).
 
 import dataclasses
 import hashlib
-from typing import NamedTuple
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.streams import generator, Stream
 
 HELD_OUT = 2      # validation and test item at the end of a sequence
 MIN_HELD_OUT = 1  # the validation item, where a client has no test item
-NEGATIVES_STREAM = 2  # see federation.COHORT_STREAM
-POPULARITY_STREAM = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +185,7 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
   _check_unseen(dataset, consumed_length, num_negatives, sampled_negatives)
   own = np.split(consumed, np.cumsum(consumed_length)[:-1])
   sampled = np.stack([
-      _draw_unseen(np.random.default_rng(
-          [seed, NEGATIVES_STREAM, _as_seed(user)]),
+      _draw_unseen(generator(seed, Stream.NEGATIVES, _as_seed(user)),
                    items, dataset.num_rows - dataset.num_cold,
                    sampled_negatives)
       for user, items in zip(dataset.user_ids.tolist(), own)])
@@ -280,7 +278,7 @@ def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
   cumulative = np.cumsum(popularity)
   drawn = np.empty((dataset.num_clients, count), np.int32)
   for client, user in enumerate(dataset.user_ids.tolist()):
-    rng = np.random.default_rng([seed, POPULARITY_STREAM, _as_seed(user)])
+    rng = generator(seed, Stream.POPULAR_NEGATIVES, _as_seed(user))
     is_left = np.zeros(dataset.num_rows, bool)
     is_left[drawable] = True
     is_left[dataset.sequence(client)] = False

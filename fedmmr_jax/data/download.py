@@ -20,9 +20,9 @@ import pathlib
 import re
 import shutil
 import stat
-from typing import Mapping, NamedTuple
 import zipfile
 import zlib
+from typing import Mapping, NamedTuple
 
 import pooch
 import requests

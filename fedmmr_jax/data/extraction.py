@@ -15,8 +15,8 @@ import json
 import os
 import pathlib
 import time
-from typing import Any, Callable, NamedTuple, Sequence
 import warnings
+from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from fedmmr_jax.data import features, sidecar
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.run_folder import replace
+from fedmmr_jax.files import replace
 
 TEXT, VISUAL = 'text', 'visual'
 MODEL_FLAG = {TEXT: 'text_model', VISUAL: 'image_model'}

@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmmr_jax import bootstrap
-from fedmmr_jax import content
-from fedmmr_jax import popularity
-from fedmmr_jax.bootstrap import Difference
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import bootstrap, popularity
+from fedmmr_jax.evaluation.bootstrap import Difference
+from fedmmr_jax.models import content
+from fedmmr_jax.streams import generator, Stream
 
-QUALITY_STREAM = 8  # see federation.COHORT_STREAM
 QUINTILES = 5
 SHARES = (0.5, 0.9, 0.99)  # of the variance
 NUM_NEIGHBOURS = 5
@@ -292,7 +291,7 @@ def co_consumption(dataset: Dataset, unit: np.ndarray, present: np.ndarray,
   Returns:
     None where no client has such a pair, or there is no other client.
   """
-  rng = np.random.default_rng([seed, QUALITY_STREAM])
+  rng = generator(seed, Stream.FEATURE_QUALITY)
   items = dataset.items[dataset.is_train]
   client = np.repeat(np.arange(dataset.num_clients), dataset.num_train)
   first, second, owner = _consecutive(items, client, present)

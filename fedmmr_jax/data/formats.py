@@ -28,6 +28,7 @@ import pyarrow as pa
 from pyarrow import json as arrow_json
 from pyarrow import parquet as arrow_parquet
 
+from fedmmr_jax import parts
 from fedmmr_jax.data import columns as columns_lib
 from fedmmr_jax.data import delimited, text_files
 from fedmmr_jax.data.columns import Doubt
@@ -79,7 +80,7 @@ class Source(NamedTuple):
 
   Attributes:
     path: the file.
-    format: a key of FORMATS.
+    format: its name, see `format_of`.
     detected: told by the file, not by a flag.
   """
 
@@ -94,7 +95,19 @@ class Source(NamedTuple):
 
   def __str__(self) -> str:
     how = 'detected' if self.detected else 'as --dataset says'
-    return f'{self.path}: {FORMATS[self.format].description} ({how})'
+    return f'{self.path}: {format_of(self.format).description} ({how})'
+
+
+def format_of(name: str) -> Format:
+  """A format by its name, see `parts.find`.
+
+  Raises:
+    UserError: there is none of that name.
+  """
+  found = parts.find(name, FORMATS, 'data format')
+  if not isinstance(found, Format):
+    raise UserError(f'--dataset={name} is no fedmmr_jax.data.formats.Format')
+  return found
 
 
 def find(dataset: str, data_dir: str,
@@ -102,13 +115,16 @@ def find(dataset: str, data_dir: str,
   """The interaction file, and its format.
 
   Args:
-    dataset: a key of FORMATS, or 'auto'.
+    dataset: a key of FORMATS, 'auto', or a `Format` from outside as
+      'my_package.module:Thing'.
     data_dir: the file, or the folder that holds it.
     names: of the columns, where flags give them.
 
   Raises:
     UserError: no such file, several, or one of no known format.
   """
+  if dataset != AUTO:
+    format_of(dataset)  # refused before anything is looked for
   path = pathlib.Path(data_dir)
   if path.is_dir():
     path = _find_in(path, dataset)
@@ -127,11 +143,12 @@ def read(source: Source, names: ColumnNames = ColumnNames()) -> Interactions:
   Raises:
     UserError: what is malformed, with its line.
   """
-  if any(names) and source.format not in _NAMED:
+  form = format_of(source.format)
+  if any(names) and source.format in FORMATS and source.format not in _NAMED:
     raise UserError(
-        f'{source.path}: {FORMATS[source.format].description}, has no named '
+        f'{source.path}: {form.description}, has no named '
         'columns; leave --user_column, --item_column and --time_column out')
-  return FORMATS[source.format].read(source.path, names)
+  return form.read(source.path, names)
 
 
 def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
@@ -177,7 +194,7 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
 
 
 def _find_in(folder: pathlib.Path, dataset: str) -> pathlib.Path:
-  wanted = FORMATS if dataset == AUTO else {dataset: FORMATS[dataset]}
+  wanted = FORMATS if dataset == AUTO else {dataset: format_of(dataset)}
   patterns = dict.fromkeys(p for f in wanted.values() for p in f.files)
   found: list[pathlib.Path] = []
   for pattern in patterns:

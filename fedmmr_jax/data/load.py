@@ -14,7 +14,7 @@ from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.data.formats import ColumnNames, Source
 from fedmmr_jax.data.items import ItemTable
-from fedmmr_jax.data.selection import Filters, Selected, select
+from fedmmr_jax.data.selection import Filters, select, Selected
 from fedmmr_jax.errors import UserError
 
 MODALITIES = ('visual', 'text')

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmmr_jax.data.interactions import Interactions
-from fedmmr_jax.data.selection import Filters, Selected, select
+from fedmmr_jax.data.selection import Filters, select, Selected
+from fedmmr_jax.streams import generator, Stream
 
-SYNTHETIC_STREAM = 3  # see federation.COHORT_STREAM
 NUM_CLUSTERS = 12
 VISUAL_DIM, TEXT_DIM = 64, 48
 FIRST_DAY, DAY = 946_684_800, 86_400  # 2000-01-01, in seconds since 1970
@@ -49,7 +49,7 @@ def generate(num_users: int, num_items: int, seed: int,
     What is kept, without features, and the feature matrices 'visual' and
     'text' by item id, [num_items + 1, F].
   """
-  rng = np.random.default_rng([seed, SYNTHETIC_STREAM])
+  rng = generator(seed, Stream.SYNTHETIC)
   cluster = rng.integers(NUM_CLUSTERS, size=num_items + 1)
   popularity = 1.0 / (1 + rng.permutation(num_items + 1)) ** 0.8
   users, items = _walks(

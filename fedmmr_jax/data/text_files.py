@@ -3,8 +3,8 @@
 import codecs
 import gzip
 import pathlib
-from typing import BinaryIO, Iterator
 import zlib
+from typing import BinaryIO, Iterator
 
 import pyarrow as pa
 

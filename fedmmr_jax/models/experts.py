@@ -12,9 +12,9 @@ commutes with the attention average.
 
 from typing import NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from fedmmr_jax.models import layers
 

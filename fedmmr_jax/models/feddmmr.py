@@ -14,12 +14,12 @@ windows against J candidates takes two [T, D] x [D, J] products (`score`).
 
 from typing import NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from fedmmr_jax import content as content_lib
 from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.experts import MemoryView, SemanticExpert, VisualExpert
 from fedmmr_jax.models.profile import mix, ProfileExpert, States

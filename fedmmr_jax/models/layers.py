@@ -5,9 +5,9 @@ Axes as in WORKSPACE.md: `L` window, `D` hidden, `R` retrieved memory entries.
 
 from typing import NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 LAYER_NORM_EPSILON = 1e-5
 _MIN_SQUARED_NORM = 1e-12  # below it a vector has no direction

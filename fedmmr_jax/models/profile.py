@@ -14,9 +14,9 @@ which is all that counts after a break between sessions.
 
 from typing import NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from fedmmr_jax.models import layers
 

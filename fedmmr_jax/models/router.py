@@ -1,8 +1,8 @@
 """Item-centric router: which expert speaks for a candidate (FedDMMR,
 "Item-centric routing")."""
 
-from flax import linen as nn
 import jax
+from flax import linen as nn
 
 from fedmmr_jax.models import layers
 

@@ -1,9 +1,9 @@
 """SASRec backbone (Kang & McAuley 2018, "Self-Attentive Sequential
 Recommendation", ICDM), post-norm form, written for one window."""
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from fedmmr_jax.models import layers
 

@@ -18,26 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import client as client_lib
-from fedmmr_jax import content
-from fedmmr_jax import devices
-from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
-from fedmmr_jax import optimizers
-from fedmmr_jax import server as server_lib
-from fedmmr_jax import vocabulary
-from fedmmr_jax import windows
-from fedmmr_jax.client import ClientUpdate
+from fedmmr_jax.client import memory as memory_lib
+from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.client import vocabulary, windows
+from fedmmr_jax.client.memory import Memory
+from fedmmr_jax.client.scoring import Params
+from fedmmr_jax.client.update import ClientUpdate
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import ClientData, FederatedData, client_view
-from fedmmr_jax.devices import PADDING_CLIENT
-from fedmmr_jax.memory import Memory
+from fedmmr_jax.data.dataset import client_view, ClientData, FederatedData
+from fedmmr_jax.federation import devices, optimizers
+from fedmmr_jax.federation import server as server_lib
+from fedmmr_jax.federation.devices import PADDING_CLIENT
+from fedmmr_jax.federation.server import ServerState, Upload
 from fedmmr_jax.metrics import Mean
+from fedmmr_jax.models import content
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
-from fedmmr_jax.scoring import Params
-from fedmmr_jax.server import ServerState, Upload
-
-COHORT_STREAM = 1  # NumPy seeds are (run seed, stream, number)
+from fedmmr_jax.streams import generator, Stream
 
 
 class FederationState(NamedTuple):
@@ -104,7 +101,7 @@ def sample_cohort(config: RunConfig, round_number: int,
     [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the last chunk.
   """
   size = cohort_size(config, len(num_train))
-  rng = np.random.default_rng([config.seed, COHORT_STREAM, round_number])
+  rng = generator(config.seed, Stream.COHORT, round_number)
   return chunked(rng.choice(len(num_train), size, replace=False), num_train,
                  config.server.clients_per_chunk)
 

@@ -13,11 +13,11 @@ item table; a client is asked once.
 
 import numpy as np
 
-from fedmmr_jax import content as content_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
+from fedmmr_jax.models import content as content_lib
+from fedmmr_jax.streams import generator, Stream
 
-COLLABORATIVE_STREAM = 11  # see federation.COHORT_STREAM
 _SMALLEST = 1e-6  # eigenvalue of ΩᵀY that counts, relative to the largest
 
 
@@ -31,7 +31,7 @@ def put_into(content: np.ndarray, dataset: Dataset,
   model = config.model
   if not model.collaborative_dim:
     return content
-  rng = np.random.default_rng([0, COLLABORATIVE_STREAM, 0])
+  rng = generator(0, Stream.COLLABORATIVE, 0)
   asked = round(config.server.client_fraction * dataset.num_clients
                 * model.collaborative_rounds)
   clients = rng.choice(

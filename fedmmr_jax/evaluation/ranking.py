@@ -11,24 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import client as client_lib
-from fedmmr_jax import devices
-from fedmmr_jax import federation
-from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
-from fedmmr_jax import profile as profile_lib
-from fedmmr_jax.client import Broadcast
+from fedmmr_jax.client import memory as memory_lib
+from fedmmr_jax.client import profile as profile_lib
+from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.client.memory import Memory
+from fedmmr_jax.client.update import Broadcast
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import ClientData, FederatedData, client_view
+from fedmmr_jax.data.dataset import client_view, ClientData, FederatedData
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.memory import Memory
+from fedmmr_jax.federation import devices
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation.server import ServerState
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.models.profile import last
-from fedmmr_jax.server import ServerState
+from fedmmr_jax.streams import generator, Stream
 
 # How many items after a client's last training item the target lies.
 SPLITS = {'val': 0, 'test': 1}
-EVALUATION_STREAM = 4  # see federation.COHORT_STREAM
 
 
 class Ranks(NamedTuple):
@@ -167,7 +167,7 @@ def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
   wanted = config.evaluation.eval_clients
   if not wanted or wanted >= num_clients:
     return np.arange(num_clients)
-  rng = np.random.default_rng([config.seed, EVALUATION_STREAM])
+  rng = generator(config.seed, Stream.EVALUATED_CLIENTS)
   chosen = rng.choice(num_clients, wanted, replace=False)
   return np.sort(chosen)
 
@@ -191,7 +191,7 @@ def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
   Raises:
     UserError: a score is NaN or infinite.
   """
-  chunks = federation.in_chunks(clients, clients_per_chunk)
+  chunks = round_lib.in_chunks(clients, clients_per_chunk)
   ranks = rank_all(model, config, max_items, server, memories, chunks,
                    SPLITS[split], catalogue, data)
   ranks = jax.tree.map(lambda x: x.reshape(-1)[:len(clients)], ranks)

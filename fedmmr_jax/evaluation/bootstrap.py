@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedmmr_jax.streams import generator, Stream
+
 RESAMPLES = 10_000
-BOOTSTRAP_STREAM = 6  # see federation.COHORT_STREAM
 
 
 class Difference(NamedTuple):
@@ -37,7 +38,7 @@ def paired_bootstrap(values: np.ndarray, baseline: np.ndarray,
     resamples: how often the users are drawn anew, with replacement.
   """
   difference = np.asarray(values, np.float64) - baseline
-  rng = np.random.default_rng([0, BOOTSTRAP_STREAM])
+  rng = generator(0, Stream.BOOTSTRAP)
   # How often each user is drawn, a block at a time to bound the memory.
   n, means = len(difference), []
   for start in range(0, resamples, 500):

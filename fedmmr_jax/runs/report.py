@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Sequence
 
 import jinja2
 
-from fedmmr_jax.losses import WEIGHT_BINS
-from fedmmr_jax.run_folder import REPORT, RunFolder
+from fedmmr_jax.client.losses import WEIGHT_BINS
+from fedmmr_jax.runs.run_folder import REPORT, RunFolder
 
 WIDTH, HEIGHT = 560, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
@@ -126,7 +126,7 @@ def write_comparison(runs: Sequence[RunFolder], path: pathlib.Path) -> None:
 
 def _render(**content: Any) -> str:
   environment = jinja2.Environment(
-      loader=jinja2.PackageLoader('fedmmr_jax'), autoescape=True,
+      loader=jinja2.PackageLoader('fedmmr_jax.runs'), autoescape=True,
       trim_blocks=True, lstrip_blocks=True)
   template = ('comparison' if 'names' in content else 'report') + '.html.j2'
   return environment.get_template(template).render(

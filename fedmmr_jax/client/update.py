@@ -12,25 +12,36 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedmmr_jax import losses
-from fedmmr_jax import memory as memory_lib
 from fedmmr_jax import metrics as metrics_lib
-from fedmmr_jax import optimizers
-from fedmmr_jax import profile as profile_lib
-from fedmmr_jax import prototypes as prototypes_lib
-from fedmmr_jax import vocabulary as vocabulary_lib
+from fedmmr_jax.client import losses
+from fedmmr_jax.client import memory as memory_lib
+from fedmmr_jax.client import profile as profile_lib
+from fedmmr_jax.client import prototypes as prototypes_lib
+from fedmmr_jax.client import vocabulary as vocabulary_lib
+from fedmmr_jax.client.memory import Memory
+from fedmmr_jax.client.prototypes import Prototypes
+from fedmmr_jax.client.scoring import draw_negatives, Params, score_batch
+from fedmmr_jax.client.vocabulary import Vocabulary
+from fedmmr_jax.client.windows import (
+  Batch,
+  cut_windows,
+  num_positives,
+  num_steps,
+  num_windows,
+  window_stride,
+)
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import ClientData, MIN_HELD_OUT
-from fedmmr_jax.memory import Memory
+from fedmmr_jax.federation import optimizers
 from fedmmr_jax.metrics import Mean
-from fedmmr_jax.models.feddmmr import (
-    Catalogue, FedDMMR, SEMANTIC, VISUAL, view_memory)
 from fedmmr_jax.models.experts import MemoryView
-from fedmmr_jax.prototypes import Prototypes
-from fedmmr_jax.scoring import Params, draw_negatives, score_batch
-from fedmmr_jax.vocabulary import Vocabulary
-from fedmmr_jax.windows import (
-    Batch, cut_windows, num_positives, num_steps, num_windows, window_stride)
+from fedmmr_jax.models.feddmmr import (
+  Catalogue,
+  FedDMMR,
+  SEMANTIC,
+  view_memory,
+  VISUAL,
+)
 
 # Metric -> the parameter group whose gradient's norm it is.
 GRADIENT_NORMS = {

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedmmr_jax import optimizers
-from fedmmr_jax import prototypes as prototypes_lib
-from fedmmr_jax.client import Broadcast
+from fedmmr_jax.client import prototypes as prototypes_lib
+from fedmmr_jax.client.prototypes import Prototypes
+from fedmmr_jax.client.scoring import Params
+from fedmmr_jax.client.update import Broadcast
 from fedmmr_jax.config import RunConfig
+from fedmmr_jax.federation import optimizers
 from fedmmr_jax.models.feddmmr import Catalogue, PARAMETER_GROUPS
-from fedmmr_jax.prototypes import Prototypes
-from fedmmr_jax.scoring import Params
 
 # Aggregated from the first round on, also during partial aggregation.
 ALWAYS_AGGREGATED = (

@@ -15,17 +15,21 @@ A cohort's chunks are dealt into shards, and one jitted program does a shard:
   data and of the state.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import (
-    Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding)
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  Sharding,
+  SingleDeviceSharding,
+)
 
 AXIS = 'devices'
 PADDING_CLIENT = -1

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import client as client_lib
-from fedmmr_jax import devices
-from fedmmr_jax import evaluation
-from fedmmr_jax import federation
-from fedmmr_jax import memory as memory_lib
-from fedmmr_jax import vocabulary
+from fedmmr_jax.client import memory as memory_lib
+from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.client import vocabulary
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import FederatedData
-from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.evaluation import ranking
+from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.federation import devices
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation.server import ServerState
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
-from fedmmr_jax.server import ServerState
 
 
 def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
@@ -34,7 +34,7 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     server: the state that all start from.
     clients: [G, C] int32, −1 where none.
     key: of the training.
-    splits: [n] int32, see `evaluation.SPLITS`.
+    splits: [n] int32, see `ranking.SPLITS`.
     catalogue: item features.
     data: all clients' data.
 
@@ -67,11 +67,11 @@ def rank_shard(model: FedDMMR, config: RunConfig, max_items: int,
         broadcast.params, ids, update.vocabulary.is_first, trained))
 
     return jax.lax.map(
-        partial(evaluation.rank_target, model, config, own, view,
+        partial(ranking.rank_target, model, config, own, view,
                 update.memory), splits)
 
   def rank_chunk(chunk):
-    views, max_steps = federation.chunk_views(data, chunk, max_items, config)
+    views, max_steps = round_lib.chunk_views(data, chunk, max_items, config)
     return jax.vmap(rank_one, (0, 0, None))(chunk, views, max_steps)
 
   return None, jax.lax.map(rank_chunk, chunks)

@@ -7,15 +7,15 @@ JSON is strict: a value that is not a number is null, never NaN.
 import fcntl
 import importlib.metadata
 import json
-import os
 import pathlib
-from typing import Any, Sequence, TextIO
 import zlib
+from typing import Any, Sequence, TextIO
 
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.files import replace
 
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
 SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
@@ -261,14 +261,6 @@ class RunFolder:
 
   def _replace(self, name: str, text: str) -> None:
     replace(self.path / name, text)
-
-
-def replace(path: pathlib.Path, text: str) -> None:
-  """Writes a file; a reader, or a kill, sees the old one or the new one, never
-  half of it."""
-  temporary = path.with_name(f'.{path.name}.tmp')
-  temporary.write_text(text, 'utf-8')
-  os.replace(temporary, path)
 
 
 def _with_checksum(content: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import evaluation
-from fedmmr_jax.data.dataset import Dataset, FederatedData, client_view
-from fedmmr_jax.evaluation import Ranks
+from fedmmr_jax.data.dataset import client_view, Dataset, FederatedData
+from fedmmr_jax.evaluation import ranking
+from fedmmr_jax.evaluation.ranking import Ranks
 
 
 def training_counts(dataset: Dataset) -> np.ndarray:
@@ -26,11 +26,11 @@ def rank(counts: np.ndarray, data: FederatedData, clients: np.ndarray,
     counts: [V] scores of the items.
     data: all clients' data.
     clients: [n] whom to rank.
-    split: a key of `evaluation.SPLITS`.
+    split: a key of `ranking.SPLITS`.
     max_items: H, the longest client's number of interactions.
   """
   ranks = _rank(jnp.asarray(counts, jnp.float32), data, clients,
-                evaluation.SPLITS[split], max_items)
+                ranking.SPLITS[split], max_items)
   return jax.tree.map(np.asarray, ranks)
 
 
@@ -38,5 +38,5 @@ def rank(counts: np.ndarray, data: FederatedData, clients: np.ndarray,
 def _rank(scores, data, clients, after_train, max_items) -> Ranks:
   def rank_one(client):
     view = client_view(data, client, max_items)
-    return evaluation.rank_client(scores, view, view.num_train + after_train)
+    return ranking.rank_client(scores, view, view.num_train + after_train)
   return jax.lax.map(rank_one, clients)

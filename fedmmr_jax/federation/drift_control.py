@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedmmr_jax.scoring import Params
+from fedmmr_jax.client.scoring import Params
 
 
 class MeanGradient(NamedTuple):

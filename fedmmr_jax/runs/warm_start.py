@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import vocabulary
-from fedmmr_jax.checkpoint import named_arrays, Rounds
+from fedmmr_jax.client import vocabulary
 from fedmmr_jax.config import ALL_GROUPS, MEMORIES, RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.federation import FederationState
+from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
-from fedmmr_jax.run_folder import ROUNDS, RunFolder
+from fedmmr_jax.runs.checkpoint import named_arrays, Rounds
+from fedmmr_jax.runs.run_folder import ROUNDS, RunFolder
 
 LOADED, INITIAL, UNFIT = 'loaded', 'initial', 'does not fit'
 

@@ -9,14 +9,14 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from fedmmr_jax import acceptance
-from fedmmr_jax import evaluation
-from fedmmr_jax import federation
-from fedmmr_jax.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.federation import FederationState
-from fedmmr_jax.run_folder import RunFolder
+from fedmmr_jax.evaluation import ranking
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.runs import acceptance
+from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
+from fedmmr_jax.runs.run_folder import RunFolder
 from fedmmr_jax.simulation import Simulation
 
 Record = dict[str, Any]  # one line of metrics.jsonl
@@ -135,7 +135,7 @@ def train_round(simulation: Simulation, checkpoint: Checkpoint,
     progress = progress.updated(
         round_number, record['val']['sampled']['HR@10'])
   record['targets'] = simulation.count_targets(cohort)
-  record['masked_fraction'] = federation.masked_fraction(
+  record['masked_fraction'] = round_lib.masked_fraction(
       cohort, simulation.num_train, config)
   record['seconds'] = seconds
   return Checkpoint(state, progress), record
@@ -152,7 +152,7 @@ def test(simulation: Simulation, state: FederationState) -> dict[str, Any]:
   metrics = {split: simulation.evaluate(state, split)[0]
              for split in simulation.splits}
   if simulation.cold:
-    metrics['cold_popularity'] = evaluation.metrics_of(
+    metrics['cold_popularity'] = ranking.metrics_of(
         simulation.rank_by_popularity('cold'))
   return metrics
 

@@ -23,17 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import popularity, scoring, windows
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax.bootstrap import paired_bootstrap
+from fedmmr_jax.client import scoring, windows
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import Dataset, client_view
-from fedmmr_jax.evaluation import Ranks
-from fedmmr_jax.federation import FederationState
+from fedmmr_jax.data.dataset import client_view, Dataset
+from fedmmr_jax.evaluation import popularity
+from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
+from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.simulation import Simulation
+from fedmmr_jax.streams import generator, Stream
 
-AUDIT_STREAM = 10  # see federation.COHORT_STREAM
 DRAWS = 10_000     # negatives of a client
 DEVIATIONS = 5     # of a binomial count, before it is no chance
 # A canary whose HR@10 is surely above popularity's by more knows its targets.
@@ -91,7 +92,7 @@ def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
     wanted = jnp.zeros_like(consumed).at[held_out].set(True) & ~consumed
     wanted = wanted.at[0].set(False)
     keys = jax.random.split(jax.random.fold_in(
-        jax.random.key(AUDIT_STREAM), client), num_keys)
+        jax.random.key(int(Stream.AUDIT)), client), num_keys)
 
     def look(key):
       negatives = scoring.draw_negatives(key, view, config)
@@ -189,7 +190,7 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
 def exchanged(dataset: Dataset, seed: int) -> Dataset:
   """The same with each held-out item exchanged for one that its client has not
   consumed."""
-  rng = np.random.default_rng([seed, AUDIT_STREAM])
+  rng = generator(seed, Stream.AUDIT)
   items = dataset.items.copy()
   for client in range(dataset.num_clients):
     start, end = dataset.offsets[client:client + 2]

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmmr_jax import losses
-from fedmmr_jax import negatives
+from fedmmr_jax.client import losses, negatives
+from fedmmr_jax.client.windows import Batch, targets_of_step
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import ClientData
 from fedmmr_jax.models.experts import MemoryView
 from fedmmr_jax.models.feddmmr import Candidates, Catalogue, FedDMMR
 from fedmmr_jax.models.profile import mix, States
-from fedmmr_jax.windows import Batch, targets_of_step
 
 Params = Any  # tree of float32 arrays, `FedDMMR.init(...)['params']`
 

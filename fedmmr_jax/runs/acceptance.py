@@ -7,7 +7,7 @@ run has nothing to measure, a model without experts for instance.
 import math
 from typing import Any, Sequence
 
-from fedmmr_jax import windows
+from fedmmr_jax.client import windows
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.features import IntegrityReport
 

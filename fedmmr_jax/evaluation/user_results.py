@@ -19,11 +19,12 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet as arrow_parquet
 
-from fedmmr_jax import bootstrap, corrected, metrics, popularity
-from fedmmr_jax.bootstrap import Difference
+from fedmmr_jax import metrics
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import Ranks
-from fedmmr_jax.federation import FederationState
+from fedmmr_jax.evaluation import bootstrap, corrected, popularity
+from fedmmr_jax.evaluation.bootstrap import Difference
+from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.simulation import Simulation
 
 PROTOCOLS = ('full', 'sampled', 'popularity', 'corrected')

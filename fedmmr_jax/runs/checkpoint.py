@@ -15,20 +15,20 @@ import pathlib
 import shutil
 import sys
 import threading
-from typing import Any, Iterator, NamedTuple
 import zlib
+from typing import Any, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from fedmmr_jax import checksums
-from fedmmr_jax import devices
 from fedmmr_jax.config import CheckpointConfig
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.federation import FederationState
-from fedmmr_jax.run_folder import ROUNDS
+from fedmmr_jax.federation import devices
+from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.runs import checksums
+from fedmmr_jax.runs.run_folder import ROUNDS
 
 _SAVING, _DELETING = '.saving-', '.deleting-'
 

@@ -23,17 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import federation
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax import training
-from fedmmr_jax.bootstrap import Difference, paired_bootstrap
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import Ranks
-from fedmmr_jax.federation import FederationState
+from fedmmr_jax.evaluation.bootstrap import Difference, paired_bootstrap
+from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.metrics import Mean
+from fedmmr_jax.runs import training
 from fedmmr_jax.simulation import Simulation
 
 POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
@@ -212,13 +212,13 @@ def run_round(simulations: Sequence[Simulation], states: FederationState,
     number: of the round, 1-based.
 
   Returns:
-    As `federation.run_round_of_seeds`.
+    As `round_lib.run_round_of_seeds`.
   """
   base = simulations[0]
   cohorts = np.stack([s.sample_cohort(number) for s in simulations])
-  keys = jnp.stack([federation.round_key(s.config.seed, number)
+  keys = jnp.stack([round_lib.round_key(s.config.seed, number)
                     for s in simulations])
-  return federation.run_round_of_seeds(
+  return round_lib.run_round_of_seeds(
       base.model, base.compiled_config, base.max_items, states, cohorts, keys,
       base.catalogue, base.data)
 

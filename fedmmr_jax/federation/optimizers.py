@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from fedmmr_jax import drift_control
+from fedmmr_jax.client.scoring import Params
 from fedmmr_jax.config import ClientConfig, RunConfig, ServerConfig
+from fedmmr_jax.federation import drift_control
 from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
-from fedmmr_jax.scoring import Params
 
 
 def client_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:

@@ -10,9 +10,9 @@ history, `B` windows, `D` hidden.
 import jax
 import jax.numpy as jnp
 
+from fedmmr_jax.client.scoring import Params
+from fedmmr_jax.client.vocabulary import ITEM_TABLE
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
-from fedmmr_jax.scoring import Params
-from fedmmr_jax.vocabulary import ITEM_TABLE
 
 
 def running_sums(model: FedDMMR, params: Params, items: jax.Array,

@@ -18,7 +18,7 @@ import sys
 import threading
 from typing import Any
 
-from fedmmr_jax.checkpoint import saved_rounds
+from fedmmr_jax.runs.checkpoint import saved_rounds
 
 PROCESS, CRASH, STUCK = '.process.json', '.crash.txt', 'stuck.txt'
 STUCK_STATUS = 3  # of a process that ended itself
