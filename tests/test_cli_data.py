@@ -17,7 +17,7 @@ def test_string_ids_along_a_timeline(tmp_path):
   (tmp_path / 'meta_x.json').write_text(
       '{"asin": "B07", "title": "Toy seven"}\n')
   for kind, width in (('visual', 8), ('text', 6)):
-    matrix = rng.normal(size=(31, width)).astype(np.float32)
+    matrix = rng.normal(size=(28, width)).astype(np.float32)
     matrix[0] = 0
     np.save(tmp_path / f'{kind}_features.npy', matrix)
   workdir = tmp_path / 'run'

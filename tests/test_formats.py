@@ -261,8 +261,8 @@ def test_the_1000_most_active_users_of_the_real_set():
   assert dataset.num_clients == 1000
   assert len(dataset.items) == 514_961
   assert dataset.num_items == 3415
-  assert dataset.lengths.min() == 292
-  assert dataset.lengths.max() == 2276
+  assert dataset.lengths.min() == 293
+  assert dataset.lengths.max() == 2277
   assert len(dataset.titles) == dataset.num_rows
   assert all(dataset.titles[1:])
 
