@@ -42,6 +42,10 @@ _WORKERS = flags.DEFINE_integer(
 flags.DEFINE_alias('cpu_devices', 'workers')
 
 
+# Flags that had another name.
+RENAMED = {'averaging': 'aggregator'}
+
+
 def define_config_flags() -> None:
   """One flag for each field of `RunConfig`, with its help and default."""
   for _, field, default in walk_fields(RunConfig()):
@@ -51,6 +55,8 @@ def define_config_flags() -> None:
           field.name, default, field.metadata['choices'], help_text)
     else:
       _DEFINE[type(default)](field.name, default, help_text)
+  for old, new in RENAMED.items():
+    flags.DEFINE_alias(old, new)
 
 
 _DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer,

@@ -25,6 +25,7 @@ from absl import flags
 from experiments import app, benchmark_reading, console
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import scoring, windows
+from fedmmr_jax.client.drift import Cohort
 from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
@@ -152,11 +153,12 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
       state.server.prototypes)
   # The state is not donated here: it is needed again.
   aggregate = jax.jit(partial(
-      server_lib.aggregate, config=simulation.compiled_config))
-  upload = server_lib.Upload(state.server.params, None, weight=jnp.float32(1.0),
-                             steps=jnp.float32(1.0))
-  aggregation = _seconds(
-      lambda: aggregate(state.server, upload, jnp.float32(1.0), uploaded))
+      server_lib.aggregate, collected=None, config=simulation.compiled_config,
+      aggregator=simulation.aggregator, drift=simulation.drift))
+  upload = round_lib.no_upload(simulation.program, state.server.params)
+  everybody = Cohort(*[jnp.float32(1.0)] * 4)
+  aggregation = _seconds(lambda: aggregate(
+      state.server, upload, prototypes=uploaded, everybody=everybody))
   ranking = _seconds(lambda: simulation.evaluate(state, 'val'))
   targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
   steps = config.client.local_epochs * statistics.mean(
@@ -288,18 +290,18 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
   def update(total, broadcast, memories, client):
     view = client_view(data, client, simulation.max_items)
     done = client_lib.local_update(
-        simulation.model, simulation.compiled_config, broadcast, view,
+        simulation.program.client, broadcast, view,
         jax.tree.map(lambda x: x[client], memories), None,
         jax.random.fold_in(key, client),
         windows.num_steps(view.num_train, config))
     return round_lib.add_updates(
-        total, jax.tree.map(lambda x: x[None], done),
-        simulation.compiled_config)
+        simulation.aggregator, total, jax.tree.map(lambda x: x[None], done),
+        client[None])
 
   def loop():
     broadcast = state.server.broadcast(
         catalogue, simulation.compiled_config)
-    total = round_lib.no_upload(state.server, simulation.compiled_config)
+    total = round_lib.no_upload(simulation.program, state.server.params)
     for client in cohort[cohort >= 0]:
       total = update(total, broadcast, state.memories, client)
     return total

@@ -108,8 +108,8 @@ def _stepping(config) -> str:
   optimizer = config.client_optimizer
   if config.drift_control == 'mime_lite':
     optimizer = 'the server optimizer (MimeLite)'
-  elif config.drift_control == 'scaffold':
-    optimizer += ' with SCAFFOLD'
+  elif config.drift_control != 'none':
+    optimizer += f' with {config.drift_control}'
   if config.proximal_mu:
     optimizer += f', FedProx {config.proximal_mu:g}'
   return (f'{optimizer} {config.client_learning_rate:g}'
@@ -123,7 +123,7 @@ def _emphasis(loss) -> str:
 
 
 def _averaged(server) -> str:
-  return '' if server.averaging == 'fedavg' else f'{server.averaging}, '
+  return '' if server.aggregator == 'fedavg' else f'{server.aggregator}, '
 
 
 def _decay(schedule: str) -> str:

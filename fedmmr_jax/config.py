@@ -251,7 +251,7 @@ class ClientConfig:
       'most', minimum=0)
   client_schedule: str = _field(
       'constant', 'how the client learning rate falls over the rounds (see '
-      'fedmmr_jax/federation/optimizers.py)', choices=SCHEDULES)
+      'fedmmr_jax/optimizers.py)', choices=SCHEDULES)
   client_warmup_rounds: int = _field(
       0, 'rounds over which the client learning rate rises to its value',
       minimum=0)
@@ -262,8 +262,8 @@ class ClientConfig:
       'none', 'scaffold: control variates, as much state as parameters for '
       'every client; mime_lite: local steps are the server optimizer\'s, with '
       'its moments held, and --server_learning_rate=1 is the mean of the '
-      'clients (see fedmmr_jax/federation/drift_control.py)',
-      choices=('none', 'scaffold', 'mime_lite'))
+      'clients; or your own as my_package.module:Thing (see '
+      'fedmmr_jax/client/drift.py)')
   freeze: str = _field(
       '', 'what is not trained, with commas between: ' + ', '.join(GROUPS),
       names=GROUPS)
@@ -281,11 +281,11 @@ class ServerConfig:
   client_fraction: float = _field(
       0.1, 'share of the clients sampled in a round', minimum=1e-9,
       maximum=1.0)
-  averaging: str = _field(
+  aggregator: str = _field(
       'fedavg', 'fedavg: a delta counts by its client\'s positives; fednova '
       '(Wang et al. 2020): divided by its local steps, so that a client with '
-      'twice the positives counts twice, not four times',
-      choices=('fedavg', 'fednova'))
+      'twice the positives counts twice, not four times; or your own as '
+      'my_package.module:Thing')
   server_optimizer: str = _field(
       'fedavg', 'optimizer applied to the mean client delta (Reddi et al. '
       '2021); fedmuon: Muon for the weight matrices, Adam for the rest',
@@ -406,6 +406,10 @@ class RunConfig:
       raise UserError(
           '--drift_control=mime_lite makes the local steps with the server '
           'optimizer; say --client_optimizer=sgd')
+    if self.client.proximal_mu and self.client.drift_control != 'none':
+      raise UserError(
+          f'--proximal_mu={self.client.proximal_mu} is a drift control of its '
+          f'own; leave out --drift_control={self.client.drift_control}')
     if self.start.load != ALL_GROUPS and not self.start.pretrained_path:
       raise UserError(f'--load={self.start.load} needs --pretrained_path, the '
                       'run to load from')

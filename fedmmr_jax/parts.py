@@ -45,3 +45,15 @@ def find(name: str, named: Mapping[str, Part], what: str) -> Part:
     return getattr(found, thing)
   except AttributeError:
     raise UserError(f'{what} {name}: {module} has no {thing}') from None
+
+
+def built(found: Any, kind: type[Part], name: str) -> Part:
+  """A part as it is used: an object of its kind, made if it is a class.
+
+  Raises:
+    UserError: it is of another kind.
+  """
+  part = found() if isinstance(found, type) else found
+  if not isinstance(part, kind):
+    raise UserError(f'{name} is no {kind.__module__}.{kind.__name__}')
+  return part

@@ -24,9 +24,15 @@ from fedmmr_jax.data.dataset import Dataset, FederatedData
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import local_only, popularity, ranking
 from fedmmr_jax.evaluation.ranking import Ranks
-from fedmmr_jax.federation import collaborative, devices, optimizers
+from fedmmr_jax.federation import collaborative, devices
+from fedmmr_jax import optimizers
+from fedmmr_jax.client import drift as drift_lib
+from fedmmr_jax.client.drift import DriftControl
+from fedmmr_jax.client.update import ClientProgram
+from fedmmr_jax.federation import aggregators
 from fedmmr_jax.federation import round as round_lib
-from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
+from fedmmr_jax.federation.round import FederationState, RoundProgram
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.runs import warm_start as warm_start_lib
@@ -59,6 +65,8 @@ class Simulation:
     data: the clients' data on the device.
     dataset: the host's side of `data`.
     cold: items held out of training, with `--cold_items`.
+    aggregator: what becomes of a cohort's updates.
+    drift: what keeps local steps from drifting apart.
   """
 
   config: RunConfig
@@ -67,6 +75,8 @@ class Simulation:
   data: FederatedData
   dataset: Dataset
   cold: ColdSplit | None = None
+  aggregator: Aggregator = FedAvg()
+  drift: DriftControl = DriftControl()
 
   @functools.cached_property
   def num_train(self) -> np.ndarray:
@@ -93,6 +103,13 @@ class Simulation:
         self.config, seed=0, data=DataConfig(), evaluation=evaluation_,
         client=client, server=server, start=StartConfig(),
         checkpoints=CheckpointConfig())
+
+  @functools.cached_property
+  def program(self) -> RoundProgram:
+    """What a round is made of, bound once."""
+    return RoundProgram(
+        ClientProgram(self.model, self.compiled_config, self.drift),
+        self.aggregator, self.max_items)
 
   def init_state(self) -> FederationState:
     """State before round 1: drawn from the seed, over that the warm start.
@@ -122,8 +139,8 @@ class Simulation:
     return warm_start_lib.load(self.config, self.dataset, self.abstract_state)
 
   def _fresh_state(self) -> FederationState:
-    return round_lib.init(
-        self.model, self.catalogue, self.config, self.dataset.num_clients)
+    return round_lib.init(self.program, self.catalogue, self.config.seed,
+                          self.dataset.num_clients)
 
   def sample_cohort(self, round_number: int) -> np.ndarray:
     """[G, C/G] int32 clients of a round (1-based)."""
@@ -140,7 +157,7 @@ class Simulation:
                 ) -> tuple[FederationState, dict[str, float | None]]:
     """Trains one round; `state` is donated."""
     state, means = round_lib.run_round(
-        self.model, self.compiled_config, self.max_items, state, cohort,
+        self.program, state, cohort,
         round_lib.round_key(self.config.seed, round_number), self.catalogue,
         self.data)
     return state, metrics.finish(jax.device_get(means))
@@ -210,15 +227,14 @@ class Simulation:
     Raises:
       UserError: a score is NaN or infinite.
     """
-    config = dataclasses.replace(
-        self.compiled_config, client=dataclasses.replace(
-            self.config.client, drift_control='none'))
+    program = dataclasses.replace(self.program, client=dataclasses.replace(
+        self.program.client, drift=DriftControl()))
     chunks = round_lib.chunked(
         self.evaluated_clients, self.num_train,
         self.config.server.clients_per_chunk)
     splits = np.array(list(ranking.SPLITS.values()))
     ranks = local_only.rank_all(
-        self.model, config, self.max_items, state.server, chunks,
+        program, state.server, chunks,
         round_lib.round_key(self.config.seed, 1), splits, self.catalogue,
         self.data)
     present = chunks >= 0
@@ -320,7 +336,7 @@ class Simulation:
     chunks = round_lib.chunked(
         clients, self.num_train, self.config.server.clients_per_chunk)
     return round_lib.warm_memories(
-        self.model, self.compiled_config, self.max_items, state, chunks,
+        self.program, state, chunks,
         round_lib.warm_key(self.config.seed), self.catalogue, self.data)
 
 
@@ -364,7 +380,8 @@ def build(config: RunConfig, dataset: Dataset,
       catalogue=devices.copied(
           Catalogue.from_features(visual, text, content)),
       data=_to_device(config, dataset),
-      dataset=dataset, cold=cold)
+      dataset=dataset, cold=cold,
+      aggregator=aggregators.of(config), drift=drift_lib.of(config))
   frozen = optimizers.frozen_names(config.client)
   if frozen and set(simulation.abstract_state.server.params) <= set(frozen):
     raise UserError(f'--freeze={config.client.freeze} leaves nothing of this '

@@ -126,7 +126,7 @@ def updater(simulation):
   @jax.jit
   def update(client, memory, max_steps):
     return client_lib.local_update(
-        simulation.model, simulation.config, broadcast, client, memory,
+        simulation.program.client, broadcast, client, memory,
         None, jax.random.key(7), max_steps)
 
   def run(max_items=simulation.max_items, extra_steps=0, index=2):
@@ -206,7 +206,7 @@ def test_fill_memory_only_fills_clients_never_sampled():
   client = client_view(simulation.data, jnp.int32(1), simulation.max_items)
   empty = jax.tree.map(lambda x: x[1], state.memories)
   fill = jax.jit(lambda memory: client_lib.fill_memory(
-      simulation.model, simulation.config,
+      simulation.program.client,
       state.server.broadcast(simulation.catalogue, simulation.config), client, memory,
       jax.random.key(0),
       windows.num_steps(client.num_train, simulation.config)))

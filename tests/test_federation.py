@@ -13,7 +13,9 @@ from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.client import windows
 from fedmmr_jax.data.dataset import client_view
 from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.client.drift import Cohort, DriftControl
 from fedmmr_jax.federation import server as server_lib
+from fedmmr_jax.federation.aggregators import FedAvg, WeightedSum
 from tests import parity, small
 
 PRESETS = pathlib.Path(__file__).parents[1] / 'experiments' / 'presets'
@@ -37,7 +39,7 @@ def update_alone(simulation):
   def update(index):
     view = client_view(simulation.data, index, simulation.max_items)
     return client_lib.local_update(
-        simulation.model, simulation.config,
+        simulation.program.client,
         start.server.broadcast(simulation.catalogue, simulation.config), view,
         jax.tree.map(lambda x: x[index], start.memories), None,
         jax.random.fold_in(key, index),
@@ -84,7 +86,7 @@ def test_fednova_averages_mean_steps(simulation, update_alone):
           shares, steps, deltas)),
       *(u.delta for u in updates))
   got, _ = run(small.simulation(
-      client_optimizer='sgd', client_learning_rate=0.1, averaging='fednova'),
+      client_optimizer='sgd', client_learning_rate=0.1, aggregator='fednova'),
                COHORT)
   start = simulation.init_state()
   small.assert_trees_close(
@@ -216,7 +218,8 @@ def test_a_round_without_features(kind):
 def test_server_optimizers_first_step(name, expected):
   config = small.config(server_optimizer=name, server_learning_rate=0.1)
   params = {'item_embedding': jnp.zeros(3), 'router': jnp.zeros(3)}
-  state = server_lib.init(params, config, text_dim=4)
+  state = server_lib.init(
+      params, config, 4, FedAvg(), DriftControl())
   delta_sum = jax.tree.map(lambda x: x + 2.0, params)  # Σ w·d with Σ w = 4
   after = aggregate(state, delta_sum, 4.0, config)
   np.testing.assert_allclose(
@@ -228,7 +231,8 @@ def test_server_optimizers_first_step(name, expected):
 def test_what_got_no_update_does_not_move(name):
   config = small.config(server_optimizer=name, server_learning_rate=0.1)
   params = {'item_embedding': jnp.ones(3), 'router': jnp.ones(3)}
-  state = server_lib.init(params, config, text_dim=4)
+  state = server_lib.init(
+      params, config, 4, FedAvg(), DriftControl())
   for _ in range(3):
     state = aggregate(
         state, jax.tree.map(jnp.zeros_like, params), 4.0, config)
@@ -256,7 +260,8 @@ def test_partial_aggregation_holds_the_experts_back():
   config = small.config(partial_aggregation_warmup_rounds=1)
   params = {'item_embedding': jnp.zeros(3), 'backbone': {'w': jnp.zeros(3)},
             'router': jnp.zeros(3)}
-  state = server_lib.init(params, config, text_dim=4)
+  state = server_lib.init(
+      params, config, 4, FedAvg(), DriftControl())
   delta = jax.tree.map(lambda x: x + 1.0, params)
   first = aggregate(state, delta, 1.0, config)
   assert first.params['item_embedding'].all()
@@ -268,10 +273,12 @@ def test_partial_aggregation_holds_the_experts_back():
 
 def aggregate(state, delta_sum, weight, config):
   """A server step on Σ weight · delta, without prototypes."""
+  weight = jnp.float32(weight)
   upload = server_lib.Upload(
-      delta_sum, None, jnp.float32(weight), steps=jnp.float32(weight))
+      WeightedSum(delta_sum, weight, weight), None, weight, jnp.float32(1.0))
+  everybody = Cohort(weight, *[jnp.float32(100.0)] * 3)
   return server_lib.aggregate(
-      state, upload, jnp.float32(100.0), None, config)
+      state, upload, None, None, everybody, config, FedAvg(), DriftControl())
 
 
 def test_prototypes_reach_the_server():
@@ -291,8 +298,7 @@ def test_nothing_is_kept_that_nobody_reads(simulation):
   assert means['memory_fill'] is None
   assert means['contrastive_loss'] is None
   one, many = (round_lib.train_shard.lower(
-      s.model, s.compiled_config, s.max_items, np.array(COHORT, np.int32),
-      s.init_state(), jax.random.key(0), s.catalogue, s.data).as_text()
+      s.program, np.array(COHORT, np.int32), s.init_state(), jax.random.key(0), s.catalogue, s.data).as_text()
                for s in (alone, simulation))
   targets = simulation.config.client.batch_size
   # No two representations of the targets are held against each other.

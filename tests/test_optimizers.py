@@ -8,7 +8,8 @@ import pytest
 
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ablation
-from fedmmr_jax.federation import drift_control, optimizers
+from fedmmr_jax import optimizers
+from fedmmr_jax.client import drift
 from tests import small
 
 
@@ -36,7 +37,7 @@ def test_warm_up_rises_and_then_the_rate_falls_over_what_is_left():
 
 
 def test_fedprox_pulls_to_where_it_started():
-  step = drift_control.fedprox(0.5)
+  step = drift.FedProx(0.5).transform(None, None)
   state = step.init({'w': jnp.array([1.0, 2.0])})
   gradient, _ = step.update(
       {'w': jnp.array([0.0, 1.0])}, state, {'w': jnp.array([3.0, 2.0])})
@@ -44,22 +45,24 @@ def test_fedprox_pulls_to_where_it_started():
 
 
 def test_scaffold_adds_the_difference_of_the_control_variates():
-  step = drift_control.scaffold({'w': jnp.array([0.25, -1.0])})
+  step = drift.Scaffold().transform(
+      {'w': jnp.array([1.0, 0.0])}, {'w': jnp.array([0.75, 1.0])})
   gradient, _ = step.update({'w': jnp.array([1.0, 1.0])}, step.init(None))
   np.testing.assert_allclose(gradient['w'], [1.25, 0.0])
 
 
 def test_mime_lite_steps_by_the_servers_moments_and_keeps_them():
-  moments = optax.trace(0.5)
-  state = optax.TraceState({'w': jnp.array([2.0])})
-  step = drift_control.mime_lite(moments, state)
+  server = small.config(server_optimizer='fedavgm', server_momentum=0.5).server
+  sent = optax.TraceState({'w': jnp.array([2.0])})
+  step = drift.MimeLite(server).transform(sent, None)
+  state = step.init(None)
   for gradient in (1.0, 3.0):  # g + 0.5 · 2 both times
     out, state = step.update({'w': jnp.array([gradient])}, state)
     np.testing.assert_allclose(out['w'], [gradient + 1.0])
 
 
 def test_recorded_gradient_is_the_mean():
-  step = drift_control.record_gradient()
+  step = drift.record_gradient()
   state = step.init({'w': jnp.zeros(2)})
   small.assert_trees_equal(state.mean(), {'w': jnp.zeros(2)})
   for gradient in ([1.0, 2.0], [3.0, 2.0]):
@@ -77,7 +80,7 @@ def server_step(name, delta, client_rate, **changes):
   delta = jax.tree.map(lambda x: x + delta, params)
   state = optimizers.server_direction(config.server).init(params)
   updates, _ = optimizers.server_step(
-      config, params, state, delta, None, jnp.int32(0))
+      config, params, state, delta, jnp.int32(0))
   return updates
 
 
@@ -104,7 +107,7 @@ def test_muon_makes_singular_values_equal_and_leaves_tables_to_adam():
   params = jax.tree.map(jnp.zeros_like, delta)
   direction = optimizers.server_direction(config.server)
   updates, _ = optimizers.server_step(
-      config, params, direction.init(params), delta, None, jnp.int32(0))
+      config, params, direction.init(params), delta, jnp.int32(0))
   values = jnp.linalg.svd(updates['kernel'], compute_uv=False)
   assert values.max() / values.min() < 1.8  # 5 Newton-Schulz steps: roughly
   assert jnp.linalg.norm(updates['kernel']) / 24 ** 0.5 == pytest.approx(

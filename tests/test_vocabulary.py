@@ -114,8 +114,7 @@ def test_local_rows_are_fewer_than_the_catalogue():
   """The round of this file's clients really works on a part of the table."""
   simulation, _ = rounds(0, vocabulary='local')
   lowered = round_lib.train_shard.lower(
-      simulation.model, simulation.compiled_config, simulation.max_items,
-      np.array([[0, 1]], np.int32), simulation.init_state(), jax.random.key(0),
+      simulation.program, np.array([[0, 1]], np.int32), simulation.init_state(), jax.random.key(0),
       simulation.catalogue, simulation.data).as_text()
   rows = 1 + simulation.max_items + 2 * -(-(simulation.max_items - 3) // 4)
   assert rows < simulation.model.num_rows

@@ -6,6 +6,7 @@ of a step, `L` window, `Q` targets of a window (1, or L with all positions),
 `T` = B·Q targets of a step, `N` negatives, `U` rows of the client's item table.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import optimizers
 from fedmmr_jax.client import losses
 from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import profile as profile_lib
 from fedmmr_jax.client import prototypes as prototypes_lib
 from fedmmr_jax.client import vocabulary as vocabulary_lib
+from fedmmr_jax.client.drift import DriftControl, LocalResult, record_gradient
 from fedmmr_jax.client.memory import Memory
 from fedmmr_jax.client.prototypes import Prototypes
 from fedmmr_jax.client.scoring import draw_negatives, Params, score_batch
@@ -32,7 +35,6 @@ from fedmmr_jax.client.windows import (
 )
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import ClientData, MIN_HELD_OUT
-from fedmmr_jax.federation import optimizers
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.experts import MemoryView
 from fedmmr_jax.models.feddmmr import (
@@ -58,8 +60,7 @@ class Broadcast(NamedTuple):
       `--global_memory` has the experts attend to them.
     catalogue: item features (public, the same for everybody).
     learning_rate: [] float32 of the clients in this round.
-    control: the server's control variate (SCAFFOLD) or the state of its
-      optimizer (MimeLite); None without drift control.
+    control: what drift control sends, see `DriftControl.broadcast`.
   """
 
   params: Params
@@ -70,30 +71,29 @@ class Broadcast(NamedTuple):
 
 
 class ClientUpdate(NamedTuple):
-  """What a client returns; `memory` and `own_control` stay with it.
+  """What a client returns; `memory` and `kept` stay with it.
 
   Attributes:
     delta: local minus server parameters; the item table has U rows.
-    control: what drift control uploads; SCAFFOLD: the change of the client's
-      control variate, for the whole catalogue; MimeLite: its mean gradient.
-      None otherwise.
+    control: what drift control uploads, of the client's rows or of the whole
+      catalogue; None for nothing.
     vocabulary: which items the U rows are.
     weight: [] float32, positives of an epoch.
     steps: [] float32, local steps taken; at least 1.
     memory: its memory after training; None in a model without experts.
-    own_control: its control variate (SCAFFOLD) or None.
+    kept: what drift control keeps at the client; None for nothing.
     prototypes: centres of its memory's texts and their sizes; None unless
       `--global_memory`.
     metrics: means over its steps.
   """
 
   delta: Params
-  control: Params | None
+  control: Any
   vocabulary: Vocabulary
   weight: jax.Array
   steps: jax.Array
   memory: Memory | None
-  own_control: Params | None
+  kept: Any
   prototypes: Prototypes | None
   metrics: dict[str, Mean]
 
@@ -144,12 +144,28 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
   return terms.total, (surprise, step_metrics)
 
 
+@dataclasses.dataclass(frozen=True)
+class ClientProgram:
+  """What every client runs. Static: hashed and compared by value.
+
+  Attributes:
+    model: the architecture.
+    config: settings.
+    drift: the drift control.
+  """
+
+  model: FedDMMR
+  config: RunConfig
+  drift: DriftControl
+
+
 class LocalState(NamedTuple):
   """What a client carries from step to step.
 
   Attributes:
     params: its parameters; the item table has U rows.
-    opt_state: of the local optimizer, its moments likewise.
+    opt_state: of the local optimizer, its moments likewise; where drift control
+      needs the mean gradient, (`drift.MeanGradient`, that).
     memory: its memory; None in a model without experts.
     metrics: sums over the steps so far.
   """
@@ -160,19 +176,17 @@ class LocalState(NamedTuple):
   metrics: dict[str, Mean]
 
 
-def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
-                 client: ClientData, memory: Memory | None,
-                 control: Params | None,
+def local_update(program: ClientProgram, broadcast: Broadcast,
+                 client: ClientData, memory: Memory | None, kept: Any,
                  key: jax.Array, max_steps: jax.Array) -> ClientUpdate:
   """Trains on one client's positives for `local_epochs`.
 
   Args:
-    model: the architecture.
-    config: static settings.
+    program: what it runs.
     broadcast: what the server sent.
     client: its data.
     memory: its memory; None in a model without experts.
-    control: its control variate (SCAFFOLD) or None.
+    kept: what drift control kept here in the last round.
     key: its key of this round; consumed whole.
     max_steps: [] int32 steps of an epoch to run, at least its own number;
       steps past its own change nothing. Shared by clients vmapped together.
@@ -180,15 +194,14 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   Returns:
     What goes back to the server, and the memory.
   """
+  model, config, drift = program.model, program.config, program.drift
   stride = window_stride(config.client, config.model.max_seq_len)
   batch_size = config.client.batch_size
   own_windows = num_windows(client.num_train, stride)
   most_windows = num_windows(client.history.shape[0], stride)
   vocabulary = _round_vocabulary(model, config, client, key)
   sent = vocabulary_lib.take(broadcast.params, vocabulary.ids)
-  optimizer = optimizers.client_optimizer(
-      config, broadcast.learning_rate, vocabulary_lib.take(
-          _correction(config, broadcast, control), vocabulary.ids))
+  optimizer = _optimizer(program, broadcast, vocabulary, kept)
 
   cut = _cutter(model, config, client, sent, vocabulary, broadcast.catalogue)
 
@@ -212,18 +225,20 @@ def local_update(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
 
   start = LocalState(sent, optimizer.init(sent), memory, empty_metrics())
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
-  own_control, uploaded = _new_control(
-      config, vocabulary, control, end.opt_state)
+  delta = optax.tree.sub(end.params, sent)
+  weight = num_positives(client.num_train, config).astype(jnp.float32)
+  kept, uploaded = drift.finish(_local_result(
+      drift, vocabulary, delta, kept, end.opt_state, weight > 0, broadcast))
   return ClientUpdate(
-      delta=optax.tree.sub(end.params, sent),
+      delta=delta,
       control=uploaded,
       vocabulary=vocabulary,
-      weight=num_positives(client.num_train, config).astype(jnp.float32),
+      weight=weight,
       steps=jnp.maximum(
           num_steps(client.num_train, config) * config.client.local_epochs,
           1).astype(jnp.float32),
       memory=end.memory,
-      own_control=own_control,
+      kept=kept,
       prototypes=summarise(end.memory, broadcast.catalogue, config),
       metrics=end.metrics | _memory_metrics(end.memory, client))
 
@@ -239,29 +254,29 @@ def _memory_metrics(memory: Memory | None, client) -> dict[str, Mean]:
           memory.clock - memory.last_update, memory.item > 0)}
 
 
-def _correction(config, broadcast: Broadcast, own: Params | None) -> Any:
-  """What `optimizers.client_optimizer` takes as `control`."""
-  if config.client.drift_control == 'scaffold':
-    return jax.tree.map(jnp.subtract, broadcast.control, own)
-  return broadcast.control
+def _optimizer(program, broadcast, vocabulary,
+               kept) -> optax.GradientTransformation:
+  """The local optimizer, for the vocabulary's rows."""
+  drift = program.drift
+  sent_rows, kept_rows = (vocabulary_lib.take(tree, vocabulary.ids)
+                          for tree in (broadcast.control, kept))
+  optimizer = optimizers.client_optimizer(
+      program.config, broadcast.learning_rate,
+      drift.transform(sent_rows, kept_rows), drift.makes_step)
+  if drift.needs_gradient:
+    return optax.chain(record_gradient(), optimizer)
+  return optimizer
 
 
-def _new_control(config, vocabulary, own: Params | None,
-                 opt_state) -> tuple[Params | None, Params | None]:
-  """The client's next control variate, and what drift control uploads."""
-  if not optimizers.needs_gradient(config.client):
-    return None, None
-  recorded = opt_state[0]
-  gradient = recorded.mean()
-  if config.client.drift_control == 'mime_lite':
-    return None, gradient
-  # c_i⁺ = c_i − c + (x − y)/(S η) is the mean gradient of the S local steps;
-  # items outside of the vocabulary had none.
-  gradient = vocabulary_lib.scatter(gradient, vocabulary, own)
-  trained = recorded.count > 0
-  own_next = jax.tree.map(
-      lambda new, old: jnp.where(trained, new, old), gradient, own)
-  return own_next, optax.tree.sub(own_next, own)
+def _local_result(drift, vocabulary, delta, kept, opt_state, trained,
+                  broadcast) -> LocalResult:
+  recorded = opt_state[0] if drift.needs_gradient else None
+  return LocalResult(
+      delta=delta, kept=kept,
+      mean_gradient=recorded.mean() if recorded else None,
+      trained=trained,
+      whole=lambda rows: vocabulary_lib.scatter(
+          rows, vocabulary, broadcast.params))
 
 
 def _round_vocabulary(model, config, client, key) -> Vocabulary:
@@ -424,7 +439,7 @@ def summarise(memory: Memory, catalogue: Catalogue,
       config.memory.num_prototypes, config.memory.prototype_iterations)
 
 
-def fill_memory(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
+def fill_memory(program: ClientProgram, broadcast: Broadcast,
                 client: ClientData, memory: Memory, key: jax.Array,
                 max_steps: jax.Array) -> Memory:
   """Fills an empty memory by a forward pass over the training history.
@@ -437,6 +452,7 @@ def fill_memory(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   Returns:
     The memory; unchanged if the client has been sampled before.
   """
+  model, config = program.model, program.config
   stride = window_stride(config.client, config.model.max_seq_len)
   batch_size = config.client.batch_size
   own_windows = num_windows(client.num_train, stride)

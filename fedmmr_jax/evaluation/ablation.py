@@ -219,8 +219,7 @@ def run_round(simulations: Sequence[Simulation], states: FederationState,
   keys = jnp.stack([round_lib.round_key(s.config.seed, number)
                     for s in simulations])
   return round_lib.run_round_of_seeds(
-      base.model, base.compiled_config, base.max_items, states, cohorts, keys,
-      base.catalogue, base.data)
+      base.program, states, cohorts, keys, base.catalogue, base.data)
 
 
 def _train_group(simulations, on_round):

@@ -11,26 +11,23 @@ import numpy as np
 from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.client import vocabulary
-from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import FederatedData
 from fedmmr_jax.evaluation import ranking
 from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation.round import RoundProgram
 from fedmmr_jax.federation.server import ServerState
-from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.models.feddmmr import Catalogue
 
 
-def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
-             server: ServerState, clients: np.ndarray, key: jax.Array,
-             splits: jax.Array, catalogue: Catalogue,
+def rank_all(program: RoundProgram, server: ServerState, clients: np.ndarray,
+             key: jax.Array, splits: jax.Array, catalogue: Catalogue,
              data: FederatedData) -> Ranks:
   """Trains each client alone for `local_epochs` and ranks its targets.
 
   Args:
-    model: the architecture.
-    config: static settings.
-    max_items: H, the longest client's number of interactions.
+    program: what a client runs.
     server: the state that all start from.
     clients: [G, C] int32, −1 where none.
     key: of the training.
@@ -42,23 +39,23 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     Ranks with axes [G, C, n], on the host.
   """
   results = devices.run(
-      rank_shard, (model, config, max_items), devices.deal(clients), server,
+      rank_shard, (program,), devices.deal(clients), server,
       key, splits, catalogue, data)
   return devices.undealt([each for _, each in results], len(clients))
 
 
-@partial(devices.jit, static_argnames=('model', 'config', 'max_items'))
-def rank_shard(model: FedDMMR, config: RunConfig, max_items: int,
-               chunks: jax.Array, server: ServerState, key: jax.Array,
-               splits: jax.Array, catalogue: Catalogue,
+@partial(devices.jit, static_argnames='program')
+def rank_shard(program: RoundProgram, chunks: jax.Array, server: ServerState,
+               key: jax.Array, splits: jax.Array, catalogue: Catalogue,
                data: FederatedData) -> tuple[None, Ranks]:
   """(None, the ranks [g, C, n] of some chunks' clients)."""
+  model, config = program.client.model, program.config
   broadcast = server.broadcast(catalogue, config)
   empty = None if model.is_backbone_only else memory_lib.init(config.memory)
 
   def rank_one(client, view, max_steps):
     update = client_lib.local_update(
-        model, config, broadcast, view, empty, None,
+        program.client, broadcast, view, empty, None,
         jax.random.fold_in(key, client), max_steps)
     ids = update.vocabulary.ids
     trained = jax.tree.map(
@@ -71,7 +68,7 @@ def rank_shard(model: FedDMMR, config: RunConfig, max_items: int,
                 update.memory), splits)
 
   def rank_chunk(chunk):
-    views, max_steps = round_lib.chunk_views(data, chunk, max_items, config)
+    views, max_steps = round_lib.chunk_views(program, data, chunk)
     return jax.vmap(rank_one, (0, 0, None))(chunk, views, max_steps)
 
   return None, jax.lax.map(rank_chunk, chunks)

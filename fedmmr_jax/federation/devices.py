@@ -11,8 +11,7 @@ A cohort's chunks are dealt into shards, and one jitted program does a shard:
   machine, and a program keeps its arithmetic in one thread, so another number
   of workers or cores changes no bit of a result.
 * On a GPU all clients are one shard. Several GPUs take one each, as a mesh, in
-  one program that ends in an all-reduce. Every one of them has a copy of the
-  data and of the state.
+  one program. Every one of them has a copy of the data and of the state.
 """
 
 import os
@@ -134,11 +133,10 @@ def run(program: Callable[..., tuple[Any, Any]], static: tuple[Any, ...],
     *shared: trees of arrays that every shard reads.
 
   Returns:
-    The result of each shard, in order; of a mesh one: the sums over all shards,
-    and the arrays [..., n·g, …] of shard after shard.
+    The result of each shard, in order.
   """
   if count() > 1:
-    return [_run_on_mesh(program, static, shards, *shared)]
+    return _run_on_mesh(program, static, shards, *shared)
   compiling = threading.Lock()
 
   def run_one(shard):
@@ -155,19 +153,16 @@ def run(program: Callable[..., tuple[Any, Any]], static: tuple[Any, ...],
 
 @partial(jit, static_argnums=(0, 1))
 def _run_on_mesh(program, static, shards, *shared):
-  chunk_axis = shards.ndim - 3  # of what a shard takes and returns
-
   def run_one(shard, *shared):
     # A jitted function with compiler options may not be called within another.
-    sums, each = program.__wrapped__(*static, shard[0], *shared)
-    return jax.lax.psum(sums, AXIS), each
+    result = program.__wrapped__(*static, shard[0], *shared)
+    return jax.tree.map(lambda x: x[None], result)
 
-  return jax.shard_map(
+  results = jax.shard_map(
       run_one, mesh=_mesh(),
       in_specs=(PartitionSpec(AXIS), *[PartitionSpec()] * len(shared)),
-      out_specs=(PartitionSpec(),
-                 PartitionSpec(*[None] * chunk_axis, AXIS)),
-      check_vma=False)(shards, *shared)
+      out_specs=PartitionSpec(AXIS), check_vma=False)(shards, *shared)
+  return [jax.tree.map(lambda x: x[i], results) for i in range(len(shards))]
 
 
 def _mesh() -> Mesh:

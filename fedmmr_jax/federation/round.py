@@ -12,7 +12,7 @@ cohort. Sorting the cohort by length keeps the masked steps few.
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,41 @@ from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.client import vocabulary, windows
+from fedmmr_jax.client.drift import Cohort
 from fedmmr_jax.client.memory import Memory
+from fedmmr_jax.client.prototypes import Prototypes
 from fedmmr_jax.client.scoring import Params
-from fedmmr_jax.client.update import ClientUpdate
+from fedmmr_jax.client.update import ClientProgram, ClientUpdate
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import client_view, ClientData, FederatedData
-from fedmmr_jax.federation import devices, optimizers
+from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import server as server_lib
+from fedmmr_jax.federation.aggregators import add_weighted, Aggregator
 from fedmmr_jax.federation.devices import PADDING_CLIENT
 from fedmmr_jax.federation.server import ServerState, Upload
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models import content
-from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.models.feddmmr import Catalogue
 from fedmmr_jax.streams import generator, Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundProgram:
+  """What a round is made of. Static: hashed and compared by value.
+
+  Attributes:
+    client: what every client of a cohort runs.
+    aggregator: what becomes of their updates.
+    max_items: H, the longest client's number of interactions.
+  """
+
+  client: ClientProgram
+  aggregator: Aggregator
+  max_items: int
+
+  @property
+  def config(self) -> RunConfig:
+    return self.client.config
 
 
 class FederationState(NamedTuple):
@@ -44,33 +66,38 @@ class FederationState(NamedTuple):
     server: the server's state.
     memories: memory of each client, leading axis [K]; None in a model without
       experts, the only ones that read it.
-    controls: control variate of each client (SCAFFOLD), leading axis [K];
-      None without.
+    controls: what drift control keeps at each client, leading axis [K]; None
+      for nothing.
   """
 
   server: ServerState
   memories: Memory | None
-  controls: Params | None = None
+  controls: Any = None
 
 
-def init(model: FedDMMR, catalogue: Catalogue, config: RunConfig,
+def init(program: RoundProgram, catalogue: Catalogue, seed: int,
          num_clients: int) -> FederationState:
   """State before round 1, drawn from the seed."""
-  key = jax.random.fold_in(jax.random.key(config.seed), 0)
+  model, config = program.client.model, program.config
+  key = jax.random.fold_in(jax.random.key(seed), 0)
   params = jax.jit(partial(model.init, method='initialise'))(
       key, catalogue)['params']
   if config.model.item_embedding != 'id':
     params[vocabulary.ITEM_TABLE] = content.initial_table(
         key, catalogue.content, config.model.embedding_init_std,
         config.model.item_embedding == 'content_plus_id')
-  memory = None if model.is_backbone_only else memory_lib.init(config.memory)
-  server = server_lib.init(params, config, catalogue.text.shape[-1])
+  server = server_lib.init(params, config, catalogue.text.shape[-1],
+                           program.aggregator, program.client.drift)
+
+  def for_each(tree):
+    return jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)).copy(), tree)
+
   return FederationState(
       server=server,
-      memories=jax.tree.map(
-          lambda x: jnp.tile(x, (num_clients, *[1] * x.ndim)), memory),
-      controls=jax.tree.map(
-          lambda x: jnp.zeros((num_clients, *x.shape)), server.control))
+      memories=for_each(None if model.is_backbone_only
+                        else memory_lib.init(config.memory)),
+      controls=for_each(program.client.drift.client_state(params)))
 
 
 def round_key(seed: int, round_number: int) -> jax.Array:
@@ -149,16 +176,13 @@ def _num_train(cohort, num_train):
   return np.where(cohort >= 0, num_train[cohort], 0)
 
 
-def run_round(model: FedDMMR, config: RunConfig, max_items: int,
-              state: FederationState, cohort: np.ndarray, key: jax.Array,
-              catalogue: Catalogue, data: FederatedData
-              ) -> tuple[FederationState, dict[str, Mean]]:
+def run_round(program: RoundProgram, state: FederationState,
+              cohort: np.ndarray, key: jax.Array, catalogue: Catalogue,
+              data: FederatedData) -> tuple[FederationState, dict[str, Mean]]:
   """One round of federated learning.
 
   Args:
-    model: the architecture.
-    config: static settings.
-    max_items: H, the longest client's number of interactions.
+    program: what it is made of.
     state: before the round; donated.
     cohort: [G, C/G] int32 distinct clients, PADDING_CLIENT where none.
     key: the round's key, see `round_key`.
@@ -169,15 +193,15 @@ def run_round(model: FedDMMR, config: RunConfig, max_items: int,
     The state after the round and the training metrics of the cohort.
   """
   shards = devices.deal(cohort)
-  results = devices.run(train_shard, (model, config, max_items), shards,
-                        state, key, catalogue, data)
-  return finish_round(config, state, shards, results, data.num_train)
+  results = devices.run(
+      train_shard, (program,), shards, state, key, catalogue, data)
+  return finish_round(program, state, shards, results, data.num_train)
 
 
 def run_round_of_seeds(
-    model: FedDMMR, config: RunConfig, max_items: int, states: FederationState,
-    cohorts: np.ndarray, keys: jax.Array, catalogue: Catalogue,
-    data: FederatedData) -> tuple[FederationState, dict[str, Mean]]:
+    program: RoundProgram, states: FederationState, cohorts: np.ndarray,
+    keys: jax.Array, catalogue: Catalogue, data: FederatedData
+    ) -> tuple[FederationState, dict[str, Mean]]:
   """One round of several runs that differ in their seed, side by side.
 
   Args:
@@ -185,77 +209,91 @@ def run_round_of_seeds(
     the cohorts and the keys, and on what it returns.
   """
   shards = devices.deal(cohorts)
-  results = devices.run(train_shard_of_seeds, (model, config, max_items),
-                        shards, states, keys, catalogue, data)
-  return finish_round_of_seeds(config, states, shards, results, data.num_train)
+  results = devices.run(
+      train_shard_of_seeds, (program,), shards, states, keys, catalogue, data)
+  return finish_round_of_seeds(
+      program, states, shards, results, data.num_train)
 
 
-_STATIC = ('model', 'config', 'max_items')
+class Kept(NamedTuple):
+  """What a client keeps or sends one by one; with leading axes [g, C/G].
+
+  Attributes:
+    memory: its memory, or None.
+    control: what drift control keeps, or None.
+    prototypes: its prototypes, or None.
+    collected: what the aggregator collects, or None.
+  """
+
+  memory: Memory | None
+  control: Any
+  prototypes: Prototypes | None
+  collected: Any
 
 
-@partial(devices.jit, static_argnames=_STATIC)
-def train_shard(model: FedDMMR, config: RunConfig, max_items: int,
-                chunks: jax.Array, state: FederationState, key: jax.Array,
-                catalogue: Catalogue, data: FederatedData):
+@partial(devices.jit, static_argnames='program')
+def train_shard(program: RoundProgram, chunks: jax.Array,
+                state: FederationState, key: jax.Array, catalogue: Catalogue,
+                data: FederatedData
+                ) -> tuple[tuple[Upload, dict[str, Mean]], Kept]:
   """Trains the clients of some chunks [g, C/G].
 
   Returns:
-    ((their `Upload`, their metrics), what each of them keeps or sends one by
-    one, [g, C/G, …]: memory, control variate, prototypes).
+    ((what they sent, their metrics), what each of them keeps).
   """
-  return _train_chunks(model, config, max_items, None, catalogue, data, chunks,
-                       state, key)
+  return _train_chunks(program, None, catalogue, data, chunks, state, key)
 
 
-@partial(devices.jit, static_argnames=_STATIC)
+@partial(devices.jit, static_argnames='program')
 def train_shard_of_seeds(
-    model: FedDMMR, config: RunConfig, max_items: int, chunks: jax.Array,
-    states: FederationState, keys: jax.Array, catalogue: Catalogue,
-    data: FederatedData):
+    program: RoundProgram, chunks: jax.Array, states: FederationState,
+    keys: jax.Array, catalogue: Catalogue, data: FederatedData
+    ) -> tuple[tuple[Upload, dict[str, Mean]], Kept]:
   """`train_shard` with a leading axis, the seeds, on chunks, states, keys and
   results."""
   return jax.vmap(
-      partial(_train_chunks, model, config, max_items, 'seed', catalogue, data),
+      partial(_train_chunks, program, 'seed', catalogue, data),
       axis_name='seed')(chunks, states, keys)
 
 
-def _train_chunks(model, config, max_items, seed_axis, catalogue, data, chunks,
-                  state, key):
-  broadcast = state.server.broadcast(catalogue, config)
+def _train_chunks(program, seed_axis, catalogue, data, chunks, state, key):
+  broadcast = state.server.broadcast(
+      catalogue, program.config, program.client.drift)
 
   def train_chunk(sums, clients):
     upload, metrics = sums
-    views, max_steps = chunk_views(data, clients, max_items, config)
+    views, max_steps = chunk_views(program, data, clients)
     if seed_axis:
       # One trip count for all seeds: each with its own, a loop has to select
       # between old and new parameters in every step.
       max_steps = jax.lax.pmax(max_steps, seed_axis)
     updates = jax.vmap(
-        lambda view, memory, control, client: client_lib.local_update(
-            model, config, broadcast, view, memory, control,
+        lambda view, memory, kept, client: client_lib.local_update(
+            program.client, broadcast, view, memory, kept,
             jax.random.fold_in(key, client), max_steps)
     )(views, memory_lib.fetch(state.memories, clients),
       memory_lib.fetch(state.controls, clients), clients)
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
-    return ((add_updates(upload, updates, config),
+    return ((add_updates(program.aggregator, upload, updates, clients),
              metrics_lib.merge(metrics, chunk_metrics)),
-            (updates.memory, updates.own_control, updates.prototypes))
+            Kept(updates.memory, updates.kept, updates.prototypes,
+                 program.aggregator.collect(updates)))
 
   no_metrics = client_lib.empty_metrics() | {
       'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
-  nothing = (no_upload(state.server, config),
+  nothing = (no_upload(program, state.server.params),
              jax.tree.map(jnp.asarray, no_metrics))
   return jax.lax.scan(train_chunk, nothing, chunks)
 
 
-@partial(devices.jit, static_argnames='config', donate_argnames='state')
-def finish_round(config: RunConfig, state: FederationState, shards: jax.Array,
-                 results: list, num_train: jax.Array
+@partial(devices.jit, static_argnames='program', donate_argnames='state')
+def finish_round(program: RoundProgram, state: FederationState,
+                 shards: jax.Array, results: list, num_train: jax.Array
                  ) -> tuple[FederationState, dict[str, Mean]]:
   """The server's part of a round.
 
   Args:
-    config: static settings.
+    program: what the round is made of.
     state: before the round; donated.
     shards: [n, g, C/G] int32 whom each shard trained.
     results: of `train_shard`, one a shard.
@@ -264,76 +302,76 @@ def finish_round(config: RunConfig, state: FederationState, shards: jax.Array,
   Returns:
     As `run_round`.
   """
-  return _finish(config, num_train, state, shards, results)
+  return _finish(program, num_train, state, shards, results)
 
 
-@partial(devices.jit, static_argnames='config', donate_argnames='states')
+@partial(devices.jit, static_argnames='program', donate_argnames='states')
 def finish_round_of_seeds(
-    config: RunConfig, states: FederationState, shards: jax.Array,
+    program: RoundProgram, states: FederationState, shards: jax.Array,
     results: list, num_train: jax.Array
     ) -> tuple[FederationState, dict[str, Mean]]:
   """`finish_round` with a leading axis, the seeds, on states and results;
   shards are [n, seeds, g, C/G]."""
-  return jax.vmap(partial(_finish, config, num_train), in_axes=(0, 1, 0))(
+  return jax.vmap(partial(_finish, program, num_train), in_axes=(0, 1, 0))(
       states, shards, results)
 
 
-def _finish(config, num_train, state, shards, results):
+def _finish(program, num_train, state, shards, results):
   # In the order of the shards, whoever was done first: the same bits.
   upload, metrics = results[0][0]
   for (more, more_metrics), _ in results[1:]:
-    upload = jax.tree.map(jnp.add, upload, more)
+    upload = Upload(
+        program.aggregator.merge(upload.total, more.total),
+        *jax.tree.map(jnp.add, upload[1:], more[1:]))
     metrics = metrics_lib.merge(metrics, more_metrics)
-  memories, controls, uploaded = jax.tree.map(
+  kept = jax.tree.map(
       lambda *x: jnp.concatenate(x), *[each for _, each in results])
   cohort = shards.reshape(-1, shards.shape[-1])
-  all_weights = windows.num_positives(num_train, config)
+  all_weights = windows.num_positives(num_train, program.config)
+  everybody = Cohort(
+      upload.weight, jnp.sum(all_weights).astype(jnp.float32), upload.size,
+      jnp.float32(len(num_train)))
+  collected = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:]), kept.collected)
   server = server_lib.aggregate(
-      state.server, upload, jnp.sum(all_weights).astype(jnp.float32), uploaded,
-      config)
+      state.server, upload, collected, kept.prototypes, everybody,
+      program.config, program.aggregator, program.client.drift)
   return devices.kept_everywhere(FederationState(
-      server, memory_lib.store(state.memories, cohort, memories),
-      memory_lib.store(state.controls, cohort, controls))), metrics
+      server, memory_lib.store(state.memories, cohort, kept.memory),
+      memory_lib.store(state.controls, cohort, kept.control))), metrics
 
 
-def chunk_views(data: FederatedData, clients: jax.Array, max_items: int,
-                config: RunConfig) -> tuple[ClientData, jax.Array]:
+def chunk_views(program: RoundProgram, data: FederatedData,
+                clients: jax.Array) -> tuple[ClientData, jax.Array]:
   """The data of a chunk's clients [C/G], and how many local steps the longest
   of them needs, [] int32."""
-  views = jax.vmap(lambda client: client_view(data, client, max_items))(clients)
-  return views, jnp.max(windows.num_steps(views.num_train, config))
+  views = jax.vmap(
+      lambda client: client_view(data, client, program.max_items))(clients)
+  return views, jnp.max(windows.num_steps(views.num_train, program.config))
 
 
-def no_upload(server: ServerState, config: RunConfig) -> Upload:
+def no_upload(program: RoundProgram, params: Params) -> Upload:
   """What nobody sent: where `add_updates` starts."""
-  nothing = jax.tree.map(jnp.zeros_like, server.params)
+  control = program.client.drift.no_upload(params)
+  return Upload(total=program.aggregator.zero(params), control=control,
+                weight=jnp.zeros(()), size=jnp.zeros(()))
+
+
+def add_updates(aggregator: Aggregator, upload: Upload, updates: ClientUpdate,
+                clients: jax.Array) -> Upload:
+  """Adds the updates of a chunk, [C/G] clients, PADDING_CLIENT where none."""
+  control = upload.control
+  if control is not None:
+    control = add_weighted(control, updates.weight, updates, updates.control)
   return Upload(
-      delta=nothing, weight=jnp.zeros(()), steps=jnp.zeros(()),
-      control=nothing if optimizers.needs_gradient(config.client) else None)
+      total=aggregator.add(upload.total, updates), control=control,
+      weight=upload.weight + jnp.sum(updates.weight),
+      size=upload.size + jnp.sum(clients >= 0))
 
 
-def add_updates(upload: Upload, updates: ClientUpdate,
-                config: RunConfig) -> Upload:
-  """Adds the updates of a chunk, [C/G] clients."""
-  weight = updates.weight
-
-  def add(total, weights, part):
-    if total is None:
-      return None
-    return vocabulary.add_weighted(
-        total, weights, updates.vocabulary.ids, part)
-
-  delta_weight = (weight / updates.steps
-                  if config.server.averaging == 'fednova' else weight)
-  return Upload(delta=add(upload.delta, delta_weight, updates.delta),
-                control=add(upload.control, weight, updates.control),
-                weight=upload.weight + jnp.sum(weight),
-                steps=upload.steps + jnp.sum(weight * updates.steps))
-
-
-def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
-                  state: FederationState, clients: np.ndarray, key: jax.Array,
-                  catalogue: Catalogue, data: FederatedData) -> Memory:
+def warm_memories(program: RoundProgram, state: FederationState,
+                  clients: np.ndarray, key: jax.Array, catalogue: Catalogue,
+                  data: FederatedData) -> Memory:
   """Memories with those of never-sampled clients filled (`--warm_memory`).
 
   Args:
@@ -342,27 +380,28 @@ def warm_memories(model: FedDMMR, config: RunConfig, max_items: int,
   Returns:
     The memories of all clients; those sampled before are unchanged.
   """
-  config = dataclasses.replace(config, client=dataclasses.replace(
-      config.client, max_local_steps=0))  # all of the history
+  config = dataclasses.replace(program.config, client=dataclasses.replace(
+      program.config.client, max_local_steps=0))  # all of the history
+  program = dataclasses.replace(program, client=dataclasses.replace(
+      program.client, config=config))
   shards = devices.deal(clients)
-  results = devices.run(fill_shard, (model, config, max_items), shards,
-                        state, key, catalogue, data)
+  results = devices.run(
+      fill_shard, (program,), shards, state, key, catalogue, data)
   return _store_filled(state.memories, shards, [each for _, each in results])
 
 
-@partial(devices.jit, static_argnames=_STATIC)
-def fill_shard(model: FedDMMR, config: RunConfig, max_items: int,
-               chunks: jax.Array, state: FederationState, key: jax.Array,
-               catalogue: Catalogue, data: FederatedData
-               ) -> tuple[None, Memory]:
+@partial(devices.jit, static_argnames='program')
+def fill_shard(program: RoundProgram, chunks: jax.Array,
+               state: FederationState, key: jax.Array, catalogue: Catalogue,
+               data: FederatedData) -> tuple[None, Memory]:
   """(None, the filled memories [g, C/G] of some chunks' clients)."""
-  broadcast = state.server.broadcast(catalogue, config)
+  broadcast = state.server.broadcast(catalogue, program.config)
 
   def fill_chunk(clients):
-    views, max_steps = chunk_views(data, clients, max_items, config)
+    views, max_steps = chunk_views(program, data, clients)
     return jax.vmap(
         lambda view, memory, client: client_lib.fill_memory(
-            model, config, broadcast, view, memory,
+            program.client, broadcast, view, memory,
             jax.random.fold_in(key, client), max_steps)
     )(views, memory_lib.fetch(state.memories, clients), clients)
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from fedmmr_jax.client.scoring import Params
 from fedmmr_jax.config import ClientConfig, RunConfig, ServerConfig
-from fedmmr_jax.federation import drift_control
 from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
+
+Params = Any
 
 
 def client_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:
@@ -51,29 +51,25 @@ def _factor(schedule, warmup_rounds, num_rounds, finished) -> jax.Array:
   return optax.join_schedules([rising, falling], [warmup_rounds])(finished)
 
 
-def needs_gradient(config: ClientConfig) -> bool:
-  """Must a client record its gradient?"""
-  return config.drift_control != 'none'
-
-
 def frozen_names(config: ClientConfig) -> tuple[str, ...]:
   """Top-level names of the parameters that `--freeze` leaves as they are."""
   return tuple(name for group in config.frozen_groups
                for name in PARAMETER_GROUPS[group])
 
 
-def client_optimizer(config: RunConfig, learning_rate: jax.Array | float,
-                     control: Any = None) -> optax.GradientTransformation:
-  """Local optimizer; with drift control, its state's first entry is a
-  `drift_control.MeanGradient`.
+def client_optimizer(
+    config: RunConfig, learning_rate: jax.Array | float,
+    correction: optax.GradientTransformation | None = None,
+    makes_step: bool = False) -> optax.GradientTransformation:
+  """Local optimizer.
 
   L2 is added to the gradient, as torch.optim.Adam does.
 
   Args:
-    config: which optimizer and which drift control.
+    config: which optimizer.
     learning_rate: of this round.
-    control: c − c_i (SCAFFOLD) or the server optimizer's state (MimeLite), of
-      the client's rows.
+    correction: what drift control does to the gradient.
+    makes_step: does it take the place of the optimizer's direction?
   """
   c = config.client
   frozen = frozen_names(c)
@@ -81,20 +77,13 @@ def client_optimizer(config: RunConfig, learning_rate: jax.Array | float,
   def trained(params):
     return {name: name not in frozen for name in params}
 
-  parts = [drift_control.record_gradient()] if needs_gradient(c) else []
-  parts.append(optax.add_decayed_weights(
-      c.weight_decay, mask=trained if frozen else None))
-  if c.proximal_mu:
-    parts.append(drift_control.fedprox(c.proximal_mu))
-  if c.drift_control == 'mime_lite':
-    parts.append(drift_control.mime_lite(
-        server_direction(config.server), control))
-  else:
-    if c.drift_control == 'scaffold':
-      parts.append(drift_control.scaffold(control))
-    if c.client_optimizer == 'adam':
-      parts.append(optax.scale_by_adam())
-  return optax.chain(*parts, optax.scale(-learning_rate))
+  links = [optax.add_decayed_weights(
+      c.weight_decay, mask=trained if frozen else None)]
+  if correction is not None:
+    links.append(correction)
+  if c.client_optimizer == 'adam' and not makes_step:
+    links.append(optax.scale_by_adam())
+  return optax.chain(*links, optax.scale(-learning_rate))
 
 
 def server_direction(config: ServerConfig) -> optax.GradientTransformation:
@@ -139,16 +128,15 @@ def _matrices(params: Params) -> Any:
 
 
 def server_step(config: RunConfig, params: Params, opt_state: optax.OptState,
-                delta: Params, control: Params | None, finished: jax.Array
+                delta: Params, finished: jax.Array
                 ) -> tuple[Params, optax.OptState]:
   """One step of the server.
 
   Args:
-    config: which optimizer and which drift control.
+    config: which optimizer.
     params: the server's parameters.
     opt_state: of `server_direction`.
     delta: the cohort's mean delta.
-    control: MimeLite's mean gradient of the cohort.
     finished: [] int32 rounds before this one.
 
   Returns:
@@ -156,11 +144,6 @@ def server_step(config: RunConfig, params: Params, opt_state: optax.OptState,
   """
   rate = server_learning_rate(config, finished)
   direction = server_direction(config.server)
-  if config.client.drift_control == 'mime_lite':
-    # The clients made the server optimizer's steps; here it only learns its
-    # moments.
-    _, opt_state = direction.update(control, opt_state, params)
-    return jax.tree.map(lambda d: rate * d, delta), opt_state
   scale = -1.0
   if config.server.server_optimizer not in ('fedavg', 'fedavgm'):
     client_rate = client_learning_rate(config, finished)
