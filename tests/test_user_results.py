@@ -9,6 +9,7 @@ from pyarrow import parquet
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import popularity, user_results
+from fedmmr_jax.streams import generator, Stream
 from tests import small
 
 
@@ -62,6 +63,28 @@ def test_what_nobody_trains_on_comes_last():
   drawn = draws([9, 5, 5, 5, 1, 3, 6, 0, 0], 4, seeds=200)
   assert {tuple(sorted(row[:3])) for row in drawn.tolist()} == {(4, 5, 6)}
   assert set(drawn[:, 3].tolist()) == {7, 8}
+
+
+def one_by_one(dataset, weights, count, seed):
+  """What the first draws gave: a loop over the stream of each client."""
+  cumulative = np.cumsum(weights)
+  for client, user in enumerate(dataset.user_ids.tolist()):
+    rng = generator(seed, Stream.POPULAR_NEGATIVES, user)
+    seen = {*dataset.sequence(client).tolist()}
+    drawn = []
+    for x in rng.random(8 * count) * cumulative[-1]:
+      item = int((cumulative <= x).sum())
+      if item not in seen and len(drawn) < count:
+        seen.add(item)
+        drawn.append(item)
+    yield drawn
+
+
+def test_popular_negatives_are_those_of_the_loop():
+  dataset = small.dataset()
+  weights = popularity.training_counts(dataset).astype(float)
+  drawn = dataset_lib.draw_popular(dataset, weights, 3, seed=4)
+  assert drawn.tolist() == [*one_by_one(dataset, weights, 3, seed=4)]
 
 
 def test_ranks_are_those_of_the_scores(evaluated):

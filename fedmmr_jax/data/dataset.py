@@ -273,34 +273,49 @@ def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
     [K, n] int32 distinct items.
   """
   popularity = popularity.astype(np.float64)
-  drawable = np.arange(1, dataset.num_rows - dataset.num_cold)
-  popularity[np.setdiff1d(np.arange(dataset.num_rows), drawable)] = 0
+  popularity[0] = popularity[dataset.num_rows - dataset.num_cold:] = 0
   cumulative = np.cumsum(popularity)
+  # One for all clients, for the catalogue may be large.
+  is_left = np.ones(dataset.num_rows + 1, bool)
+  is_left[0] = is_left[dataset.num_rows - dataset.num_cold:] = False
   drawn = np.empty((dataset.num_clients, count), np.int32)
   for client, user in enumerate(dataset.user_ids.tolist()):
     rng = generator(seed, Stream.POPULAR_NEGATIVES, _as_seed(user))
-    is_left = np.zeros(dataset.num_rows, bool)
-    is_left[drawable] = True
-    is_left[dataset.sequence(client)] = False
-    found = 0
-    # Passing over what was drawn before is drawing from what is left.
-    for item in np.searchsorted(
-        cumulative, rng.random(8 * count) * cumulative[-1], side='right'):
-      if found < count and is_left[item]:
-        is_left[item] = False
-        drawn[client, found] = item
-        found += 1
-    # Where the popular items are consumed: the rest of it exactly.
-    for left in (np.flatnonzero(is_left & (popularity > 0)),
-                 np.flatnonzero(is_left & (popularity == 0))):
-      more = min(count - found, len(left))
-      if more:
-        weight = popularity[left] if popularity[left].any() else None
-        drawn[client, found:found + more] = rng.choice(
-            left, more, replace=False,
-            p=None if weight is None else weight / weight.sum())
-        found += more
+    stream = np.searchsorted(
+        cumulative, rng.random(8 * count) * cumulative[-1], side='right')
+    consumed = dataset.sequence(client)
+    is_left[consumed] = False
+    found = _first_distinct(stream[is_left[stream]], count)
+    missing = count - len(found)
+    if missing:  # the popular items are consumed: the rest of it exactly
+      is_left[found] = False
+      found = np.concatenate([found, _draw_weighted(
+          rng, np.flatnonzero(is_left), popularity, missing)])
+      is_left[found] = True
+    is_left[consumed] = True
+    drawn[client] = found
   return drawn
+
+
+def _first_distinct(stream, count):
+  """The first `count` distinct items of a stream, or as many as it has.
+  Passing over what was drawn before is drawing from what is left."""
+  _, first = np.unique(stream, return_index=True)
+  return stream[np.sort(first)[:count]]
+
+
+def _draw_weighted(rng, items, popularity, count):
+  """[count] distinct ones of some items by popularity; those of weight 0 come
+  when all others are used up."""
+  drawn = []
+  for left in (items[popularity[items] > 0], items[popularity[items] == 0]):
+    more = min(count - sum(map(len, drawn)), len(left))
+    if more:
+      weight = popularity[left]
+      drawn.append(rng.choice(
+          left, more, replace=False,
+          p=weight / weight.sum() if weight.any() else None))
+  return np.concatenate(drawn)
 
 
 def _as_seed(user: int | str) -> int:
