@@ -135,13 +135,13 @@ def executed_steps(cohort: np.ndarray, num_train: np.ndarray,
 
 def masked_fraction(cohort: np.ndarray, num_train: np.ndarray,
                     config: RunConfig) -> float:
-  """Share of a round's executed window slots that train nothing."""
+  """Share of a round's executed window slots that train nothing; 0 of none."""
   stride = windows.window_stride(config.client, config.model.max_seq_len)
   own = _num_train(cohort, num_train)
   own_slots = windows.num_steps(own, config) * config.client.batch_size
   used = np.minimum(windows.num_windows(own, stride), own_slots).sum()
   slots = executed_steps(cohort, num_train, config) * config.client.batch_size
-  return float(1 - used / slots)
+  return float(1 - used / slots) if slots else 0.0
 
 
 def _num_train(cohort, num_train):
