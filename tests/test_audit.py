@@ -11,6 +11,7 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import profile, windows
 from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.data import dataset as dataset_lib
+from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import audit, ranking
 from fedmmr_jax.federation import collaborative
 from tests import small
@@ -149,6 +150,13 @@ def test_the_first_rounds_with_and_without_the_leak():
   figures = audit.federated(simulation(), 1)
   assert len(figures.clean.full) == len(figures.popularity.full) == 9
   assert (figures.clean.full != figures.leaky.full).any()
+
+
+def test_a_diverged_run_is_an_error_and_not_clean():
+  # Of NaN in both, every bit could be the same.
+  with pytest.raises(UserError, match='round 1: .*diverged; start anew'):
+    audit.trained_rounds(simulation(
+        client_optimizer='sgd', client_learning_rate=1e30), 2)
 
 
 def test_from_the_shell(ml_1m):

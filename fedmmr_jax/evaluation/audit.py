@@ -32,6 +32,7 @@ from fedmmr_jax.data.dataset import client_view, Dataset
 from fedmmr_jax.evaluation import popularity, ranking
 from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
 from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.simulation import Simulation
 from fedmmr_jax.streams import generator, Stream
@@ -350,6 +351,7 @@ def _trained(simulation: Simulation, rounds: int) -> FederationState:
   for number in range(1, rounds + 1):
     state, _ = simulation.run_round(
         state, number, simulation.sample_cohort(number))
+    round_lib.check_finite_state(state, number)
   return state
 
 

@@ -27,6 +27,7 @@ from fedmmr_jax.client.scoring import Params
 from fedmmr_jax.client.update import ClientUpdate
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import client_view, ClientData, FederatedData
+from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices, optimizers
 from fedmmr_jax.federation import server as server_lib
 from fedmmr_jax.federation.devices import PADDING_CLIENT
@@ -294,6 +295,29 @@ def _finish(config, num_train, state, shards, results):
   return devices.kept_everywhere(FederationState(
       server, memory_lib.store(state.memories, cohort, memories),
       memory_lib.store(state.controls, cohort, controls))), metrics
+
+
+def check_finite_state(state: FederationState, round_number: int,
+                       saved: str = '') -> None:
+  """Raises UserError if the training diverged.
+
+  Args:
+    state: after the round, of one seed or several.
+    round_number: 1-based.
+    saved: which round is left, if the rounds are saved.
+  """
+  if not jax.device_get(_all_finite(state.server)):
+    raise UserError(
+        f'round {round_number}: parameters are NaN or infinite, the training '
+        f'diverged{saved and f" ({saved})"}; start anew with a lower '
+        '--client_learning_rate or --server_learning_rate')
+
+
+@jax.jit
+def _all_finite(tree) -> jax.Array:
+  """[] bool: is no parameter and no moment NaN or infinite?"""
+  return jnp.all(jnp.stack(
+      [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def chunk_views(data: FederatedData, clients: jax.Array, max_items: int,
