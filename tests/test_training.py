@@ -200,6 +200,20 @@ def test_a_run_of_another_format_is_refused(straight, tmp_path):
     RunFolder(tmp_path / 'run').start(small.config(), small.dataset())
 
 
+def test_a_checkout_that_is_not_installed_trains(tmp_path, monkeypatch):
+  version = run_folder.importlib.metadata.version
+
+  def without_us(name):
+    if name == 'fedmmr_jax':
+      raise run_folder.importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+  monkeypatch.setattr(run_folder.importlib.metadata, 'version', without_us)
+  RunFolder(tmp_path).start(small.config(), small.dataset())
+  told = json.loads((tmp_path / 'config.json').read_text())['versions']
+  assert told['fedmmr_jax'] == 'not installed'
+  assert told['jax'] == jax.__version__
+
+
 def begun_elsewhere(path, **changes):
   """A run folder whose config.json says that it began on another machine."""
   run = RunFolder(path)

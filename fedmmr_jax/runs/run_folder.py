@@ -34,8 +34,9 @@ MAY_CHANGE = (
     'items_per_eval_block', 'data_dir', 'item_file', 'visual_features',
     'text_features',
     'keep_last', 'keep_every')
-_PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
-             'orbax-checkpoint', 'numpy', 'absl-py')
+_OWN = 'fedmmr_jax'
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
+             'absl-py')
 
 
 def hold(path: pathlib.Path) -> TextIO:
@@ -291,7 +292,12 @@ def _checksum(content: dict[str, Any]) -> int:
 
 
 def _versions() -> dict[str, str]:
-  return {name: importlib.metadata.version(name) for name in _PACKAGES}
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  try:
+    own = importlib.metadata.version(_OWN)
+  except importlib.metadata.PackageNotFoundError:  # run from a checkout
+    own = 'not installed'
+  return {_OWN: own} | versions
 
 
 def _jax_versions() -> dict[str, str]:
