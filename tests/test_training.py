@@ -166,6 +166,13 @@ def test_damaged_files_are_named(straight, tmp_path):
     run.config()
 
 
+def test_a_folder_that_was_not_started_is_refused_before_training(tmp_path):
+  told = []
+  with pytest.raises(ValueError, match='run.start'):
+    training.train(small.simulation(), RunFolder(tmp_path / 'run'), told.append)
+  assert not told and not (tmp_path / 'run').exists()
+
+
 def test_a_longer_run_takes_down_the_results_of_the_shorter(tmp_path):
   train(tmp_path / 'run', num_rounds=2)
   simulation = simulation_lib.build(
@@ -174,8 +181,10 @@ def test_a_longer_run_takes_down_the_results_of_the_shorter(tmp_path):
   def interrupt(record):
     raise KeyboardInterrupt
 
+  run = RunFolder(tmp_path / 'run')
+  run.start(simulation.config, simulation.dataset)
   with pytest.raises(KeyboardInterrupt):
-    training.train(simulation, RunFolder(tmp_path / 'run'), interrupt)
+    training.train(simulation, run, interrupt)
   assert RunFolder(tmp_path / 'run').summary() is None
   assert Rounds(tmp_path / 'run').numbers() == [1, 2, 3]
 

@@ -122,6 +122,11 @@ class RunFolder:
           f'--workdir={self.path}: cannot be written ({error.strerror})'
       ) from None
 
+  @property
+  def is_started(self) -> bool:
+    """Does this object hold the folder?"""
+    return self._lock is not None
+
   def moved(self) -> str | None:
     """A line about what decides rounding and differs from what the run began
     with: the versions of JAX, the machine. None if nothing does."""

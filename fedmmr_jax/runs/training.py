@@ -29,8 +29,8 @@ def train(simulation: Simulation, run: RunFolder,
 
   Args:
     simulation: what to train.
-    run: an opened run folder; its metrics, checkpoints and summary are
-      written.
+    run: a run folder after `run.start`; its metrics, checkpoints and summary
+      are written.
     on_round: told each finished round's record.
     on_step: told what comes next, as in 'training round 3'.
 
@@ -39,7 +39,11 @@ def train(simulation: Simulation, run: RunFolder,
 
   Raises:
     UserError: training diverged.
+    ValueError: the run folder is not started.
   """
+  if not run.is_started:
+    raise ValueError(f'{run.path}: call run.start(config, dataset) first, it '
+                     'writes config.json and keeps other processes out')
   started = time.perf_counter()
   rounds = Rounds(run.path, create=True)
   rounds.clear_leftovers()
