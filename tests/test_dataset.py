@@ -11,6 +11,7 @@ import pytest
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
+from tests import small
 
 
 def toy(sequences, num_items=20):
@@ -176,13 +177,13 @@ def test_the_padding_client_is_empty():
 def test_a_larger_view_only_adds_padding():
   data = to_device(toy(SEQUENCES), leaky_negatives=True)
   for client in (-1, 0, 1, 2):
-    small, large = cut(data, client, 6), cut(data, client, 40)
+    narrow, large = cut(data, client, 6), cut(data, client, 40)
     for name in ('history', 'avoided'):
       array = getattr(large, name)
-      np.testing.assert_array_equal(array[:6], getattr(small, name))
+      np.testing.assert_array_equal(array[:6], getattr(narrow, name))
       assert (array[6:] == 0).all()
-    assert int(large.num_items) == int(small.num_items)
-    assert int(large.num_avoided) == int(small.num_avoided)
+    assert int(large.num_items) == int(narrow.num_items)
+    assert int(large.num_avoided) == int(narrow.num_avoided)
 
 
 def test_a_view_does_not_see_the_other_clients():
@@ -199,6 +200,14 @@ def test_vmapped_views_are_the_views_one_by_one():
   for i, client in enumerate(clients):
     jax.tree.map(np.testing.assert_array_equal,
                  jax.tree.map(lambda x: x[i], together), cut(data, client, 6))
+
+
+def test_data_sets_and_simulations_are_themselves_and_nothing_else():
+  # By value, == and hash would raise: arrays have no truth value.
+  for thing, twin in ((toy(SEQUENCES), toy(SEQUENCES)),
+                      (small.simulation(), small.simulation())):
+    assert thing == thing and thing != twin
+    assert len({thing, thing, twin}) == 2
 
 
 def test_the_fingerprint_is_the_same_for_the_same_data():

@@ -24,7 +24,7 @@ HELD_OUT = 2      # validation and test item at the end of a sequence
 MIN_HELD_OUT = 1  # the validation item, where a client has no test item
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays
 class Dataset:
   """A data set on the host.
 
