@@ -79,6 +79,9 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   stop.check()
   run.start(config, loaded.dataset, loaded.integrity)
   print(f'\nrun folder  {run.path}')
+  moved = run.moved()
+  if moved:
+    print(moved)
   ended = supervision.last_end(run.path)
   if ended:
     print(ended)

@@ -54,7 +54,7 @@ class _Ranked(NamedTuple):
     return int(self.dataset.lengths.max())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays
 class Simulation:
   """Federated learning over one data set.
 

@@ -87,6 +87,16 @@ def test_a_diverged_client_alone_is_an_error_and_no_hit():
     simulation.rank_local_only(simulation.init_state())
 
 
+def test_a_diverged_variant_ends_at_once():
+  told = []
+  config = small.config(client_optimizer='sgd', client_learning_rate=1e30,
+                        num_rounds=9, eval_every=9)
+  with pytest.raises(UserError, match='round 1: .*diverged; start anew'):
+    ablation.run_trained(config, Loaded(small.dataset(), (), []), [0, 1],
+                         lambda number, text: told.append(number))
+  assert not told
+
+
 @pytest.mark.parametrize('drift_control', ['scaffold', 'mime_lite'])
 def test_a_client_alone_needs_no_drift_control(drift_control):
   simulation = small.simulation(

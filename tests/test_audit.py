@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import profile, windows
 from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.data import dataset as dataset_lib
-from fedmmr_jax.evaluation import audit
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import audit, ranking
 from fedmmr_jax.federation import collaborative
 from tests import small
 from tests.test_cli import run, TINY
 
 CLEAN = {'training negatives', 'windows', '2 rounds', 'memory',
-         'catalogue filter', 'evaluation negatives'}
+         'catalogue filter', 'evaluation negatives', 'validation candidates'}
 # What a client's whole history enters, beside its windows.
 SKETCH_AND_PROFILE = dict(
     item_embedding='content_plus_id', collaborative_dim=4, profile='history')
@@ -96,11 +98,33 @@ def test_training_on_a_held_out_item_is_found(monkeypatch):
 def test_a_seen_evaluation_negative_is_found(kind):
   some = simulation()
   negatives = np.array(getattr(some.data, kind))
-  negatives[2, 3] = some.dataset.sequence(2)[0]
+  negatives[2, 0, 3] = some.dataset.sequence(2)[0]
   broken = dataclasses.replace(some, data=some.data._replace(
       **{kind: jnp.asarray(negatives)}))
   check = audit.evaluation_negatives(broken)
   assert not check.passed and '1 consumed by it' in check.found
+
+
+def test_a_test_item_that_validation_leaves_out_is_found(monkeypatch):
+  some = simulation_lib.build(  # enough clients to tell chance from rule
+      small.config(sampled_negatives=25, experts='none'),
+      small.dataset(num_users=40)).with_popular_negatives()
+  assert audit.validation_candidates(some).passed
+  # As it was once: what the test excludes, validation excluded too.
+  negatives = some.data.sampled_negatives
+  check = audit.validation_candidates(dataclasses.replace(
+      some, data=some.data._replace(
+          sampled_negatives=negatives.at[:, 0].set(negatives[:, 1]))))
+  assert not check.passed and ' 0 have it among the uniform' in check.found
+  rank_client = ranking.rank_client
+
+  def whole_history(scores, client, target_at):
+    found = rank_client(scores, client, client.num_items - 1)
+    return found._replace(
+        sampled=rank_client(scores, client, target_at).sampled)
+  monkeypatch.setattr(ranking, 'rank_client', whole_history)
+  check = audit.validation_candidates(some)
+  assert not check.passed and ' 41 have a test item that is no' in check.found
 
 
 def test_exchanging_changes_held_out_items_alone():
@@ -126,6 +150,13 @@ def test_the_first_rounds_with_and_without_the_leak():
   figures = audit.federated(simulation(), 1)
   assert len(figures.clean.full) == len(figures.popularity.full) == 9
   assert (figures.clean.full != figures.leaky.full).any()
+
+
+def test_a_diverged_run_is_an_error_and_not_clean():
+  # Of NaN in both, every bit could be the same.
+  with pytest.raises(UserError, match='round 1: .*diverged; start anew'):
+    audit.trained_rounds(simulation(
+        client_optimizer='sgd', client_learning_rate=1e30), 2)
 
 
 def test_from_the_shell(ml_1m):

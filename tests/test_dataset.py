@@ -11,6 +11,7 @@ import pytest
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
+from tests import small
 
 
 def toy(sequences, num_items=20):
@@ -56,18 +57,20 @@ def test_a_repeated_item_is_avoided_once():
 def test_evaluation_negatives_are_unseen_and_distinct():
   dataset = toy(SEQUENCES)
   data = to_device(dataset, sampled_negatives=10)
-  assert data.sampled_negatives.shape == (3, 10)
-  for client, negatives in enumerate(np.asarray(data.sampled_negatives)):
-    assert len(set(negatives.tolist())) == 10
-    assert not set(negatives) & set(dataset.sequence(client))
-    assert negatives.min() >= 1 and negatives.max() <= 20
+  assert data.sampled_negatives.shape == (3, 2, 10)
+  for client, of_splits in enumerate(np.asarray(data.sampled_negatives)):
+    history = dataset.sequence(client)
+    for negatives, seen in zip(of_splits, (history[:-1], history)):
+      assert len(set(negatives.tolist())) == 10
+      assert not set(negatives) & set(seen)
+      assert negatives.min() >= 1 and negatives.max() <= 20
 
 
 def test_all_unseen_items_can_be_asked_for():
   # User 12 consumed 6 of 20.
   data = to_device(toy({12: SEQUENCES[12]}), sampled_negatives=14,
                    num_negatives=14)
-  assert sorted(data.sampled_negatives[0].tolist()) == [
+  assert sorted(data.sampled_negatives[0, 1].tolist()) == [
       1, 2, 3, 4, *range(11, 21)]
 
 
@@ -77,10 +80,35 @@ def test_evaluation_negatives_are_drawn_uniformly():
   dataset = toy({12: SEQUENCES[12]})
   count = np.zeros(21, int)
   for seed in range(350):
-    count[np.asarray(to_device(dataset, seed=seed).sampled_negatives)] += 1
+    drawn = to_device(dataset, seed=seed).sampled_negatives[:, 1]
+    count[np.asarray(drawn)] += 1
   unseen = [1, 2, 3, 4, *range(11, 21)]
   assert count.sum() == count[unseen].sum()
   assert np.abs(count[unseen] - 150).max() < 61
+
+
+def test_at_validation_the_test_item_is_drawn_like_any_other():
+  # 15 items are unseen before the validation target, the test item, 5, among
+  # them: 6 drawn for each of 350 seeds make 140 of each; see above.
+  dataset = toy({12: SEQUENCES[12]})
+  count = np.zeros(21, int)
+  for seed in range(350):
+    val, test = np.asarray(to_device(dataset, seed=seed).sampled_negatives[0])
+    count[val] += 1
+    # But for this item the draw is that of the test.
+    assert set(val) - set(test) in (set(), {5})
+    assert len(set(val)) == 6
+  unseen = [1, 2, 3, 4, 5, *range(11, 21)]
+  assert count.sum() == count[unseen].sum()
+  assert np.abs(count[unseen] - 140).max() < 61
+
+
+@pytest.mark.parametrize('sequence', [[5, 3, 9, 5], [5, 3, 9, 9]],
+                         ids=['trained on', 'twice the target'])
+def test_a_test_item_consumed_before_is_no_negative(sequence):
+  for seed in range(20):
+    data = to_device(toy({7: sequence}), seed=seed, sampled_negatives=15)
+    np.testing.assert_array_equal(*data.sampled_negatives[0])
 
 
 def test_evaluation_negatives_follow_the_seed():
@@ -88,7 +116,7 @@ def test_evaluation_negatives_follow_the_seed():
       np.asarray(to_device(toy(SEQUENCES), seed=seed).sampled_negatives)
       for seed in (3, 3, 4))
   np.testing.assert_array_equal(first, again)
-  assert (first != other).any(axis=1).all()
+  assert (first != other).any(axis=-1).all()
 
 
 def test_evaluation_negatives_differ_between_users_of_one_history():
@@ -141,7 +169,7 @@ def test_a_view_cuts_exactly_one_client():
 def test_the_padding_client_is_empty():
   view = cut(to_device(toy(SEQUENCES)), -1, 6)
   assert view.history.tolist() == view.avoided.tolist() == [0] * 6
-  assert view.sampled_negatives.tolist() == [0] * 6
+  assert view.sampled_negatives.tolist() == [[0] * 6] * 2
   assert int(view.num_items) == int(view.num_avoided) == 0
   assert int(view.num_train) == 0
 
@@ -149,13 +177,13 @@ def test_the_padding_client_is_empty():
 def test_a_larger_view_only_adds_padding():
   data = to_device(toy(SEQUENCES), leaky_negatives=True)
   for client in (-1, 0, 1, 2):
-    small, large = cut(data, client, 6), cut(data, client, 40)
+    narrow, large = cut(data, client, 6), cut(data, client, 40)
     for name in ('history', 'avoided'):
       array = getattr(large, name)
-      np.testing.assert_array_equal(array[:6], getattr(small, name))
+      np.testing.assert_array_equal(array[:6], getattr(narrow, name))
       assert (array[6:] == 0).all()
-    assert int(large.num_items) == int(small.num_items)
-    assert int(large.num_avoided) == int(small.num_avoided)
+    assert int(large.num_items) == int(narrow.num_items)
+    assert int(large.num_avoided) == int(narrow.num_avoided)
 
 
 def test_a_view_does_not_see_the_other_clients():
@@ -172,6 +200,14 @@ def test_vmapped_views_are_the_views_one_by_one():
   for i, client in enumerate(clients):
     jax.tree.map(np.testing.assert_array_equal,
                  jax.tree.map(lambda x: x[i], together), cut(data, client, 6))
+
+
+def test_data_sets_and_simulations_are_themselves_and_nothing_else():
+  # By value, == and hash would raise: arrays have no truth value.
+  for thing, twin in ((toy(SEQUENCES), toy(SEQUENCES)),
+                      (small.simulation(), small.simulation())):
+    assert thing == thing and thing != twin
+    assert len({thing, thing, twin}) == 2
 
 
 def test_the_fingerprint_is_the_same_for_the_same_data():

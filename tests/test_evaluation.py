@@ -20,14 +20,14 @@ def client(history, num_items, negatives) -> ClientData:
                     jnp.int32(8))
 
 
-# Items 1..7; the client consumed 1, 2, 3 (3 is the test target). Unconsumed:
-# 4, 5, 6, 7.
-CLIENT = client([1, 2, 3, 0], 3, [4, 5])
+# Items 1..7; the client consumed 1, 2, 3 (2 is the validation target, 3 that of
+# the test). Unconsumed at the test: 4, 5, 6, 7; at validation 3 as well.
+CLIENT = client([1, 2, 3, 0], 3, [[3, 5], [4, 5]])
 
 
-def rank(scores):
-  return ranking.rank_client(
-      jnp.array(scores, jnp.float32), CLIENT, jnp.int32(2))
+def rank(scores, split='test'):
+  return ranking.rank_client(jnp.array(scores, jnp.float32), CLIENT,
+                             CLIENT.num_train + ranking.SPLITS[split])
 
 
 def test_rank_by_hand():
@@ -35,6 +35,25 @@ def test_rank_by_hand():
   # consumed and row 0 is no item, however high their scores.
   got = rank([9, 9, 9, 5, 1, 2, 8, 0])
   assert (got.full, got.sampled, got.bad_scores) == (1, 0, 0)
+
+
+def test_the_test_item_is_a_candidate_at_validation():
+  # Target 2 scores 5; of 3..7 items 3 and 6 score more, of 3 and 5 item 3.
+  got = rank([9, 9, 5, 7, 1, 2, 8, 0], 'val')
+  assert (got.full, got.sampled, got.bad_scores) == (2, 1, 0)
+  # At the test item 2 is consumed, and 3 the target.
+  got = rank([9, 9, 8, 7, 1, 2, 8, 0])
+  assert (got.full, got.sampled) == (1, 0)
+
+
+def test_a_later_item_consumed_before_is_no_candidate():
+  # The test item is one that the client had consumed in training.
+  own = client([1, 4, 2, 4], 4, [[5, 6], [5, 6]])
+  scores = jnp.array([9, 9, 5, 0, 9, 0, 0, 0], jnp.float32)
+  assert ranking.rank_client(scores, own, jnp.int32(2)).full == 0
+  # Nor is the target its own rival where it comes again.
+  own = client([1, 4, 2, 2], 4, [[5, 6], [5, 6]])
+  assert ranking.rank_client(scores, own, jnp.int32(2)).full == 0
 
 
 def test_a_tie_counts_against_the_target():
@@ -120,7 +139,7 @@ def test_scores_use_the_items_before_the_target(simulation):
     scores = np.asarray(ranking.score_catalogue(
         simulation.model, simulation.config, broadcast, jnp.asarray(window),
         jax.tree.map(lambda x: x[index], state.memories)))
-    unseen = np.setdiff1d(np.arange(1, data.num_rows), history)
+    unseen = np.setdiff1d(np.arange(1, data.num_rows), history[:-1])
     margin = scores[unseen] - scores[history[-2]]
     assert abs(int((margin >= 0).sum()) - int(ranks.full[index])) <= 1
 

@@ -177,6 +177,14 @@ def test_masked_fraction_by_hand():
   assert got == pytest.approx(1 - 14 / 24)
 
 
+def test_of_a_round_without_positives_nothing_is_masked():
+  # A single training item has nothing before it: no client makes a step, and a
+  # NaN would end the run where its record is written.
+  got = round_lib.masked_fraction(
+      np.array([[0, 1]]), np.array([1, 1]), small.config())
+  assert got == 0.0
+
+
 @pytest.mark.parametrize('preset', ['recommended', 'paper'])
 def test_little_is_masked_on_the_real_lengths(preset):
   """Below 15 % of the executed work, in each round (MovieLens-1M)."""

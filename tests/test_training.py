@@ -10,7 +10,8 @@ from experiments import console
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.runs import training
+from fedmmr_jax.federation import devices
+from fedmmr_jax.runs import run_folder, training
 from fedmmr_jax.runs.checkpoint import Progress, Rounds
 from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
@@ -65,6 +66,9 @@ def test_writes_every_file_of_the_contract(straight):
   assert config['flags']['num_rounds'] == 4
   assert config['data_fingerprint'] == small.dataset().fingerprint()
   assert config['versions']['jax'] == jax.__version__
+  assert config['machine'] == {
+      'backend': jax.default_backend(), 'devices': devices.count(),
+      'cores': devices.cores(), 'matmul_precision': 'highest'}
   assert Rounds(path).numbers() == [1, 2, 3, 4]
   assert set(summary['test']['full']) == {
       'HR@5', 'HR@10', 'HR@20', 'NDCG@5', 'NDCG@10', 'NDCG@20', 'MRR'}
@@ -162,6 +166,13 @@ def test_damaged_files_are_named(straight, tmp_path):
     run.config()
 
 
+def test_a_folder_that_was_not_started_is_refused_before_training(tmp_path):
+  told = []
+  with pytest.raises(ValueError, match='run.start'):
+    training.train(small.simulation(), RunFolder(tmp_path / 'run'), told.append)
+  assert not told and not (tmp_path / 'run').exists()
+
+
 def test_a_longer_run_takes_down_the_results_of_the_shorter(tmp_path):
   train(tmp_path / 'run', num_rounds=2)
   simulation = simulation_lib.build(
@@ -170,8 +181,10 @@ def test_a_longer_run_takes_down_the_results_of_the_shorter(tmp_path):
   def interrupt(record):
     raise KeyboardInterrupt
 
+  run = RunFolder(tmp_path / 'run')
+  run.start(simulation.config, simulation.dataset)
   with pytest.raises(KeyboardInterrupt):
-    training.train(simulation, RunFolder(tmp_path / 'run'), interrupt)
+    training.train(simulation, run, interrupt)
   assert RunFolder(tmp_path / 'run').summary() is None
   assert Rounds(tmp_path / 'run').numbers() == [1, 2, 3]
 
@@ -191,8 +204,64 @@ def test_a_run_of_another_format_is_refused(straight, tmp_path):
   told = json.loads(path.read_text())
   del told['format'], told['checksum']  # as the first version wrote it
   path.write_text(json.dumps(told))
-  with pytest.raises(UserError, match='format 1, this version reads format 3'):
+  with pytest.raises(UserError, match='format 1, this version reads format '
+                     f'{run_folder.FORMAT};'):
     RunFolder(tmp_path / 'run').start(small.config(), small.dataset())
+
+
+def test_a_checkout_that_is_not_installed_trains(tmp_path, monkeypatch):
+  version = run_folder.importlib.metadata.version
+
+  def without_us(name):
+    if name == 'fedmmr_jax':
+      raise run_folder.importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+  monkeypatch.setattr(run_folder.importlib.metadata, 'version', without_us)
+  RunFolder(tmp_path).start(small.config(), small.dataset())
+  told = json.loads((tmp_path / 'config.json').read_text())['versions']
+  assert told['fedmmr_jax'] == 'not installed'
+  assert told['jax'] == jax.__version__
+
+
+def begun_elsewhere(path, **changes):
+  """A run folder whose config.json says that it began on another machine."""
+  run = RunFolder(path)
+  run.start(small.config(), small.dataset())
+  told = json.loads((path / 'config.json').read_text())
+  for key, part in changes.items():
+    told[key] |= part
+  (path / 'config.json').write_text(json.dumps(
+      run_folder._with_checksum(told)))
+  del run
+  run = RunFolder(path)
+  run.start(small.config(), small.dataset())
+  return run
+
+
+def test_a_run_continued_on_another_machine_says_so_once(tmp_path):
+  assert begun_elsewhere(tmp_path / 'same').moved() is None
+  run = begun_elsewhere(tmp_path / 'other', machine={'cores': 999},
+                        versions={'jax': '0.1', 'numpy': '0.1'})
+  assert run.moved() == (
+      f'continued on another machine: jax 0.1, now {jax.__version__}; cores '
+      f'999, now {devices.cores()}; its results agree to rounding with those '
+      'of one')
+  # What the run began with is kept.
+  assert json.loads((run.path / 'config.json').read_text())['machine'][
+      'cores'] == 999
+
+
+def test_a_run_that_tells_of_no_machine_is_continued(tmp_path):
+  path = tmp_path / 'run'
+  run = begun_elsewhere(path)
+  del run
+  told = json.loads((path / 'config.json').read_text())
+  del told['machine']
+  (path / 'config.json').write_text(json.dumps(
+      run_folder._with_checksum(told)))
+  run = RunFolder(path)
+  run.start(small.config(), small.dataset())
+  assert run.moved() is None
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):

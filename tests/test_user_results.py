@@ -9,6 +9,7 @@ from pyarrow import parquet
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import popularity, user_results
+from fedmmr_jax.streams import generator, Stream
 from tests import small
 
 
@@ -22,20 +23,24 @@ def evaluated():
 def test_popular_negatives_are_unseen_distinct_and_trained(evaluated):
   simulation = evaluated[0]
   counts = popularity.training_counts(simulation.dataset)
-  for client, drawn in enumerate(np.asarray(simulation.data.popular_negatives)):
-    assert len(set(drawn.tolist())) == 10
-    assert not set(drawn) & set(simulation.dataset.sequence(client))
-    assert (counts[drawn] > 0).all()
+  for client, of_splits in enumerate(
+      np.asarray(simulation.data.popular_negatives)):
+    history = simulation.dataset.sequence(client)
+    for drawn, seen in zip(of_splits, (history[:-1], history)):
+      assert len(set(drawn.tolist())) == 10
+      assert not set(drawn) & set(seen)
+      assert (counts[drawn] > 0).all()
 
 
-def draws(weights, count=1, seeds=2000, sequence=(1, 2, 3)):
+def draws(weights, count=1, seeds=2000, sequence=(1, 2, 3), split=1):
   """[seeds, count] draws of one client over items 1 … len(weights) − 1."""
   dataset = dataclasses.replace(
       small.dataset(), items=np.array(sequence, np.int32),
       offsets=np.array([0, len(sequence)]), user_ids=np.array([5]),
       item_ids=np.arange(len(weights)))
   return np.concatenate([dataset_lib.draw_popular(
-      dataset, np.array(weights), count, seed) for seed in range(seeds)])
+      dataset, np.array(weights), count, seed)[:, split]
+                         for seed in range(seeds)])
 
 
 def test_popular_negatives_follow_the_popularity():
@@ -50,6 +55,19 @@ def test_popular_negatives_follow_the_popularity():
   assert (after == 5).mean() == pytest.approx(0.75, abs=0.05)
 
 
+def test_at_validation_the_test_item_is_drawn_by_its_popularity():
+  # As above, and item 3, of weight 5, which is consumed later.
+  drawn = draws([9, 5, 5, 5, 1, 3, 6, 0], split=0)[:, 0]
+  share = np.bincount(drawn, minlength=8) / len(drawn)
+  np.testing.assert_allclose(
+      share[3:7], np.array([5, 1, 3, 6]) / 15, atol=0.04)
+  assert share[3:7].sum() == 1
+  # Where little is left, too.
+  drawn = draws([0, 10 ** 7, 10 ** 7, 5, 1, 3, 6], split=0, seeds=500)[:, 0]
+  share = np.bincount(drawn, minlength=7)[3:] / len(drawn)
+  np.testing.assert_allclose(share, np.array([5, 1, 3, 6]) / 15, atol=0.08)
+
+
 def test_popular_negatives_where_little_is_left():
   # What is unseen has a millionth of the weight.
   drawn = draws([0, 10 ** 7, 10 ** 7, 10 ** 7, 1, 3, 6], 2, seeds=500)
@@ -62,6 +80,28 @@ def test_what_nobody_trains_on_comes_last():
   drawn = draws([9, 5, 5, 5, 1, 3, 6, 0, 0], 4, seeds=200)
   assert {tuple(sorted(row[:3])) for row in drawn.tolist()} == {(4, 5, 6)}
   assert set(drawn[:, 3].tolist()) == {7, 8}
+
+
+def one_by_one(dataset, weights, count, seed):
+  """What the first draws gave: a loop over the stream of each client."""
+  cumulative = np.cumsum(weights)
+  for client, user in enumerate(dataset.user_ids.tolist()):
+    rng = generator(seed, Stream.POPULAR_NEGATIVES, user)
+    seen = {*dataset.sequence(client).tolist()}
+    drawn = []
+    for x in rng.random(8 * count) * cumulative[-1]:
+      item = int((cumulative <= x).sum())
+      if item not in seen and len(drawn) < count:
+        seen.add(item)
+        drawn.append(item)
+    yield drawn
+
+
+def test_popular_negatives_are_those_of_the_loop():
+  dataset = small.dataset()
+  weights = popularity.training_counts(dataset).astype(float)
+  drawn = dataset_lib.draw_popular(dataset, weights, 3, seed=4)
+  assert drawn[:, 1].tolist() == [*one_by_one(dataset, weights, 3, seed=4)]
 
 
 def test_ranks_are_those_of_the_scores(evaluated):
@@ -80,6 +120,12 @@ def test_ranks_are_those_of_the_scores(evaluated):
   _, plain = small.simulation().evaluate(state, 'test')
   np.testing.assert_array_equal(plain.full, ranks.full)
   np.testing.assert_array_equal(plain.sampled, ranks.sampled)
+
+
+def test_at_validation_the_test_item_is_one_candidate_more(evaluated):
+  simulation, results, state = evaluated
+  found = user_results.evaluate(simulation, state, 'val')
+  np.testing.assert_array_equal(found.candidates, results.candidates + 1)
 
 
 def test_without_popular_negatives_nothing_is_told(evaluated):

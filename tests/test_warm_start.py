@@ -45,9 +45,10 @@ def pretrained(tmp_path_factory):
   return train(tmp_path_factory.mktemp('runs') / 'full')
 
 
-def start(path, dataset=None, **changes):
+def start(path, dataset=None, dataset_flag=NAMED['dataset'], **changes):
+  named = NAMED | {'dataset': dataset_flag}
   return simulation_lib.build(
-      small.config(pretrained_path=str(path), **NAMED, **changes),
+      small.config(pretrained_path=str(path), **named, **changes),
       dataset or small.dataset())
 
 
@@ -163,6 +164,19 @@ def test_a_load_that_would_leave_or_twist_something_is_refused(
     pretrained, changes, message):
   with pytest.raises(UserError, match=message):
     start(pretrained, **changes).init_state()
+
+
+def test_the_same_data_under_another_name_is_loaded(pretrained):
+  # A folder read as --dataset=ml-1m then, and as --dataset=auto now.
+  def state(dataset=None):
+    return start(pretrained, dataset, dataset_flag='auto',
+                 load='embeddings').init_state()
+  small.assert_trees_equal(
+      state().server.params['item_embedding'],
+      saved(pretrained).server.params['item_embedding'])
+  # Of other data the name is all there is to go by.
+  with pytest.raises(UserError, match='--dataset=ml-1m, not auto'):
+    state(subset(set(range(5, 61))))
 
 
 def test_what_belongs_to_other_data_is_refused(pretrained):

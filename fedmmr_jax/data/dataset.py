@@ -24,7 +24,7 @@ HELD_OUT = 2      # validation and test item at the end of a sequence
 MIN_HELD_OUT = 1  # the validation item, where a client has no test item
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays
 class Dataset:
   """A data set on the host.
 
@@ -94,6 +94,18 @@ class Dataset:
     """One client's items in time order."""
     return self.items[self.offsets[client]:self.offsets[client + 1]]
 
+  def until_target(self, client: int, after_train: int) -> np.ndarray:
+    """The same up to the target that lies `after_train` items behind the
+    training ones, and with it."""
+    sequence = self.sequence(client)
+    held_out = np.broadcast_to(self.held_out, self.num_clients)[client]
+    return sequence[:len(sequence) - held_out + after_train + 1]
+
+  def new_test_item(self, client: int) -> np.ndarray:
+    """[1] the client's test item, or [0] if it has none or had consumed the
+    item before. At validation it is an unseen item like any other."""
+    return np.setdiff1d(self.sequence(client), self.until_target(client, 0))
+
   def fingerprint(self) -> str:
     """SHA-256 of everything a model could learn from."""
     digest = hashlib.sha256()
@@ -118,10 +130,11 @@ class FederatedData(NamedTuple):
       ascending and distinct within a client.
     avoided_offset: [K] int32.
     avoided_length: [K] int32.
-    sampled_negatives: [K, n] int32 unseen items of the sampled protocol, n =
-      100 by default.
-    popular_negatives: [K, n] int32 likewise, drawn by popularity; [K, 0] until
-      they are asked for (`draw_popular`).
+    sampled_negatives: [K, 2, n] int32 items of the sampled protocol, n = 100 by
+      default: those unseen before the validation target, and before the test
+      target. They differ by the test item at most.
+    popular_negatives: [K, 2, n] int32 likewise, drawn by popularity; [K, 2, 0]
+      until they are asked for (`draw_popular`).
     num_drawable: [] int32 rows of the catalogue that negatives are drawn from
       and targets ranked against: V without the cold ones.
   """
@@ -147,9 +160,9 @@ class ClientData(NamedTuple):
     num_train: [] int32 how many of these train; 0 for a padding client.
     avoided: [A] int32 what its training negatives avoid, ascending.
     num_avoided: [] int32.
-    sampled_negatives: [n] int32.
-    num_drawable: [] int32, see `FederatedData`.
-    popular_negatives: [n] or [0] int32.
+    sampled_negatives: [2, n] int32, see `FederatedData`.
+    num_drawable: [] int32, likewise.
+    popular_negatives: [2, n] or [2, 0] int32.
   """
 
   history: jax.Array
@@ -159,7 +172,7 @@ class ClientData(NamedTuple):
   num_avoided: jax.Array
   sampled_negatives: jax.Array
   num_drawable: jax.Array
-  popular_negatives: jax.Array = np.zeros(0, np.int32)
+  popular_negatives: jax.Array = np.zeros((HELD_OUT, 0), np.int32)
 
 
 def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
@@ -185,10 +198,11 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
   _check_unseen(dataset, consumed_length, num_negatives, sampled_negatives)
   own = np.split(consumed, np.cumsum(consumed_length)[:-1])
   sampled = np.stack([
-      _draw_unseen(generator(seed, Stream.NEGATIVES, _as_seed(user)),
-                   items, dataset.num_rows - dataset.num_cold,
-                   sampled_negatives)
-      for user, items in zip(dataset.user_ids.tolist(), own)])
+      _draw_uniform(generator(seed, Stream.NEGATIVES, _as_seed(user)),
+                    items, dataset.new_test_item(client),
+                    dataset.num_rows - dataset.num_cold, sampled_negatives)
+      for client, (user, items) in enumerate(
+          zip(dataset.user_ids.tolist(), own))])
   return FederatedData(
       items=jnp.asarray(dataset.items),
       offset=jnp.asarray(dataset.offsets[:-1], jnp.int32),
@@ -199,7 +213,8 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
           np.cumsum(avoided_length) - avoided_length, jnp.int32),
       avoided_length=jnp.asarray(avoided_length, jnp.int32),
       sampled_negatives=jnp.asarray(sampled, jnp.int32),
-      popular_negatives=jnp.zeros((dataset.num_clients, 0), jnp.int32),
+      popular_negatives=jnp.zeros(
+          (dataset.num_clients, HELD_OUT, 0), jnp.int32),
       num_drawable=jnp.int32(dataset.num_rows - dataset.num_cold))
 
 
@@ -270,42 +285,79 @@ def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
     seed: of the draws.
 
   Returns:
-    [K, n] int32 distinct items.
+    [K, 2, n] int32 distinct items, see `FederatedData.popular_negatives`.
   """
   popularity = popularity.astype(np.float64)
-  drawable = np.arange(1, dataset.num_rows - dataset.num_cold)
-  popularity[np.setdiff1d(np.arange(dataset.num_rows), drawable)] = 0
+  popularity[0] = popularity[dataset.num_rows - dataset.num_cold:] = 0
   cumulative = np.cumsum(popularity)
-  drawn = np.empty((dataset.num_clients, count), np.int32)
+  # One for all clients, for the catalogue may be large.
+  is_left = np.ones(dataset.num_rows + 1, bool)
+  is_left[0] = is_left[dataset.num_rows - dataset.num_cold:] = False
+  drawn = np.empty((dataset.num_clients, HELD_OUT, count), np.int32)
   for client, user in enumerate(dataset.user_ids.tolist()):
     rng = generator(seed, Stream.POPULAR_NEGATIVES, _as_seed(user))
-    is_left = np.zeros(dataset.num_rows, bool)
-    is_left[drawable] = True
+    stream = np.searchsorted(
+        cumulative, rng.random(8 * count) * cumulative[-1], side='right')
     is_left[dataset.sequence(client)] = False
-    found = 0
-    # Passing over what was drawn before is drawing from what is left.
-    for item in np.searchsorted(
-        cumulative, rng.random(8 * count) * cumulative[-1], side='right'):
-      if found < count and is_left[item]:
-        is_left[item] = False
-        drawn[client, found] = item
-        found += 1
-    # Where the popular items are consumed: the rest of it exactly.
-    for left in (np.flatnonzero(is_left & (popularity > 0)),
-                 np.flatnonzero(is_left & (popularity == 0))):
-      more = min(count - found, len(left))
-      if more:
-        weight = popularity[left] if popularity[left].any() else None
-        drawn[client, found:found + more] = rng.choice(
-            left, more, replace=False,
-            p=None if weight is None else weight / weight.sum())
-        found += more
+    drawn[client] = _draw_by_popularity(rng, stream, is_left, popularity, count)
+    new = dataset.new_test_item(client)
+    if new.size:  # the same stream: it is passed over no longer
+      is_left[new] = True
+      drawn[client, 0] = _draw_by_popularity(
+          rng, stream, is_left, popularity, count)
+    is_left[dataset.sequence(client)] = True
   return drawn
+
+
+def _draw_by_popularity(rng, stream, is_left, popularity, count):
+  """[count] distinct items that are left: of a stream of items drawn by
+  popularity, and if these are too few of all."""
+  found = _first_distinct(stream[is_left[stream]], count)
+  missing = count - len(found)
+  if missing:  # the popular items are consumed: the rest of it exactly
+    is_left[found] = False
+    found = np.concatenate([found, _draw_weighted(
+        rng, np.flatnonzero(is_left), popularity, missing)])
+    is_left[found] = True
+  return found
+
+
+def _first_distinct(stream, count):
+  """The first `count` distinct items of a stream, or as many as it has.
+  Passing over what was drawn before is drawing from what is left."""
+  _, first = np.unique(stream, return_index=True)
+  return stream[np.sort(first)[:count]]
+
+
+def _draw_weighted(rng, items, popularity, count):
+  """[count] distinct ones of some items by popularity; those of weight 0 come
+  when all others are used up."""
+  drawn = []
+  for left in (items[popularity[items] > 0], items[popularity[items] == 0]):
+    more = min(count - sum(map(len, drawn)), len(left))
+    if more:
+      weight = popularity[left]
+      drawn.append(rng.choice(
+          left, more, replace=False,
+          p=weight / weight.sum() if weight.any() else None))
+  return np.concatenate(drawn)
 
 
 def _as_seed(user: int | str) -> int:
   """A user's own number, so that its draws do not depend on the other users."""
   return zlib.crc32(user.encode()) if isinstance(user, str) else user % 2 ** 64
+
+
+def _draw_uniform(rng, consumed, new, num_rows, count):
+  """[2, count] distinct items outside `consumed`; those of validation may have
+  the `new` one, [1] or [0] of `consumed`."""
+  drawn = np.stack(2 * [_draw_unseen(rng, consumed, num_rows, count)])
+  if new.size:
+    # Of one unseen item more, a draw has it with probability count / (unseen +
+    # 1), beside any others: no need to draw those again.
+    place = rng.integers(num_rows - len(consumed))
+    drawn[0, place:place + 1] = new
+  return drawn
 
 
 def _draw_unseen(rng, consumed, num_rows, count):

@@ -227,6 +227,9 @@ def _train_group(simulations, on_round):
 
   Returns:
     (best of each seed, its training metrics of the first round, of the last).
+
+  Raises:
+    UserError: the training of a seed diverged.
   """
   config = simulations[0].config
   states = jax.tree.map(
@@ -235,6 +238,7 @@ def _train_group(simulations, on_round):
   first = None
   for number in range(1, config.server.num_rounds + 1):
     states, means = run_round(simulations, states, number)
+    round_lib.check_finite_state(states, number)
     if first is None or number == config.server.num_rounds:
       last = [metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
               for i in range(len(simulations))]

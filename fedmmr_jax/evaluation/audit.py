@@ -8,7 +8,8 @@ a run uses, not on a description of them.
 | round | all held-out items are exchanged for others: the sketch is taken anew, and parameters, prototypes and memories after the rounds must not differ in a bit |
 | memory | after the rounds each client remembers training items only |
 | catalogue filter | what negatives avoid, and what a k-core counts, are training items |
-| evaluation negatives | unseen, distinct, candidates |
+| evaluation negatives | unseen before the target, distinct, candidates |
+| validation candidates | the later, test item is ranked above the validation item: it must count there, and come among the negatives as often as any other |
 | canary | each client alone, from a random model: it cannot learn more than what it consumed, so that far above popularity it knows its target |
 
 The canary sings with `--leaky_negatives`, where held-out items are never drawn as
@@ -28,9 +29,10 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import scoring, windows
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import client_view, Dataset
-from fedmmr_jax.evaluation import popularity
+from fedmmr_jax.evaluation import popularity, ranking
 from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
 from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.simulation import Simulation
 from fedmmr_jax.streams import generator, Stream
@@ -70,7 +72,7 @@ def all_checks(simulation: Simulation, rounds: int = 2) -> list[Check]:
   """
   return [training_negatives(simulation), training_windows(simulation),
           *trained_rounds(simulation, rounds), catalogue_filter(simulation),
-          evaluation_negatives(simulation)]
+          evaluation_negatives(simulation), validation_candidates(simulation)]
 
 
 def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
@@ -234,14 +236,53 @@ def evaluation_negatives(simulation: Simulation) -> Check:
     negatives = np.asarray(negatives)
     outside += ((negatives < 1) | (
         negatives >= dataset.num_rows - dataset.num_cold)).sum()
-    for client, drawn in enumerate(negatives):
-      seen += np.isin(drawn, dataset.sequence(client)).sum()
-      repeated += len(drawn) - len(np.unique(drawn))
+    for client, of_splits in enumerate(negatives):
+      for after_train, drawn in enumerate(of_splits):
+        seen += np.isin(
+            drawn, dataset.until_target(client, after_train)).sum()
+        repeated += len(drawn) - len(np.unique(drawn))
+  number = negatives.shape[-1]
   return Check(
       'evaluation negatives', not (seen or repeated or outside),
-      f'{negatives.shape[1]} uniform and {negatives.shape[1]} by popularity for '
-      f'each of {dataset.num_clients:,} clients: {seen} consumed by it, '
+      f'{number} uniform and {number} by popularity for each target of '
+      f'{dataset.num_clients:,} clients: {seen} consumed by it before, '
       f'{repeated} drawn twice, {outside} no candidates')
+
+
+def validation_candidates(simulation: Simulation) -> Check:
+  """Ranks each validation item with no score above it but the test item's."""
+  dataset, data = simulation.dataset, simulation.data
+  clients = np.array([k for k in range(dataset.num_clients)
+                      if dataset.new_test_item(k).size], int)
+  if not clients.size:
+    return Check('validation candidates', True,
+                 'nobody has a test item that is new to it')
+
+  @jax.jit
+  def rank(client):
+    view = client_view(data, client, simulation.max_items)
+    target, later = (view.history[view.num_train + after_train]
+                     for after_train in ranking.SPLITS.values())
+    scores = jnp.zeros(simulation.model.num_rows)
+    scores = scores.at[target].set(1).at[later].set(2)
+    return ranking.rank_client(scores, view, view.num_train)
+
+  ranks = jax.tree.map(np.asarray, jax.lax.map(rank, clients))
+  consumed = np.array([len(np.unique(dataset.until_target(k, 0)))
+                       for k in clients])
+  share = data.sampled_negatives.shape[-1] / (
+      dataset.num_items - dataset.num_cold - consumed)
+  expected, deviation = share.sum(), np.sqrt((share * (1 - share)).sum())
+  missing = (ranks.full != 1).sum()
+  return Check(
+      'validation candidates',
+      bool(missing == 0
+           and abs(ranks.sampled.sum() - expected) <= DEVIATIONS * deviation),
+      f'of {len(clients):,} clients {missing} have a test item that is no '
+      f'candidate at validation; {ranks.sampled.sum()} have it among the '
+      f'uniform negatives, {expected:.0f} ± {deviation:.0f} expected if it is '
+      f'drawn like any unseen item, {ranks.popular.sum()} among those by '
+      'popularity')
 
 
 class Trained(NamedTuple):
@@ -310,6 +351,7 @@ def _trained(simulation: Simulation, rounds: int) -> FederationState:
   for number in range(1, rounds + 1):
     state, _ = simulation.run_round(
         state, number, simulation.sample_cohort(number))
+    round_lib.check_finite_state(state, number)
   return state
 
 

@@ -35,7 +35,8 @@ class Ranks(NamedTuple):
   """Ranks of the targets of one split.
 
   Attributes:
-    full: [K] int32 unconsumed catalogue items at least as good as the target.
+    full: [K] int32 catalogue items at least as good as the target that the
+      client had not consumed before it.
     sampled: [K] int32 sampled negatives at least as good as the target.
     bad_scores: [K] int32 scores that are not finite.
     popular: [K] int32 as `sampled`, of negatives drawn by popularity; 0 where
@@ -85,21 +86,26 @@ def rank_client(scores: jax.Array, client: ClientData,
 
   Args:
     scores: [V].
-    client: its data; everything in its history counts as consumed.
-    target_at: [] int32 position of the target in the history.
+    client: its data; what lies in its history up to the target counts as
+      consumed. What comes after is still to be found: no candidate the less.
+    target_at: [] int32 position of the target in the history, that of one of
+      SPLITS.
   """
   target = client.history[target_at]
   at_least = scores >= scores[target]
-  # Row 0 is consumed too: histories are padded with it, and it is no item.
-  unconsumed = jnp.ones(scores.shape, bool).at[client.history].set(False)
+  consumed = jnp.where(jnp.arange(len(client.history)) <= target_at,
+                       client.history, 0)
+  unconsumed = jnp.ones(scores.shape, bool).at[consumed].set(False)
+  # Row 0 is no item.
   unconsumed = unconsumed.at[0].set(False)
   # Nor are items held out of training candidates, until they are the target.
   unconsumed &= jnp.arange(len(scores)) < client.num_drawable
+  split = target_at - client.num_train
   return Ranks(
       full=jnp.sum(at_least & unconsumed),
-      sampled=jnp.sum(at_least[client.sampled_negatives]),
+      sampled=jnp.sum(at_least[client.sampled_negatives[split]]),
       bad_scores=jnp.sum(~jnp.isfinite(scores)),
-      popular=jnp.sum(at_least[client.popular_negatives]))
+      popular=jnp.sum(at_least[client.popular_negatives[split]]))
 
 
 def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,

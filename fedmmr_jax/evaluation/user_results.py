@@ -3,7 +3,7 @@ users, a table to keep, the difference to another run.
 
 | protocol | the target is ranked against |
 |---|---|
-| full | everything that its user has not consumed |
+| full | everything that its user had not consumed before it |
 | sampled | unseen items drawn uniformly (`--sampled_negatives`, 100) |
 | popularity | as many, drawn by how often an item was consumed in training |
 | corrected | as full, estimated from `sampled` (`corrected.py`) |
@@ -23,7 +23,7 @@ from fedmmr_jax import metrics
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import bootstrap, corrected, popularity
 from fedmmr_jax.evaluation.bootstrap import Difference
-from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.evaluation.ranking import Ranks, SPLITS
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.simulation import Simulation
 
@@ -43,7 +43,7 @@ class UserResults(NamedTuple):
     targets: [n] source ids of the items to be found.
     num_train: [n] int, items that the user trains on.
     target_popularity: [n] int, training interactions with the target.
-    candidates: [n] int, unconsumed items that `full` ranks against.
+    candidates: [n] int, items that `full` ranks against.
     num_sampled: int, negatives of the sampled protocols.
     full, sampled, popular: [n] int, how many of each protocol's candidates are
       at least as good as the target.
@@ -101,17 +101,19 @@ def evaluate(simulation: Simulation, state: FederationState,
 
 def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
   """Ranks [n] of a split's targets with what there is to know of each."""
-  if not simulation.data.popular_negatives.shape[1]:  # ranks would all be 0
+  if not simulation.data.popular_negatives.shape[-1]:  # ranks would all be 0
     raise ValueError('the simulation has no popular negatives')
   clients, targets = simulation.targets(split)
   dataset = simulation.ranked_dataset(split)
-  consumed = np.array([len(np.unique(dataset.sequence(k))) for k in clients])
+  after_train = SPLITS['val' if split == 'val' else 'test']
+  consumed = np.array([
+      len(np.unique(dataset.until_target(k, after_train))) for k in clients])
   counts = popularity.training_counts(simulation.dataset)
   return UserResults(
       dataset.user_ids[clients], dataset.item_ids[targets],
       simulation.num_train[clients], counts[targets],
       dataset.num_items - dataset.num_cold - consumed,
-      simulation.data.sampled_negatives.shape[1],
+      simulation.data.sampled_negatives.shape[-1],
       ranks.full, ranks.sampled, ranks.popular)
 
 

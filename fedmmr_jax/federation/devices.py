@@ -43,11 +43,15 @@ jit = partial(jax.jit, compiler_options={'xla_cpu_multi_thread_eigen': False})
 _most_workers = 0
 
 
+def cores() -> int:
+  """How many cores this process may use."""
+  return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+          else os.cpu_count() or 1)  # macOS has no affinity
+
+
 def workers() -> int:
   """How many shards run side by side on a CPU."""
-  cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-           else os.cpu_count() or 1)  # macOS has no affinity
-  return min(_most_workers or cores, CPU_SHARDS)
+  return min(_most_workers or cores(), CPU_SHARDS)
 
 
 def set_workers(count: int) -> None:

@@ -29,6 +29,7 @@ from fedmmr_jax.client.scoring import Params
 from fedmmr_jax.client.update import ClientProgram, ClientUpdate
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import client_view, ClientData, FederatedData
+from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import server as server_lib
 from fedmmr_jax.federation.aggregators import add_weighted, Aggregator
@@ -162,13 +163,13 @@ def executed_steps(cohort: np.ndarray, num_train: np.ndarray,
 
 def masked_fraction(cohort: np.ndarray, num_train: np.ndarray,
                     config: RunConfig) -> float:
-  """Share of a round's executed window slots that train nothing."""
+  """Share of a round's executed window slots that train nothing; 0 of none."""
   stride = windows.window_stride(config.client, config.model.max_seq_len)
   own = _num_train(cohort, num_train)
   own_slots = windows.num_steps(own, config) * config.client.batch_size
   used = np.minimum(windows.num_windows(own, stride), own_slots).sum()
   slots = executed_steps(cohort, num_train, config) * config.client.batch_size
-  return float(1 - used / slots)
+  return float(1 - used / slots) if slots else 0.0
 
 
 def _num_train(cohort, num_train):
@@ -339,6 +340,29 @@ def _finish(program, num_train, state, shards, results):
   return devices.kept_everywhere(FederationState(
       server, memory_lib.store(state.memories, cohort, kept.memory),
       memory_lib.store(state.controls, cohort, kept.control))), metrics
+
+
+def check_finite_state(state: FederationState, round_number: int,
+                       saved: str = '') -> None:
+  """Raises UserError if the training diverged.
+
+  Args:
+    state: after the round, of one seed or several.
+    round_number: 1-based.
+    saved: which round is left, if the rounds are saved.
+  """
+  if not jax.device_get(_all_finite(state.server)):
+    raise UserError(
+        f'round {round_number}: parameters are NaN or infinite, the training '
+        f'diverged{saved and f" ({saved})"}; start anew with a lower '
+        '--client_learning_rate or --server_learning_rate')
+
+
+@jax.jit
+def _all_finite(tree) -> jax.Array:
+  """[] bool: is no parameter and no moment NaN or infinite?"""
+  return jnp.all(jnp.stack(
+      [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def chunk_views(program: RoundProgram, data: FederatedData,

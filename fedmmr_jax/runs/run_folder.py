@@ -11,10 +11,13 @@ import pathlib
 import zlib
 from typing import Any, Sequence, TextIO
 
+import jax
+
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.federation import devices
 from fedmmr_jax.files import replace
 
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
@@ -31,8 +34,9 @@ MAY_CHANGE = (
     'items_per_eval_block', 'data_dir', 'item_file', 'visual_features',
     'text_features',
     'keep_last', 'keep_every')
-_PACKAGES = ('fedmmr_jax', 'jax', 'jaxlib', 'flax', 'optax',
-             'orbax-checkpoint', 'numpy', 'absl-py')
+_OWN = 'fedmmr_jax'
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
+             'absl-py')
 
 
 def hold(path: pathlib.Path) -> TextIO:
@@ -95,16 +99,18 @@ class RunFolder:
         process trains in it, or it cannot be written.
     """
     self._lock = hold(self.path)
-    versions = _versions()
+    versions, machine = _versions(), _machine()
     if (self.path / CONFIG).exists():
       self._check_same(config)
       self.check_data(dataset)
       versions = self._read(CONFIG, 'versions')
+      machine = self._read(CONFIG).get('machine', {})  # older runs have none
     try:
       self._write(CONFIG, _with_checksum({
           'format': FORMAT,
           'flags': config.as_flat_dict(),
           'versions': versions,
+          'machine': machine,
           'data_fingerprint': dataset.fingerprint(),
           'integrity': [report._asdict() for report in integrity]}))
       self._write(IDS, _with_checksum({
@@ -115,6 +121,23 @@ class RunFolder:
       raise UserError(
           f'--workdir={self.path}: cannot be written ({error.strerror})'
       ) from None
+
+  @property
+  def is_started(self) -> bool:
+    """Does this object hold the folder?"""
+    return self._lock is not None
+
+  def moved(self) -> str | None:
+    """A line about what decides rounding and differs from what the run began
+    with: the versions of JAX, the machine. None if nothing does."""
+    began = self._read(CONFIG)
+    changed = [
+        f'{name} {before[name]}, now {now[name]}'
+        for before, now in ((began['versions'], _jax_versions()),
+                            (began.get('machine', {}), _machine()))
+        for name in now if name in before and before[name] != now[name]]
+    return (f'continued on another machine: {"; ".join(changed)}; its results '
+            'agree to rounding with those of one') if changed else None
 
   def config(self) -> RunConfig:
     """The settings of the run in this folder.
@@ -274,7 +297,25 @@ def _checksum(content: dict[str, Any]) -> int:
 
 
 def _versions() -> dict[str, str]:
-  return {name: importlib.metadata.version(name) for name in _PACKAGES}
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  try:
+    own = importlib.metadata.version(_OWN)
+  except importlib.metadata.PackageNotFoundError:  # run from a checkout
+    own = 'not installed'
+  return {_OWN: own} | versions
+
+
+def _jax_versions() -> dict[str, str]:
+  return {name: version for name, version in _versions().items()
+          if name in ('jax', 'jaxlib')}
+
+
+def _machine() -> dict[str, str | int]:
+  """What, beside the seed and the versions, decides a run's rounding."""
+  return {'backend': jax.default_backend(), 'devices': devices.count(),
+          'cores': devices.cores(),
+          'matmul_precision': jax.config.jax_default_matmul_precision
+                              or 'default'}
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:

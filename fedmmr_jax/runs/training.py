@@ -7,7 +7,6 @@ import time
 from typing import Any, Callable
 
 import jax
-import jax.numpy as jnp
 
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
@@ -30,8 +29,8 @@ def train(simulation: Simulation, run: RunFolder,
 
   Args:
     simulation: what to train.
-    run: an opened run folder; its metrics, checkpoints and summary are
-      written.
+    run: a run folder after `run.start`; its metrics, checkpoints and summary
+      are written.
     on_round: told each finished round's record.
     on_step: told what comes next, as in 'training round 3'.
 
@@ -40,7 +39,11 @@ def train(simulation: Simulation, run: RunFolder,
 
   Raises:
     UserError: training diverged.
+    ValueError: the run folder is not started.
   """
+  if not run.is_started:
+    raise ValueError(f'{run.path}: call run.start(config, dataset) first, it '
+                     'writes config.json and keeps other processes out')
   started = time.perf_counter()
   rounds = Rounds(run.path, create=True)
   rounds.clear_leftovers()
@@ -116,15 +119,11 @@ def train_round(simulation: Simulation, checkpoint: Checkpoint,
   cohort = simulation.sample_cohort(round_number)
   state, means = simulation.run_round(
       checkpoint.state, round_number, cohort)
-  finite = jax.device_get(_all_finite(state.server))
+  round_lib.check_finite_state(
+      state, round_number,
+      saved=f'round {round_number - 1} is the last good one'
+      if round_number > 1 else 'nothing is saved')
   seconds = time.perf_counter() - start
-  if not finite:
-    saved = (f'round {round_number - 1} is the last good one'
-             if round_number > 1 else 'nothing is saved')
-    raise UserError(
-        f'round {round_number}: parameters are NaN or infinite, the training '
-        f'diverged ({saved}); start anew with a lower --client_learning_rate '
-        'or --server_learning_rate')
   record = {'round': round_number, 'train': means}
   progress = checkpoint.progress
   if due(round_number, config):
@@ -189,10 +188,3 @@ def peak_rss_mb() -> float:
   """Largest resident set of this process so far, in MB (10⁶ bytes)."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak * (1 if sys.platform == 'darwin' else 1024) / 1e6
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-  """[] bool: is no parameter and no moment NaN or infinite?"""
-  return jnp.all(jnp.stack(
-      [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -200,9 +200,12 @@ def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
   """Refuses what would fit, and come to mean something else."""
   theirs, other = config.as_flat_dict(), run.config()
   before = other.as_flat_dict()
+  # Whatever their files and flags are called.
+  same_data = run.data_fingerprint() == dataset.fingerprint()
   for group in wanted:
     for name in _MEANING.get(group, ()):
-      if before[name] != theirs[name]:
+      if before[name] != theirs[name] and not (
+          name == 'dataset' and same_data):
         refuse(group, f'its run had --{name}={before[name]}, not '
                f'{theirs[name]}')
   if 'embeddings' in wanted:
@@ -219,7 +222,7 @@ def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
       if added[0] and before[name] != theirs[name]:
         refuse('embeddings', f'its run had --{name}={before[name]}, not '
                f'{theirs[name]}')
-  if run.data_fingerprint() == dataset.fingerprint():
+  if same_data:
     return
   # Features may be others, and principal components of another catalogue are
   # other axes; a generated set has other items under the same ids.
