@@ -439,6 +439,18 @@ class RunConfig:
     return {field.name: value for _, field, value in walk_fields(self)}
 
   @classmethod
+  def from_texts(cls, texts: dict[str, str], **values: Any) -> 'RunConfig':
+    """From settings given as text, as on a command line, and others as values.
+
+    Raises:
+      UserError: a name that no field bears, or a text that is no value of it.
+    """
+    defaults = cls().as_flat_dict()
+    parsed = {name: _parse(text, defaults[name], name) if name in defaults
+              else text for name, text in texts.items()}
+    return cls.from_flat_dict(parsed | values)
+
+  @classmethod
   def from_flat_dict(cls, values: dict[str, Any]) -> 'RunConfig':
     """Inverse of `as_flat_dict`; absent names keep their defaults.
 
@@ -456,6 +468,21 @@ class RunConfig:
         group: dataclasses.replace(getattr(cls(), group), **fields)
         for group, fields in groups.items()}
     return cls(**top, **nested)
+
+
+def _parse(text: str, like: Any, name: str) -> Any:
+  """A setting given as text, of the type of its default.
+
+  Raises:
+    UserError: it is none of that type.
+  """
+  try:
+    if isinstance(like, bool):
+      return {'true': True, 'false': False}[text.lower()]
+    return type(like)(text)
+  except (ValueError, KeyError):
+    raise UserError(
+        f'--{name}={text}: not a {type(like).__name__}') from None
 
 
 def walk_fields(

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import time
+from typing import Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from fedmmr_jax.config import (
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset, FederatedData
+from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import local_only, popularity, ranking
 from fedmmr_jax.evaluation.ranking import Ranks
@@ -54,6 +56,24 @@ class _Ranked(NamedTuple):
     return int(self.dataset.lengths.max())
 
 
+class Round(NamedTuple):
+  """A finished round of training.
+
+  Attributes:
+    number: 1-based.
+    state: after it.
+    metrics: name -> mean over the cohort's steps; None where nothing counted.
+    cohort: [G, C/G] int32 who trained, PADDING_CLIENT where nobody.
+    seconds: what it took.
+  """
+
+  number: int
+  state: FederationState
+  metrics: dict[str, float | None]
+  cohort: np.ndarray
+  seconds: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays
 class Simulation:
   """Federated learning over one data set.
@@ -77,6 +97,28 @@ class Simulation:
   cold: ColdSplit | None = None
   aggregator: Aggregator = FedAvg()
   drift: DriftControl = DriftControl()
+
+  @classmethod
+  def of(cls, config: RunConfig, data: Dataset | Loaded,
+         aggregator: Aggregator | None = None,
+         drift: DriftControl | None = None) -> 'Simulation':
+    """A simulation of federated learning over a data set.
+
+    Args:
+      config: settings, as from `preset`.
+      data: from `load` or `Dataset.of`.
+      aggregator: one of your own, instead of the one that the config names.
+      drift: a drift control of your own, likewise.
+
+    Raises:
+      UserError: see `build`.
+    """
+    loaded = (data, None) if isinstance(data, Dataset) else (
+        data.dataset, data.cold)
+    simulation = build(config, *loaded)
+    parts = {'aggregator': aggregator, 'drift': drift}
+    return dataclasses.replace(simulation, **{
+        name: part for name, part in parts.items() if part is not None})
 
   @functools.cached_property
   def num_train(self) -> np.ndarray:
@@ -152,6 +194,33 @@ class Simulation:
     return int(self.config.client.local_epochs
                * num_positives(trained, self.config).sum())
 
+  def rounds(self, state: FederationState | None = None, first: int = 1,
+             count: int | None = None) -> Iterator[Round]:
+    """Trains round after round.
+
+    Args:
+      state: before the first of these rounds, donated; None = the start.
+      first: its number, 1-based.
+      count: how many; None = to the end that the config names.
+
+    Yields:
+      Each finished round. Its state is donated to the next one: what is wanted
+      of it has to be taken before, or the loop left.
+
+    Raises:
+      UserError: the training diverged.
+    """
+    state = self.init_state() if state is None else state
+    last = self.config.server.num_rounds if count is None else first + count - 1
+    for number in range(first, last + 1):
+      start = time.perf_counter()
+      cohort = self.sample_cohort(number)
+      state, means = self.run_round(state, number, cohort)
+      round_lib.check_finite_state(
+          state, number, f'round {number - 1} was the last good one'
+          if number > 1 else '')
+      yield Round(number, state, means, cohort, time.perf_counter() - start)
+
   def run_round(self, state: FederationState, round_number: int,
                 cohort: np.ndarray
                 ) -> tuple[FederationState, dict[str, float | None]]:
@@ -183,16 +252,22 @@ class Simulation:
     Returns:
       ([count] int rows of the catalogue, [count] float32 scores); fewer where
       the client has left fewer.
+
+    Raises:
+      UserError: a score is NaN or infinite.
     """
     history = self.dataset.sequence(client)
     length = self.config.model.max_seq_len
-    window = np.pad(history[-length:], (max(0, length - len(history)), 0))
-    scores = np.array(ranking.score_catalogue(
-        self.model, self.compiled_config,
-        state.server.broadcast(self.catalogue, self.compiled_config), window,
+    padded = np.zeros(length + self.max_items, np.int32)
+    padded[len(padded) - len(history):] = history
+    scores = np.array(ranking.score_client(
+        self.model, self.compiled_config, state.server, padded,
         jax.tree.map(lambda x: x[client],
                      self._memories(state, np.array([client]))),
-        history[:-length]))
+        self.catalogue))
+    if not np.isfinite(scores[1:]).all():
+      raise UserError(f'client {client} has scores that are NaN or infinite, '
+                      'the training diverged')
     # Consumed items that were held out of training are consumed too.
     everything = self.cold.dataset if self.cold else self.dataset
     scores[0] = scores[everything.sequence(client)] = -np.inf

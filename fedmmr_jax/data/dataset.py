@@ -11,7 +11,7 @@ target; the rest is training (`selection.py`).
 import dataclasses
 import hashlib
 import zlib
-from typing import NamedTuple
+from typing import Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,51 @@ class Dataset:
   titles: tuple[str, ...] = ()
   num_cold: int = 0
   held_out: np.ndarray | int = HELD_OUT
+
+  @classmethod
+  def of(cls, users: Sequence, items: Sequence, times: Sequence | None = None,
+         visual: Mapping | None = None, text: Mapping | None = None,
+         titles: Mapping | None = None, name: str = 'data') -> 'Dataset':
+    """A data set from arrays, without any file.
+
+    Each user's last item is the test item, the one before validates, the rest
+    trains; users of fewer than three are left out.
+
+    Args:
+      users: [n] ids, whole numbers or strings.
+      items: [n] ids likewise, one interaction a place.
+      times: [n] seconds; None = the order given is the order in time.
+      visual: item id -> [F] numbers; an item without is one without an image.
+      text: item id -> [F] numbers likewise.
+      titles: item id -> title.
+      name: what to call it.
+
+    Raises:
+      UserError: arrays of different lengths, nobody with three interactions, or
+        features that fail the integrity checks.
+
+    >>> Dataset.of([1, 1, 1, 2, 2, 2], list('abcbcd'),
+    ...            text={'a': [1, 0], 'b': [0, 1]}).text.tolist()
+    [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    """
+    # These build on this module.
+    from fedmmr_jax.data import features  # pylint: disable=g-import-not-at-top
+    from fedmmr_jax.data.interactions import Interactions  # pylint: disable=g-import-not-at-top
+    from fedmmr_jax.data.selection import select  # pylint: disable=g-import-not-at-top
+    columns = [np.asarray(x) for x in (users, items, times) if x is not None]
+    if len({x.shape for x in columns}) > 1 or columns[0].ndim != 1:
+      raise UserError(
+          f'{name}: users, items and times must be of one length, not '
+          + ', '.join(str(x.shape) for x in columns))
+    dataset = select(name, Interactions.of(*columns)).dataset
+    ids = dataset.item_ids[1:].tolist()
+    made = {}
+    for kind, rows in (('visual', visual), ('text', text)):
+      if rows:
+        made[kind] = features.of_mapping(rows, kind, ids)
+    if titles:
+      made['titles'] = ('', *(str(titles.get(i, '')) for i in ids))
+    return dataclasses.replace(dataset, **made)
 
   @property
   def num_clients(self) -> int:

@@ -6,7 +6,7 @@ fails a check stops the run.
 """
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -111,6 +111,30 @@ def load(path: pathlib.Path, kind: str, num_rows: int, item_ids: np.ndarray,
     model = pathlib.PurePath(described['model']).name
     report = report._replace(source=f'{path} ({model})')
   return matrix[item_ids].astype(np.float32), report
+
+
+def of_mapping(rows: Mapping[Any, Any], kind: str,
+               item_ids: Sequence) -> np.ndarray:
+  """[V, F] float32 of vectors by item id, checked as a file's would be.
+
+  Args:
+    rows: item id -> [F] numbers.
+    kind: 'visual' or 'text'.
+    item_ids: of the catalogue, without the padding row.
+
+  Raises:
+    UserError: vectors of different widths, or what `check` refuses.
+  """
+  widths = {np.shape(row) for row in rows.values()}
+  if len(widths) != 1 or len(next(iter(widths))) != 1:
+    raise UserError(f'{kind} features: every item needs a vector of the same '
+                    f'width, found shapes {sorted(widths)}')
+  matrix = np.zeros((1 + len(item_ids), *next(iter(widths))), np.float32)
+  for number, item in enumerate(item_ids, 1):
+    if item in rows:
+      matrix[number] = rows[item]
+  check(matrix, kind, f'{kind} features', len(matrix), np.arange(len(matrix)))
+  return matrix
 
 
 def check(matrix: np.ndarray, kind: str, source: str, num_rows: int,

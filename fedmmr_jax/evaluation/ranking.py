@@ -80,6 +80,26 @@ def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
   return scores.reshape(-1)[:model.num_rows]
 
 
+@partial(devices.jit, static_argnames=('model', 'config'))
+def score_client(model: FedDMMR, config: RunConfig, server: ServerState,
+                 history: jax.Array, memory: Memory | None,
+                 catalogue: Catalogue) -> jax.Array:
+  """[V] scores of all items for one client, asked after its last item.
+
+  Args:
+    model: the architecture.
+    config: static settings.
+    server: parameters and prototypes.
+    history: [L + H] int32 its items in time order, 0 before them.
+    memory: its memory; None in a model without experts.
+    catalogue: item features.
+  """
+  length = config.model.max_seq_len
+  return score_catalogue(
+      model, config, server.broadcast(catalogue, config), history[-length:],
+      memory, history[:-length])
+
+
 def rank_client(scores: jax.Array, client: ClientData,
                 target_at: jax.Array) -> Ranks:
   """Ranks one client's target.
