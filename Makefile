@@ -1,14 +1,16 @@
 # make demo      install into .venv and train on the embedded data set
 # make test      install with the test extra and run the tests
 # make test-all  the slow ones too
+# make docs      build the documentation into site/
 # make install   only install (with the test extra)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test test-all install clean
+.PHONY: demo test test-all docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.train --flagfile=experiments/presets/synthetic.flags
@@ -19,6 +21,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python experiments/results/draw.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 install: $(INSTALLED)
 
 # Editable: a change in the sources needs no new install.
@@ -28,5 +34,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
 	@touch $@
 
+$(DOCS_INSTALLED): $(INSTALLED) setup.cfg
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

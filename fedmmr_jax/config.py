@@ -83,7 +83,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shape and variants of the model (DESIGN.md, Model)."""
+  """Shape and variants of the model (docs/model.md)."""
 
   hidden_dim: int = _field(128, 'D, width of all states', minimum=1)
   num_blocks: int = _field(2, 'transformer blocks of the backbone', minimum=1)
@@ -148,7 +148,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """The training objective (DESIGN.md, Losses)."""
+  """The training objective (docs/model.md, Losses)."""
 
   drift: str = _field(
       'instance_weight', 'how surprise enters the contrastive loss',
@@ -171,7 +171,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-  """A client's memory and its prototypes (DESIGN.md, Client memory)."""
+  """A client's memory and its prototypes (docs/model.md, Client memory)."""
 
   memory: str = _field(
       'surprise', 'what a client remembers of its positives; surprise: the '

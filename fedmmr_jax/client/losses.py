@@ -1,4 +1,4 @@
-"""Loss terms of a local step (DESIGN.md, Losses). Reductions take explicit
+"""Loss terms of a local step (docs/model.md, Losses). Reductions take explicit
 weights, so padded samples count for nothing, and 0/0 is 0.
 
 Axes: `T` targets of a step, `N` negatives, `J` candidates, `E` experts.

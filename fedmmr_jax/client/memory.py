@@ -1,4 +1,4 @@
-"""Local memory of ONE client (DESIGN.md, Client memory), in four forms:
+"""Local memory of ONE client (docs/model.md, Client memory), in four forms:
 
 * `surprise`, the paper's: a positive that the model found hard is stored, the
   entry of lowest utility goes;
