@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmmr_jax.config import DataConfig, SYNTHETIC
+from fedmmr_jax.config import DataConfig, RunConfig, SYNTHETIC
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.data import columns, features, formats, items, synthetic
 from fedmmr_jax.data.cold import ColdSplit
@@ -38,12 +38,19 @@ class Loaded(NamedTuple):
   cold: ColdSplit | None = None
 
 
-def load(config: DataConfig, seed: int) -> Loaded:
-  """Reads or generates the data set that the flags name.
+def load(config: RunConfig | DataConfig, seed: int | None = None) -> Loaded:
+  """Reads or generates the data set that a config names.
+
+  Args:
+    config: of a run, or its part that is about data.
+    seed: of what is generated or held out; None = the run's.
 
   Raises:
     UserError: anything missing, malformed or too small, with its place.
   """
+  if isinstance(config, RunConfig):
+    seed = config.seed if seed is None else seed
+    config = config.data
   loaded = (_load_synthetic(config, seed) if config.dataset == SYNTHETIC
             else _load_files(config))
   if not config.cold_items:
