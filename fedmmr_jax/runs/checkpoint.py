@@ -300,7 +300,7 @@ class Saver:
 
 def _give_way() -> None:
   """Lets training go first where both want a core: halves what saving costs a
-  round (experiments/SPEED.md)."""
+  round (docs/performance.md)."""
   if sys.platform == 'linux':  # elsewhere it would be the whole process
     thread = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, thread,
