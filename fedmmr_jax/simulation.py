@@ -330,7 +330,8 @@ def build(config: RunConfig, dataset: Dataset,
 
   Raises:
     UserError: a client with too few unseen items for the negatives, global
-      prototypes without texts, or nothing left to train.
+      prototypes without texts, too many control variates, or nothing left to
+      train.
   """
   # The experts' features; the item table may start from the others too.
   experts = config.model.experts
@@ -365,6 +366,8 @@ def build(config: RunConfig, dataset: Dataset,
           Catalogue.from_features(visual, text, content)),
       data=_to_device(config, dataset),
       dataset=dataset, cold=cold)
+  if config.client.drift_control == 'scaffold':
+    round_lib.check_size(simulation.abstract_state)
   frozen = optimizers.frozen_names(config.client)
   if frozen and set(simulation.abstract_state.server.params) <= set(frozen):
     raise UserError(f'--freeze={config.client.freeze} leaves nothing of this '

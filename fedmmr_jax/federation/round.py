@@ -38,6 +38,11 @@ from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.streams import generator, Stream
 
 
+# More than this, and SCAFFOLD's control variates are refused, and the seeds of
+# an ablation run one after another. A round and its saving hold copies besides.
+MOST_STATE_BYTES = 4_000_000_000
+
+
 class FederationState(NamedTuple):
   """Everything a round changes.
 
@@ -72,6 +77,30 @@ def init(model: FedDMMR, catalogue: Catalogue, config: RunConfig,
           lambda x: jnp.tile(x, (num_clients, *[1] * x.ndim)), memory),
       controls=jax.tree.map(
           lambda x: jnp.zeros((num_clients, *x.shape)), server.control))
+
+
+def state_bytes(state: FederationState | Params) -> int:
+  """Bytes of a state or a part of it, or of what has its shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def check_size(state: FederationState) -> None:
+  """Raises UserError if the clients' control variates, one set of parameters
+  each, are more than a machine should hold.
+
+  Args:
+    state: the state of all clients, or what has its shapes.
+  """
+  bytes_ = state_bytes(state.controls)
+  if bytes_ > MOST_STATE_BYTES:
+    clients = len(jax.tree.leaves(state.controls)[0])
+    numbers = sum(x.size for x in jax.tree.leaves(state.server.params))
+    raise UserError(
+        '--drift_control=scaffold keeps as many numbers as the model has '
+        f'({numbers:,}) for each of {clients:,} clients, {bytes_:,} bytes, '
+        f'more than the {MOST_STATE_BYTES:,} allowed; take '
+        '--drift_control=mime_lite, which keeps nothing, or fewer clients '
+        '(--top_k_users), fewer items (--k_core), a smaller --hidden_dim')
 
 
 def round_key(seed: int, round_number: int) -> jax.Array:
