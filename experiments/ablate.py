@@ -7,7 +7,8 @@
 Every variant is trained from every seed, the seeds side by side in one compiled
 program, and tested at its best validation round. Differences to the first
 variant are paired over users. The folder keeps each variant's ranks: a second
-call goes on where the first one was stopped.
+call goes on where the first one was stopped. What other code, another JAX or
+another kind of machine found is not used, and it says so.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from fedmmr_jax.evaluation.ablation import (
   Variant,
 )
 from fedmmr_jax.evaluation.ranking import Ranks
-from fedmmr_jax.runs import run_folder
+from fedmmr_jax.runs import provenance, run_folder
 
 _VARIANTS = flags.DEFINE_string(
     'variants', 'experiments/ablations/baselines.txt', 'file with a variant a '
@@ -80,11 +81,15 @@ def _outcomes(variants: Sequence[Variant], configs: Sequence[RunConfig],
               folder: pathlib.Path) -> dict[str, Outcome]:
   """Each variant's outcome: as an earlier call left it, or found now."""
   outcomes = {}
+  program = provenance.program()
   trained = None  # simulations and states of the first variant
   for variant, config in zip(variants, configs):
     from_first = variant.special in ablation.FROM_FIRST
     told = configs[0] if from_first else config
-    path = folder / f'{_key(variant, told, seeds, loaded)}.npz'
+    key = _key(variant, told, seeds, loaded)
+    path = folder / f'{key}-{_digest(program)}.npz'
+    if not path.exists():
+      _tell_of_others(variant.name, folder, key, program)
     if path.exists():
       outcome = _load(path)
       print(f'{variant.name}: found in {path}')
@@ -97,10 +102,20 @@ def _outcomes(variants: Sequence[Variant], configs: Sequence[RunConfig],
       else:
         outcome, *states = _train(variant, config, loaded, seeds)
         trained = trained or states
-      _save(path, outcome)
+      _save(path, outcome, program)
     outcomes[variant.name] = outcome
     print(_line(variant.name, outcome), flush=True)
   return outcomes
+
+
+def _tell_of_others(name: str, folder: pathlib.Path, key: str,
+                    program: provenance.Facts) -> None:
+  """Says why an earlier result of a variant is not used, if there is one."""
+  others = sorted(folder.glob(f'{key}*.npz'), key=lambda p: p.stat().st_mtime)
+  if others:
+    difference = provenance.difference(_program(others[-1]), program)
+    print(f'{name}: {others[-1]} is not used: '
+          + (difference or 'it does not say what made it'))
 
 
 def _train(variant: Variant, config: RunConfig, loaded, seeds):
@@ -267,22 +282,39 @@ def _configured(base: RunConfig, variant: Variant) -> RunConfig:
 
 
 def _key(variant: Variant, config: RunConfig, seeds, loaded) -> str:
-  """A file name that changes with whatever the result depends on."""
-  told = json.dumps([variant.special, config.as_flat_dict(), list(seeds),
-                     loaded.dataset.fingerprint()], sort_keys=True)
+  """Start of a file name that changes with whatever was asked for; what made
+  the result (`provenance.program`) ends it."""
   slug = ''.join(c if c.isalnum() else '-' for c in variant.name.lower())
-  return f'{slug}-{hashlib.sha256(told.encode()).hexdigest()[:8]}'
+  return f'{slug}-' + _digest([
+      variant.special, config.as_flat_dict(), list(seeds),
+      loaded.dataset.fingerprint()])
 
 
-def _save(path: pathlib.Path, outcome: Outcome) -> None:
+def _digest(told: Any) -> str:
+  return hashlib.sha256(
+      json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _save(path: pathlib.Path, outcome: Outcome,
+          program: provenance.Facts) -> None:
   arrays = {f'{split}/{name}': value
             for split, ranks in outcome.ranks.items()
             for name, value in ranks._asdict().items()}
   told = json.dumps({**outcome._asdict(), 'ranks': None})
   temporary = path.with_suffix('.tmp')
   with temporary.open('wb') as file:
-    np.savez_compressed(file, outcome=told, **arrays)
+    np.savez_compressed(
+        file, outcome=told, program=json.dumps(program), **arrays)
   temporary.replace(path)
+
+
+def _program(path: pathlib.Path) -> provenance.Facts:
+  """What made a saved outcome; nothing if it does not say."""
+  try:
+    with np.load(path) as saved:
+      return json.loads(str(saved['program']))
+  except Exception:  # older, or damaged: it is not used either way
+    return {}
 
 
 def _load(path: pathlib.Path) -> Outcome:

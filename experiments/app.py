@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import traceback
 from typing import Any, Callable, Sequence
 
 import jax
@@ -33,7 +34,12 @@ WORKDIR = flags.DEFINE_string('workdir', '', 'folder of the run')
 _COMPILATION_CACHE = flags.DEFINE_string(
     'compilation_cache', '~/.cache/fedmmr_jax',
     'folder that keeps compiled programs, so that a second start is quick; '
-    'empty = none')
+    'empty = none. Left out, JAX_COMPILATION_CACHE_DIR comes before the '
+    'default')
+
+_DEBUG = flags.DEFINE_boolean(
+    'debug', False, 'show where an error comes from: its traceback, with its '
+    'causes, before the line')
 
 _WORKERS = flags.DEFINE_integer(
     'workers', 0, 'how many shares of the clients a CPU does side by side, 8 at '
@@ -179,23 +185,37 @@ def _guarded(main: Callable[[], None]) -> None:
     # Orbax narrates, and adds tracebacks to the errors that it raises too.
     logging.set_verbosity(logging.FATAL)
   devices.set_workers(_WORKERS.value)
-  cache = _COMPILATION_CACHE.value
-  # None: JAX_COMPILATION_CACHE_DIR does not count either.
-  jax.config.update('jax_compilation_cache_dir', str(
-      pathlib.Path(cache).expanduser()) if cache else None)
+  _set_compilation_cache()
   try:
     main()
     sys.stdout.flush()
   except UserError as error:
-    _fail(str(error))
+    _fail(str(error), error)
   except BrokenPipeError:  # whoever reads (head, less) has enough
     # Python would flush once more at its end, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(BROKEN_PIPE)
   except OSError as error:  # a full disk, a folder without permission
-    _fail(f'{error.filename or "file system"}: {error.strerror or error}')
+    _fail(f'{error.filename or "file system"}: {error.strerror or error}',
+          error)
 
 
-def _fail(line: str) -> None:
+def _set_compilation_cache() -> None:
+  if (os.environ.get('JAX_COMPILATION_CACHE_DIR')
+      and not flags.FLAGS['compilation_cache'].present):
+    return  # JAX has read it
+  cache = _COMPILATION_CACHE.value
+  jax.config.update('jax_compilation_cache_dir', str(
+      pathlib.Path(cache).expanduser()) if cache else None)
+
+
+def _fail(line: str, error: Exception | None = None) -> None:
+  """Ends the process with one line; with --debug the error's traceback."""
+  if error and _DEBUG.value:
+    cause = error
+    while cause:  # show those that `from None` hides
+      cause.__suppress_context__ = False
+      cause = cause.__context__
+    traceback.print_exception(error)
   print(f'error: {line}', file=sys.stderr)
   sys.exit(USER_ERROR)

@@ -401,11 +401,13 @@ class RunConfig:
       raise UserError(
           f'--retrieval_size={self.memory.retrieval_size} exceeds '
           f'--memory_capacity={self.memory.memory_capacity}')
-    if (self.client.drift_control == 'mime_lite'
-        and self.client.client_optimizer == 'adam'):
-      raise UserError(
-          '--drift_control=mime_lite makes the local steps with the server '
-          'optimizer; say --client_optimizer=sgd')
+    why_sgd = {
+        'mime_lite': 'makes the local steps with the server optimizer',
+        'scaffold': 'takes its control variates from plain local steps',
+    }.get(self.client.drift_control)
+    if why_sgd and self.client.client_optimizer != 'sgd':
+      raise UserError(f'--drift_control={self.client.drift_control} {why_sgd}; '
+                      'say --client_optimizer=sgd')
     if self.client.proximal_mu and self.client.drift_control != 'none':
       raise UserError(
           f'--proximal_mu={self.client.proximal_mu} is a drift control of its '

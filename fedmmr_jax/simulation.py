@@ -217,8 +217,8 @@ class Simulation:
       cohort = self.sample_cohort(number)
       state, means = self.run_round(state, number, cohort)
       round_lib.check_finite_state(
-          state, number, f'round {number - 1} was the last good one'
-          if number > 1 else '')
+          state, number, f'round {number - 1} is the last good one'
+          if number > 1 else 'no round is good')
       yield Round(number, state, means, cohort, time.perf_counter() - start)
 
   def run_round(self, state: FederationState, round_number: int,
@@ -421,7 +421,8 @@ def build(config: RunConfig, dataset: Dataset,
 
   Raises:
     UserError: a client with too few unseen items for the negatives, global
-      prototypes without texts, or nothing left to train.
+      prototypes without texts, too many control variates, or nothing left to
+      train.
   """
   # The experts' features; the item table may start from the others too.
   experts = config.model.experts
@@ -457,6 +458,7 @@ def build(config: RunConfig, dataset: Dataset,
       data=_to_device(config, dataset),
       dataset=dataset, cold=cold,
       aggregator=aggregators.of(config), drift=drift_lib.of(config))
+  round_lib.check_size(simulation.abstract_state)
   frozen = optimizers.frozen_names(config.client)
   if frozen and set(simulation.abstract_state.server.params) <= set(frozen):
     raise UserError(f'--freeze={config.client.freeze} leaves nothing of this '

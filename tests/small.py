@@ -80,10 +80,10 @@ def copy(tree):
   return jax.tree.map(lambda x: x.copy(), tree)
 
 
-def error_of(function, *arguments) -> str:
+def error_of(function, *arguments, **named) -> str:
   """The one line with which a call is refused."""
   with pytest.raises(UserError) as caught:
-    function(*arguments)
+    function(*arguments, **named)
   message = str(caught.value)
   assert '\n' not in message
   return message

@@ -11,6 +11,7 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ablation
 from fedmmr_jax.evaluation.ablation import Outcome, Variant
 from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.runs import provenance
 from tests import small
 from tests.test_cli import refused, ROOT, run, TINY
 
@@ -172,6 +173,51 @@ def test_ablate_writes_a_table_a_figure_and_goes_on(ml_1m, tmp_path):
   again, _ = run('ablate', *arguments)
   assert again.count('found in') == 3
   assert (tmp_path / 'out' / 'ablation.md').read_text() == table
+
+
+def test_an_outcome_of_another_program_is_not_used(
+    tmp_path, monkeypatch, capsys):
+  config, loaded = small.config(), Loaded(small.dataset(), (), [])
+  trained = []
+
+  def train(variant, *_):
+    trained.append(variant.name)
+    return outcome([[0, 1]]), None
+  monkeypatch.setattr(ablate, '_train', train)
+
+  def outcomes(**program):
+    monkeypatch.setattr(provenance, 'program', lambda: program)
+    ablate._outcomes([Variant('full', '', {})], [config], loaded, [0], tmp_path)
+    return capsys.readouterr().out
+
+  first = dict(source='1a', jax='0.1', devices=1)
+  outcomes(**first)
+  assert 'found in' in outcomes(**first)
+  assert trained == ['full']
+  said = outcomes(source='2b', jax='0.1', devices=4).splitlines()[0]
+  assert said.endswith('is not used: source 1a, now 2b; devices 1, now 4')
+  assert trained == ['full'] * 2
+  # It is not thrown away.
+  assert 'found in' in outcomes(**first)
+  # One of before a result told what had made it.
+  for path in tmp_path.glob('*.npz'):
+    path.unlink()
+  key = ablate._key(Variant('full', '', {}), config, [0], loaded)
+  (tmp_path / f'{key}.npz').write_bytes(b'old')
+  assert 'it does not say what made it' in outcomes(**first)
+
+
+def test_any_change_of_the_code_is_another_program(tmp_path):
+  (tmp_path / 'part').mkdir()
+  (tmp_path / 'part' / 'a.py').write_text('x = 1\n')
+  before = provenance.source_hash(tmp_path)
+  (tmp_path / 'part' / 'a.py').write_text('x = 2\n')
+  changed = provenance.source_hash(tmp_path)
+  (tmp_path / 'part' / 'a.py').rename(tmp_path / 'part' / 'b.py')
+  (tmp_path / 'note.txt').write_text('no code')
+  assert len({before, changed, provenance.source_hash(tmp_path)}) == 3
+  assert {'fedmmr_jax', 'source', 'jax', 'jaxlib', 'backend', 'devices'} <= set(
+      provenance.program())
 
 
 @pytest.mark.parametrize('line, message', [

@@ -343,3 +343,15 @@ def test_relative_positions_do_not_depend_on_padding():
   np.testing.assert_allclose(
       apply(window, catalogue, method='encode')[2:],
       apply(moved, catalogue, method='encode')[1:5], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('positions', ['absolute', 'relative'])
+def test_a_shorter_window_gives_what_the_padded_one_gives(positions):
+  _, catalogue, apply, _ = build(
+      dataclasses.replace(CONFIG, positions=positions))
+  length = CONFIG.max_seq_len
+  items = jnp.array([7, 2, 5])
+  padded = jnp.pad(items, (length - 3, 0))
+  np.testing.assert_allclose(
+      apply(items, catalogue, method='encode'),
+      apply(padded, catalogue, method='encode')[-3:], rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ablation
 from fedmmr_jax import optimizers
 from fedmmr_jax.client import drift
+from fedmmr_jax.federation import round as round_lib
 from tests import small
 
 
@@ -202,9 +203,27 @@ def test_mime_lite_takes_the_mean_of_the_clients_and_learns_moments():
   assert state.server.opt_state.count == 1
 
 
-def test_mime_lite_with_a_client_optimizer_of_its_own_is_refused():
-  with pytest.raises(UserError, match='--client_optimizer=sgd'):
-    small.config(drift_control='mime_lite', client_optimizer='adam')
+@pytest.mark.parametrize('name', ['scaffold', 'mime_lite'])
+def test_drift_control_that_needs_plain_steps_is_refused_without(name):
+  with pytest.raises(UserError, match=f'={name} .*--client_optimizer=sgd'):
+    small.config(drift_control=name, client_optimizer='adam')
+
+
+def test_control_variates_that_no_machine_holds_are_refused(monkeypatch):
+  simulation = small.simulation(**SCAFFOLD)
+  numbers = sum(x.size for x in jax.tree.leaves(
+      simulation.abstract_state.server.params))
+  # 9 clients with 4 bytes a parameter.
+  monkeypatch.setattr(round_lib, 'MOST_STATE_BYTES', 36 * numbers)
+  small.simulation(**SCAFFOLD)
+  monkeypatch.setattr(round_lib, 'MOST_STATE_BYTES', 36 * numbers - 1)
+  small.simulation()  # without variates it is small
+  assert small.error_of(small.simulation, **SCAFFOLD) == (
+      f'drift control keeps {4 * numbers:,} bytes for each of 9 clients, '
+      f'{36 * numbers:,} in all, more than the {36 * numbers - 1:,} allowed '
+      f'(the model has {numbers:,} numbers); take --drift_control=mime_lite, '
+      'which keeps nothing, or fewer clients (--top_k_users), fewer items '
+      '(--k_core), a smaller --hidden_dim')
 
 
 def test_seeds_side_by_side_are_seeds_alone():

@@ -177,7 +177,7 @@ def test_who_has_nothing_before_the_window_gets_recommendations():
 
 @pytest.mark.parametrize('changes', [
     dict(experts='both', negatives='per_sample', num_negatives=3),
-    dict(experts='both', drift_control='scaffold'),
+    dict(experts='both', drift_control='scaffold', client_optimizer='sgd'),
     dict(objective='last', warm_memory=True, experts='both')])
 def test_it_goes_with_everything_else(changes):
   simulation = small.simulation(**(SETTINGS | changes))

@@ -1,5 +1,6 @@
 """The host loop: resume = straight run, files of the contract, stopping."""
 
+import importlib.metadata
 import json
 import shutil
 
@@ -138,7 +139,7 @@ def test_validation_is_due_every_nth_round_and_at_the_end():
 
 
 def test_a_diverged_round_is_refused_and_not_saved(tmp_path):
-  with pytest.raises(UserError, match='round 1: .*diverged .nothing is saved'):
+  with pytest.raises(UserError, match='round 1: .*diverged .no round is good'):
     train(tmp_path / 'run', client_optimizer='sgd', eval_every=4,
           client_learning_rate=1e30)
   assert not Rounds(tmp_path / 'run').numbers()
@@ -210,13 +211,13 @@ def test_a_run_of_another_format_is_refused(straight, tmp_path):
 
 
 def test_a_checkout_that_is_not_installed_trains(tmp_path, monkeypatch):
-  version = run_folder.importlib.metadata.version
+  version = importlib.metadata.version
 
   def without_us(name):
     if name == 'fedmmr_jax':
-      raise run_folder.importlib.metadata.PackageNotFoundError(name)
+      raise importlib.metadata.PackageNotFoundError(name)
     return version(name)
-  monkeypatch.setattr(run_folder.importlib.metadata, 'version', without_us)
+  monkeypatch.setattr(importlib.metadata, 'version', without_us)
   RunFolder(tmp_path).start(small.config(), small.dataset())
   told = json.loads((tmp_path / 'config.json').read_text())['versions']
   assert told['fedmmr_jax'] == 'not installed'
@@ -243,9 +244,9 @@ def test_a_run_continued_on_another_machine_says_so_once(tmp_path):
   run = begun_elsewhere(tmp_path / 'other', machine={'cores': 999},
                         versions={'jax': '0.1', 'numpy': '0.1'})
   assert run.moved() == (
-      f'continued on another machine: jax 0.1, now {jax.__version__}; cores '
-      f'999, now {devices.cores()}; its results agree to rounding with those '
-      'of one')
+      f'continued under other conditions: jax 0.1, now {jax.__version__}; '
+      f'cores 999, now {devices.cores()}; the results agree to rounding, not '
+      'bit for bit')
   # What the run began with is kept.
   assert json.loads((run.path / 'config.json').read_text())['machine'][
       'cores'] == 999

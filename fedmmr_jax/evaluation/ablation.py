@@ -40,8 +40,6 @@ POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
 ZEROED, SHUFFLED = '@zeroed', '@shuffled'
 FROM_FIRST = (ZEROED, SHUFFLED)  # they need the first variant's states
 SPECIAL = (POPULARITY, LOCAL_ONLY, ZEROED, SHUFFLED)
-# More than this for the states of all seeds, and they run one after another.
-SIDE_BY_SIDE_BYTES = 4e9
 HEADLINES = (('sampled', 'HR@10'), ('full', 'NDCG@10'))
 TRAINING_FIGURES = (
     'rec_loss', 'contrastive_loss', 'w_visual', 'w_semantic', 'hardest_share',
@@ -176,9 +174,8 @@ def run_trained(config: RunConfig, loaded: Loaded, seeds: Sequence[int],
   started = time.perf_counter()
   base = simulation_lib.build(config, loaded.dataset, loaded.cold)
   simulations = [base.with_seed(seed) for seed in seeds]
-  size = sum(x.size * x.dtype.itemsize
-             for x in jax.tree.leaves(base.abstract_state))
-  groups = ([simulations] if size * len(seeds) <= SIDE_BY_SIDE_BYTES
+  size = round_lib.state_bytes(base.abstract_state) * len(seeds)
+  groups = ([simulations] if size <= round_lib.MOST_STATE_BYTES
             else [[s] for s in simulations])
   best: list[_Best] = []
   first, last = [], []

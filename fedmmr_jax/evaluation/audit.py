@@ -32,7 +32,6 @@ from fedmmr_jax.data.dataset import client_view, Dataset
 from fedmmr_jax.evaluation import popularity, ranking
 from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
 from fedmmr_jax.evaluation.ranking import Ranks
-from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.simulation import Simulation
 from fedmmr_jax.streams import generator, Stream
@@ -347,12 +346,8 @@ def hit_rate(ranks: Ranks) -> float:
 
 def _trained(simulation: Simulation, rounds: int) -> FederationState:
   """The state after so many rounds from the start."""
-  state = simulation.init_state()
-  for number in range(1, rounds + 1):
-    state, _ = simulation.run_round(
-        state, number, simulation.sample_cohort(number))
-    round_lib.check_finite_state(state, number)
-  return state
+  *_, last = simulation.rounds(count=rounds)
+  return last.state
 
 
 def _with_leak(simulation: Simulation, config: RunConfig,

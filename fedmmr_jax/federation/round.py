@@ -41,6 +41,11 @@ from fedmmr_jax.models.feddmmr import Catalogue
 from fedmmr_jax.streams import generator, Stream
 
 
+# More than this, and what drift control keeps at the clients is refused, and the seeds of
+# an ablation run one after another. A round and its saving hold copies besides.
+MOST_STATE_BYTES = 4_000_000_000
+
+
 @dataclasses.dataclass(frozen=True)
 class RoundProgram:
   """What a round is made of. Static: hashed and compared by value.
@@ -99,6 +104,30 @@ def init(program: RoundProgram, catalogue: Catalogue, seed: int,
       memories=for_each(None if model.is_backbone_only
                         else memory_lib.init(config.memory)),
       controls=for_each(program.client.drift.client_state(params)))
+
+
+def state_bytes(state: FederationState | Params) -> int:
+  """Bytes of a state or a part of it, or of what has its shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def check_size(state: FederationState) -> None:
+  """Raises UserError if what drift control keeps at the clients (SCAFFOLD: a set
+  of parameters each) is more than a machine should hold.
+
+  Args:
+    state: the state of all clients, or what has its shapes.
+  """
+  bytes_ = state_bytes(state.controls)
+  if bytes_ > MOST_STATE_BYTES:
+    clients = len(jax.tree.leaves(state.controls)[0])
+    numbers = sum(x.size for x in jax.tree.leaves(state.server.params))
+    raise UserError(
+        f'drift control keeps {bytes_ // clients:,} bytes for each of '
+        f'{clients:,} clients, {bytes_:,} in all, more than the '
+        f'{MOST_STATE_BYTES:,} allowed (the model has {numbers:,} numbers); take '
+        '--drift_control=mime_lite, which keeps nothing, or fewer clients '
+        '(--top_k_users), fewer items (--k_core), a smaller --hidden_dim')
 
 
 def round_key(seed: int, round_number: int) -> jax.Array:

@@ -9,12 +9,17 @@ from fedmmr_jax.models import layers
 
 
 class CausalBlock(nn.Module):
-  """One transformer block: attention, add & norm, feed-forward, add & norm."""
+  """One transformer block: attention, add & norm, feed-forward, add & norm.
+
+  Attributes:
+    num_distances: how far back a window can reach, for biases of the distance;
+      0 = none.
+  """
 
   hidden_dim: int
   num_heads: int
   dropout: float
-  relative: bool = False
+  num_distances: int = 0
 
   @nn.compact
   def __call__(self, x: jax.Array, valid: jax.Array, train: bool,
@@ -41,9 +46,9 @@ class CausalBlock(nn.Module):
     logits = jnp.einsum('hqd,hkd->hqk', query, key)
     logits = logits * (self.hidden_dim // self.num_heads) ** -0.5
     causal = jnp.tril(jnp.ones((length, length), bool))[-query.shape[1]:]
-    if self.relative:
+    if self.num_distances:
       bias = self.param('distance_embedding', _recency,
-                        (self.num_heads, length))
+                        (self.num_heads, self.num_distances))
       ago = jnp.arange(length)[:, None] - jnp.arange(length)
       logits += bias[:, jnp.maximum(ago, 0)[-query.shape[1]:]]
     attention = layers.masked_softmax(logits, causal & valid)
@@ -107,7 +112,8 @@ class SASRec(nn.Module):
     for i in range(self.num_blocks):
       block = CausalBlock(
           self.hidden_dim, self.num_heads, self.dropout,
-          self.relative_positions, name=f'block_{i}')
+          self.max_seq_len if self.relative_positions else 0,
+          name=f'block_{i}')
       x = block(x, valid, train,
                 last_only=last_only and i == self.num_blocks - 1)
     return layers.layer_norm('final_norm')(x)

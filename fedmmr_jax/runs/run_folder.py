@@ -5,20 +5,17 @@ JSON is strict: a value that is not a number is null, never NaN.
 """
 
 import fcntl
-import importlib.metadata
 import json
 import pathlib
 import zlib
 from typing import Any, Sequence, TextIO
 
-import jax
-
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.federation import devices
 from fedmmr_jax.files import replace
+from fedmmr_jax.runs import provenance
 
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
 SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
@@ -34,9 +31,6 @@ MAY_CHANGE = (
     'items_per_eval_block', 'data_dir', 'item_file', 'visual_features',
     'text_features',
     'keep_last', 'keep_every')
-_OWN = 'fedmmr_jax'
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
-             'absl-py')
 
 
 def hold(path: pathlib.Path) -> TextIO:
@@ -99,7 +93,7 @@ class RunFolder:
         process trains in it, or it cannot be written.
     """
     self._lock = hold(self.path)
-    versions, machine = _versions(), _machine()
+    versions, machine = provenance.versions(), provenance.machine()
     if (self.path / CONFIG).exists():
       self._check_same(config)
       self.check_data(dataset)
@@ -131,13 +125,11 @@ class RunFolder:
     """A line about what decides rounding and differs from what the run began
     with: the versions of JAX, the machine. None if nothing does."""
     began = self._read(CONFIG)
-    changed = [
-        f'{name} {before[name]}, now {now[name]}'
-        for before, now in ((began['versions'], _jax_versions()),
-                            (began.get('machine', {}), _machine()))
-        for name in now if name in before and before[name] != now[name]]
-    return (f'continued on another machine: {"; ".join(changed)}; its results '
-            'agree to rounding with those of one') if changed else None
+    changed = provenance.difference(
+        began['versions'] | began.get('machine', {}),
+        provenance.jax_versions() | provenance.machine())
+    return (f'continued under other conditions: {changed}; the results agree '
+            'to rounding, not bit for bit') if changed else None
 
   def config(self) -> RunConfig:
     """The settings of the run in this folder.
@@ -294,28 +286,6 @@ def _checksum(content: dict[str, Any]) -> int:
   """CRC-32 of what else is in a file."""
   return zlib.crc32(_dumps(
       {k: v for k, v in content.items() if k != CHECKSUM}).encode())
-
-
-def _versions() -> dict[str, str]:
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  try:
-    own = importlib.metadata.version(_OWN)
-  except importlib.metadata.PackageNotFoundError:  # run from a checkout
-    own = 'not installed'
-  return {_OWN: own} | versions
-
-
-def _jax_versions() -> dict[str, str]:
-  return {name: version for name, version in _versions().items()
-          if name in ('jax', 'jaxlib')}
-
-
-def _machine() -> dict[str, str | int]:
-  """What, beside the seed and the versions, decides a run's rounding."""
-  return {'backend': jax.default_backend(), 'devices': devices.count(),
-          'cores': devices.cores(),
-          'matmul_precision': jax.config.jax_default_matmul_precision
-                              or 'default'}
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:

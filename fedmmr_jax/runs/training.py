@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import jax
 
@@ -16,7 +16,7 @@ from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.runs import acceptance
 from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.runs.run_folder import RunFolder
-from fedmmr_jax.simulation import Simulation
+from fedmmr_jax.simulation import Round, Simulation
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 
@@ -56,19 +56,20 @@ def train(simulation: Simulation, run: RunFolder,
   saving_seconds = 0.0
   # Leaving it, by an exception too, waits for the last round to be on disk.
   with Saver(rounds, config.checkpoints) as saver:
-    while (last_round < config.server.num_rounds
-           and not out_of_patience(last_round, checkpoint.progress, config)):
-      last_round += 1
+    for done in _rounds_left(simulation, checkpoint, last_round, on_step):
       run.remove_results()  # of an earlier, shorter run
-      checkpoint, record = train_round(
-          simulation, checkpoint, last_round, on_step)
+      checkpoint, record = validated(
+          simulation, done, checkpoint.progress, on_step)
       record['saving_seconds'] = saving_seconds
-      on_step(f'saving round {last_round}')
+      on_step(f'saving round {done.number}')
       start = time.perf_counter()
-      saver.save(last_round, checkpoint, record, wall_seconds())
+      saver.save(done.number, checkpoint, record, wall_seconds())
       saving_seconds = time.perf_counter() - start
       run.append(record)
       on_round(record)
+      if out_of_patience(done.number, checkpoint.progress, config):
+        break
+      on_step(f'training round {done.number + 1}')
 
   best_round = rounds.best()
   on_step(f'testing round {best_round}')
@@ -105,39 +106,35 @@ def structure(simulation: Simulation) -> Checkpoint:
       simulation.abstract_state, jax.eval_shape(Progress.start))
 
 
-def train_round(simulation: Simulation, checkpoint: Checkpoint,
-                round_number: int, on_step: Callable[[str], None]
-                ) -> tuple[Checkpoint, Record]:
-  """One round, with validation if it is due.
+def _rounds_left(simulation: Simulation, checkpoint: Checkpoint,
+                 last_round: int, on_step: Callable[[str], None]
+                 ) -> Iterable[Round]:
+  if out_of_patience(last_round, checkpoint.progress, simulation.config):
+    return ()
+  on_step(f'training round {last_round + 1}')
+  return simulation.rounds(checkpoint.state, last_round + 1)
+
+
+def validated(simulation: Simulation, done: Round, progress: Progress,
+              on_step: Callable[[str], None]) -> tuple[Checkpoint, Record]:
+  """What is saved of a round, with its validation if it is due.
 
   Raises:
-    UserError: the loss, or a score in validation, is not finite.
+    UserError: a score is not finite.
   """
-  config = simulation.config
-  on_step(f'training round {round_number}')
-  start = time.perf_counter()
-  cohort = simulation.sample_cohort(round_number)
-  state, means = simulation.run_round(
-      checkpoint.state, round_number, cohort)
-  round_lib.check_finite_state(
-      state, round_number,
-      saved=f'round {round_number - 1} is the last good one'
-      if round_number > 1 else 'nothing is saved')
-  seconds = time.perf_counter() - start
-  record = {'round': round_number, 'train': means}
-  progress = checkpoint.progress
-  if due(round_number, config):
-    on_step(f'validating round {round_number}')
+  record = {'round': done.number, 'train': done.metrics}
+  if due(done.number, simulation.config):
+    on_step(f'validating round {done.number}')
     start = time.perf_counter()
-    record['val'], _ = simulation.evaluate(state, 'val')
+    record['val'], _ = simulation.evaluate(done.state, 'val')
     record['evaluation_seconds'] = time.perf_counter() - start
     progress = progress.updated(
-        round_number, record['val']['sampled']['HR@10'])
-  record['targets'] = simulation.count_targets(cohort)
+        done.number, record['val']['sampled']['HR@10'])
+  record['targets'] = simulation.count_targets(done.cohort)
   record['masked_fraction'] = round_lib.masked_fraction(
-      cohort, simulation.num_train, config)
-  record['seconds'] = seconds
-  return Checkpoint(state, progress), record
+      done.cohort, simulation.num_train, simulation.config)
+  record['seconds'] = done.seconds
+  return Checkpoint(done.state, progress), record
 
 
 def due(round_number: int, config: RunConfig) -> bool:
