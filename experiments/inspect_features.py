@@ -6,7 +6,7 @@ items that are consumed one after the other lie close together.
         [--out=features.png] [--json]
 
 Reads the data as training does, with the same flags, and trains nothing. See
-fedmmr_jax/data/feature_quality.py.
+fedmmr_jax/evaluation/feature_quality.py.
 """
 
 import json
@@ -17,9 +17,10 @@ import numpy as np
 from absl import flags
 
 from experiments import app, console, figures
-from fedmmr_jax.data import feature_quality, load
+from fedmmr_jax.data import load
+from fedmmr_jax.evaluation import feature_quality
 from fedmmr_jax.data.dataset import Dataset
-from fedmmr_jax.data.feature_quality import Quality
+from fedmmr_jax.evaluation.feature_quality import Quality
 from fedmmr_jax.errors import UserError
 
 _ITEMS = flags.DEFINE_string(

@@ -1,0 +1,39 @@
+"""A drift control of one's own: FedDyn (Acar et al. 2021, "Federated learning
+based on dynamic regularization", ICLR): --drift_control=examples.feddyn:FedDyn
+"""
+
+import dataclasses
+
+import fedmmr_jax as fm
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class FedDyn(fm.DriftControl):
+  """A client keeps g and minimises L(w) − ⟨g, w⟩ + α/2 |w − w_server|²."""
+
+  alpha: float = 0.1
+
+  def client_state(self, params):
+    return jax.tree.map(jnp.zeros_like, params)
+
+  server_state = client_state  # h
+
+  def transform(self, sent, kept):
+    def update(gradient, start, params):
+      return jax.tree.map(lambda d, g, w, w0: d - g + self.alpha * (w - w0),
+                          gradient, kept, params, start), start
+    return optax.GradientTransformation(lambda params: params, update)
+
+  def finish(self, result):
+    moved = result.whole(result.delta)
+    return jax.tree.map(
+        lambda g, d: g - self.alpha * d, result.kept, moved), None
+
+  def server_step(self, state, uploaded, cohort, delta, optimizer):
+    share = cohort.size / cohort.all_size
+    state = jax.tree.map(lambda h, d: h - self.alpha * share * d, state, delta)
+    delta = jax.tree.map(lambda d, h: d - h / self.alpha, delta, state)
+    return *optimizer.step(delta), state
