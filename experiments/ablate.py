@@ -350,5 +350,9 @@ def _pipes(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   return ['| ' + ' | '.join(line) + ' |' for line in lines]
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main)
+
+
+if __name__ == '__main__':
+  cli()

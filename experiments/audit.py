@@ -87,5 +87,9 @@ def _rows(figures: dict[str, Trained]) -> list[list[Any]]:
   return rows
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main)
+
+
+if __name__ == '__main__':
+  cli()

@@ -427,5 +427,9 @@ def _round_lines(r: Figures) -> list[str]:
       f'{compiled["second_start_evaluation"]:.1f} s']
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main)
+
+
+if __name__ == '__main__':
+  cli()

@@ -77,5 +77,9 @@ def _origin(archive: Archive, folder: pathlib.Path, fetched: Fetched
       '           (the set changes over time: cite it with this)')
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main)
+
+
+if __name__ == '__main__':
+  cli()

@@ -172,5 +172,9 @@ def _tables(told: dict[str, Any]) -> str:
   return '\n\n'.join(parts)
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main)
+
+
+if __name__ == '__main__':
+  cli()

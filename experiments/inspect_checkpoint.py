@@ -356,5 +356,9 @@ def _number(value: float | None, digits: int = 4) -> str:
   return '-' if value is None else f'{value:.{digits}f}'
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main, commands=True)
+
+
+if __name__ == '__main__':
+  cli()

@@ -311,5 +311,9 @@ def _label(axis, title: str, x: str, y: str) -> None:
   axis.grid(axis='y', color=_GRID, linewidth=0.6)
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main)
+
+
+if __name__ == '__main__':
+  cli()

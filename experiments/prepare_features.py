@@ -297,5 +297,9 @@ def _silence_libraries() -> None:
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main)
+
+
+if __name__ == '__main__':
+  cli()

@@ -38,5 +38,9 @@ def main(*folders: str) -> None:
   print(path)
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main, commands=True)
+
+
+if __name__ == '__main__':
+  cli()

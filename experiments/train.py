@@ -198,5 +198,9 @@ def _workdir() -> str:
   return time.strftime(f'checkpoints/{flags.FLAGS.dataset}-%Y%m%d-%H%M%S')
 
 
-if __name__ == '__main__':
+def cli() -> None:
   app.run(main)
+
+
+if __name__ == '__main__':
+  cli()
