@@ -66,6 +66,9 @@ def init(model: FedDMMR, catalogue: Catalogue, config: RunConfig,
   params = jax.jit(partial(model.init, method='initialise'))(
       key, catalogue)['params']
   if config.model.item_embedding != 'id':
+    # The model's parameters are drawn from what Flax derives of the key and
+    # their names, so that the key itself is drawn from here alone. (To derive
+    # another would be cleaner, and another table for every seed.)
     params[vocabulary.ITEM_TABLE] = content.initial_table(
         key, catalogue.content, config.model.embedding_init_std,
         config.model.item_embedding == 'content_plus_id')
