@@ -370,7 +370,12 @@ def no_upload(server: ServerState, config: RunConfig) -> Upload:
 
 def add_updates(upload: Upload, updates: ClientUpdate,
                 config: RunConfig) -> Upload:
-  """Adds the updates of a chunk, [C/G] clients."""
+  """Adds the updates of a chunk, [C/G] clients.
+
+  Weights are counts in float32: exact up to 2^24 = 16.8 million positives a
+  round. Beyond it each addition is off by 6e-8 of the sum at most, a thousand
+  chunks by 6e-5: as if the server's learning rate were.
+  """
   weight = updates.weight
 
   def add(total, weights, part):
