@@ -5,10 +5,11 @@
 
 import dataclasses
 
-import fedmmr_jax as fm
 import jax
 import jax.numpy as jnp
 import optax
+
+import fedmmr_jax as fm
 
 
 @dataclasses.dataclass(frozen=True)

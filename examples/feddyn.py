@@ -4,10 +4,11 @@ based on dynamic regularization", ICLR): --drift_control=examples.feddyn:FedDyn
 
 import dataclasses
 
-import fedmmr_jax as fm
 import jax
 import jax.numpy as jnp
 import optax
+
+import fedmmr_jax as fm
 
 
 @dataclasses.dataclass(frozen=True)

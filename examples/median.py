@@ -7,9 +7,10 @@ rows of the item table.
 
 import dataclasses
 
-import fedmmr_jax as fm
 import jax
 import jax.numpy as jnp
+
+import fedmmr_jax as fm
 
 
 @dataclasses.dataclass(frozen=True)

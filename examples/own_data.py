@@ -3,8 +3,9 @@
     python -m experiments.train --dataset=examples.own_data:LOG --data_dir=x.log
 """
 
-import fedmmr_jax as fm
 import numpy as np
+
+import fedmmr_jax as fm
 
 
 def read(path, names):

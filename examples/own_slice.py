@@ -3,9 +3,10 @@
 A slice is an array of a label for each ranked client; ranks come one a client.
 """
 
-import fedmmr_jax as fm
 import jax
 import numpy as np
+
+import fedmmr_jax as fm
 
 
 def by_slice(ranks: fm.Ranks, labels: np.ndarray) -> dict:

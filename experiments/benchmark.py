@@ -25,8 +25,8 @@ from absl import flags
 from experiments import app, benchmark_reading, console
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import scoring, windows
-from fedmmr_jax.client.drift import Cohort
 from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.client.drift import Cohort
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.data.dataset import client_view, Dataset

@@ -18,10 +18,10 @@ from absl import flags
 
 from experiments import app, console, figures
 from fedmmr_jax.data import load
-from fedmmr_jax.evaluation import feature_quality
 from fedmmr_jax.data.dataset import Dataset
-from fedmmr_jax.evaluation.feature_quality import Quality
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import feature_quality
+from fedmmr_jax.evaluation.feature_quality import Quality
 
 _ITEMS = flags.DEFINE_string(
     'items', '', 'items to show the neighbours of: ids, titles or parts of '

@@ -20,7 +20,7 @@ loads no reader of files.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any, TYPE_CHECKING
 
 __version__ = '0.1.0'
 
@@ -63,8 +63,14 @@ __all__ = ['__version__', *sorted(_PLACES)]
 
 if TYPE_CHECKING:  # for type checkers and the pages of the reference
   from fedmmr_jax.client.drift import (
-      Cohort, DriftControl, FedProx, LocalResult, MimeLite, Scaffold,
-      ServerOptimizer)
+    Cohort,
+    DriftControl,
+    FedProx,
+    LocalResult,
+    MimeLite,
+    Scaffold,
+    ServerOptimizer,
+  )
   from fedmmr_jax.client.update import ClientUpdate
   from fedmmr_jax.config import RunConfig
   from fedmmr_jax.data.dataset import Dataset
@@ -75,7 +81,11 @@ if TYPE_CHECKING:  # for type checkers and the pages of the reference
   from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
   from fedmmr_jax.evaluation.ranking import metrics_of, Ranks
   from fedmmr_jax.federation.aggregators import (
-      add_weighted, Aggregator, FedAvg, FedNova)
+    add_weighted,
+    Aggregator,
+    FedAvg,
+    FedNova,
+  )
   from fedmmr_jax.federation.devices import set_workers
   from fedmmr_jax.federation.round import FederationState
   from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR

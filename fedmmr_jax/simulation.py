@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import metrics
+from fedmmr_jax import metrics, optimizers
+from fedmmr_jax.client import drift as drift_lib
+from fedmmr_jax.client.drift import DriftControl
 from fedmmr_jax.client.memory import Memory
+from fedmmr_jax.client.update import ClientProgram
 from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
   CheckpointConfig,
@@ -26,12 +29,7 @@ from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import local_only, popularity, ranking
 from fedmmr_jax.evaluation.ranking import Ranks
-from fedmmr_jax.federation import collaborative, devices
-from fedmmr_jax import optimizers
-from fedmmr_jax.client import drift as drift_lib
-from fedmmr_jax.client.drift import DriftControl
-from fedmmr_jax.client.update import ClientProgram
-from fedmmr_jax.federation import aggregators
+from fedmmr_jax.federation import aggregators, collaborative, devices
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.round import FederationState, RoundProgram

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,3 +114,16 @@ def test_content_needs_features():
       dataset, visual=dataset.visual[:, :0], text=dataset.text[:, :0])
   with pytest.raises(UserError, match='content_init needs item features'):
     simulation_lib.build(small.config(item_embedding='content_init'), dataset)
+
+
+def test_the_noise_of_the_table_is_nobody_elses():
+  """Table and model start from one key: no draw may come twice."""
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  simulation = small.simulation()
+  table = simulation.init_state().server.params['item_embedding']
+  std = simulation.config.model.embedding_init_std
+  noise = np.asarray(content.initial_table(
+      key, jnp.zeros(table.shape), std, plus_id=True))
+  assert noise[1:].std() == pytest.approx(std, rel=0.1)
+  # 57 x 16 numbers: the correlation of independent ones is about 0.03.
+  assert abs(np.corrcoef(noise[1:].ravel(), table[1:].ravel())[0, 1]) < 0.15

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from fedmmr_jax.evaluation import feature_quality
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import feature_quality
 from tests import small, test_cli
 
 CLUSTERS, PER_CLUSTER = 20, 12

@@ -11,9 +11,9 @@ import pytest
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.client import windows
+from fedmmr_jax.client.drift import Cohort, DriftControl
 from fedmmr_jax.data.dataset import client_view
 from fedmmr_jax.federation import round as round_lib
-from fedmmr_jax.client.drift import Cohort, DriftControl
 from fedmmr_jax.federation import server as server_lib
 from fedmmr_jax.federation.aggregators import FedAvg, WeightedSum
 from tests import parity, small

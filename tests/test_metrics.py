@@ -110,3 +110,14 @@ def test_recbole_names_and_definitions():
       found['ndcg@20'], [1, 0.5, np.log(2) / np.log(12)])
   assert set(found) == {f'{kind}@{n}' for n in (5, 10, 20) for kind in (
       'hit', 'recall', 'precision', 'mrr', 'map', 'ndcg')}
+
+
+def test_counts_beyond_what_float32_counts_exactly():
+  # 2,000 chunks of 50,001 make six times 2^24. Each addition may be off by half
+  # a unit in the last place, 2^-24 of the sum; a mean of ones stays one.
+  total = metrics.EMPTY
+  for _ in range(2000):
+    total = metrics.merge(total, metrics.mean(1.0, np.float32(50_001)))
+  assert float(total.weight) == pytest.approx(
+      2000 * 50_001, rel=2000 * 2 ** -24)
+  assert metrics.finish({'x': total})['x'] == 1

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import ablation
 from fedmmr_jax import optimizers
 from fedmmr_jax.client import drift
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation import ablation
 from fedmmr_jax.federation import round as round_lib
 from tests import small
 
@@ -118,6 +118,32 @@ def test_muon_makes_singular_values_equal_and_leaves_tables_to_adam():
   for name in ('item_embedding', 'bias'):
     np.testing.assert_allclose(
         updates[name], jnp.sign(delta[name]) * (1 + 0.09 / 0.19), rtol=1e-3)
+
+
+def test_muon_is_the_published_recursion():
+  """optax keeps Muon in contrib, where a default may change unseen."""
+  config = small.config(server_optimizer='fedmuon', server_momentum=0.9)
+  direction = optimizers.server_direction(config.server)
+  params = {'kernel': jnp.zeros((6, 4))}
+  state = direction.init(params)
+  rng = np.random.default_rng(0)
+  momentum = np.zeros((6, 4))
+  for t in (1, 2, 3):
+    gradient = rng.normal(size=(6, 4))
+    got, state = direction.update(
+        {'kernel': jnp.asarray(gradient, jnp.float32)}, state, params)
+    momentum = 0.9 * momentum + 0.1 * gradient
+    # Nesterov's, each part without its bias towards 0; then five steps of
+    # Newton and Schulz with Jordan's coefficients, of the wide matrix.
+    x = (0.9 * momentum / (1 - 0.9 ** (t + 1))
+         + 0.1 * gradient / (1 - 0.9 ** t)).T
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+      a = x @ x.T
+      x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    # Singular values of about 1: entries of root mean square 1 / sqrt(6).
+    np.testing.assert_allclose(
+        got['kernel'], 6 ** 0.5 * x.T, rtol=1e-4, atol=1e-5)
 
 
 def test_the_decaying_rate_reaches_the_clients():

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax.client import vocabulary
+from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.client import vocabulary, windows
+from fedmmr_jax.data.dataset import client_view
 from fedmmr_jax.federation import round as round_lib
 from tests import small
 
@@ -36,6 +39,54 @@ def test_rows_of_items_by_hand():
       found.rows(jnp.array([[9, 0], [3, 7]])), [[4, 0], [1, 3]])
   np.testing.assert_array_equal(
       found.is_first, [True, True, False, True, True])
+
+
+def look_up_failures(monkeypatch, **changes):
+  """What is said of a local update that looks up an item its vocabulary has
+  not, None if all are there; of each of three clients."""
+  rows = vocabulary.Vocabulary.rows
+
+  def checked(self, items):
+    found = rows(self, items)
+    checkify.check(
+        jnp.all(self.ids.at[found].get(mode='clip') == items), 'a stranger')
+    return found
+  monkeypatch.setattr(vocabulary.Vocabulary, 'rows', checked)
+  simulation, state = rounds(0, vocabulary='local', **changes)
+  config = simulation.compiled_config
+  broadcast = state.server.broadcast(simulation.catalogue, config)
+  # Each beside the longest one: most run steps behind their own.
+  most_steps = windows.num_steps(simulation.num_train, config).max()
+
+  @jax.jit
+  @checkify.checkify
+  def update(client, memory):
+    view = client_view(simulation.data, client, simulation.max_items)
+    return client_lib.local_update(
+        simulation.model, config, broadcast, view, memory, None,
+        jax.random.fold_in(jax.random.key(3), client),
+        most_steps).weight
+
+  return [update(jnp.int32(client), jax.tree.map(
+      lambda x: x[client], state.memories))[0].get() for client in (0, 4, 8)]
+
+
+@pytest.mark.parametrize('changes', [
+    {'local_epochs': 2, 'negatives': 'per_sample'},
+    {'objective': 'last', 'batch_size': 2, 'max_local_steps': 2},
+    {'profile': 'history', 'experts': 'none'}], ids=str)
+def test_a_round_looks_up_no_item_that_it_has_not_taken_along(
+    monkeypatch, changes):
+  assert look_up_failures(monkeypatch, **changes) == [None] * 3
+
+
+def test_a_look_up_of_a_stranger_is_found(monkeypatch):
+  touched = vocabulary.touched
+  # Without the last of the arrays, the negatives.
+  monkeypatch.setattr(vocabulary, 'touched', lambda items, within: touched(
+      items[:-1], within))
+  assert all('a stranger' in told for told in look_up_failures(
+      monkeypatch, experts='none'))
 
 
 @pytest.mark.parametrize('ids', [[0, 1, 2, 3, 4], [0, 2, 2, 5, 7]], ids=str)

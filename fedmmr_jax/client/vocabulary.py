@@ -39,7 +39,8 @@ class Vocabulary(NamedTuple):
   ids: jax.Array
 
   def rows(self, items: jax.Array) -> jax.Array:
-    """[...] int32 rows of items that are in the vocabulary."""
+    """[...] int32 rows of items that are in the vocabulary. Of another one it
+    would be a neighbour's row; the tests check every look-up of a round."""
     return jnp.searchsorted(
         self.ids, items, method='scan_unrolled').astype(jnp.int32)
 
