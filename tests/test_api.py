@@ -79,7 +79,7 @@ def test_every_public_name_is_there_and_documented():
     assert name == '__version__' or value.__doc__, name
   assert set(fm.__all__) <= set(dir(fm))
   with pytest.raises(AttributeError, match='no attribute'):
-    fm.nothing
+    _ = fm.nothing
 
 
 @pytest.mark.parametrize('module', [
