@@ -159,7 +159,7 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   everybody = Cohort(*[jnp.float32(1.0)] * 4)
   aggregation = _seconds(lambda: aggregate(
       state.server, upload, prototypes=uploaded, everybody=everybody))
-  ranking = _seconds(lambda: simulation.evaluate(state, 'val'))
+  evaluation = _seconds(lambda: simulation.evaluate(state, 'val'))
   targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
   steps = config.client.local_epochs * statistics.mean(
       round_lib.executed_steps(c, simulation.num_train, config)
@@ -170,7 +170,7 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   return {
       'cohort': round_lib.cohort_size(config, dataset.num_clients),
       'seconds': {'sampling': sampling, 'local_training': whole - aggregation,
-                  'aggregation': aggregation, 'evaluation': ranking},
+                  'aggregation': aggregation, 'evaluation': evaluation},
       'clients_per_second': cohorts[0].size / whole,
       'targets_per_second': targets / whole,
       'milliseconds_per_target': 1e3 * whole / targets,
@@ -179,7 +179,7 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
       'step_mflop': step_flops / 1e6,
       'training_gflops': steps * step_flops / whole / 1e9,
       'clients_ranked': ranked,
-      'evaluation_gflops': ranked * rank_flops / ranking / 1e9,
+      'evaluation_gflops': ranked * rank_flops / evaluation / 1e9,
       'compile_seconds': compile_seconds,
   }
 

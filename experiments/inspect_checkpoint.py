@@ -215,7 +215,7 @@ def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
   counts, edges = np.histogram(
       visual[has_choice], bins=_BINS, range=(0.0, 1.0))
   order = np.argsort(-visual, kind='stable')[:has_choice.sum()]
-  ids, titles = loaded.dataset.item_ids, loaded.dataset.titles
+  ids, titles = loaded.dataset.item_ids.tolist(), loaded.dataset.titles
   content = {
       'round': number,
       'items': len(weights), 'with_choice': int(has_choice.sum()),

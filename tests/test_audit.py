@@ -25,7 +25,7 @@ SKETCH_AND_PROFILE = dict(
 
 
 def simulation(**changes):
-  # Without experts, which take long to compile; memories are kept all the same.
+  # Without experts, which take long to compile.
   return small.simulation(**{
       'client_fraction': 1.0, 'surprise_threshold': 0.0, 'experts': 'none',
       **changes}).with_popular_negatives()
@@ -81,16 +81,14 @@ def test_a_profile_of_held_out_items_is_found(monkeypatch):
 
 
 def test_training_on_a_held_out_item_is_found(monkeypatch):
-  some = simulation()
   view = dataset_lib.client_view
 
   def one_too_many(*arguments):
     found = view(*arguments)
     return found._replace(num_train=found.num_train + (found.num_train > 0))
   monkeypatch.setattr('fedmmr_jax.federation.round.client_view', one_too_many)
-  # Another shape of the program, so that it is compiled anew.
-  other = dataclasses.replace(some, config=small.config(
-      client_fraction=1.0, surprise_threshold=-1.0, experts='none'))
+  # Other settings, so that it is compiled anew.
+  other = simulation(surprise_threshold=-1.0, experts='semantic')
   assert failed(audit.trained_rounds(other, 2)) == {'2 rounds', 'memory'}
 
 

@@ -173,8 +173,9 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
       f'with {changed:,} held-out items exchanged for others, {names} are '
       + ('the same in every bit' if not differing else
          f'different in {len(differing)} arrays, {differing[0]} the first'))]
-  if own[2] is None:  # a model without experts
-    return checks
+  if own[2] is None:
+    return [*checks, Check(
+        'memory', True, 'a model without experts keeps none')]
   memories = own[2].item
   foreign = sum(
       len(np.setdiff1d(memories[k], [0, *simulation.dataset.sequence(k)[
