@@ -1,8 +1,9 @@
 """Several variants × several seeds -> one table and one figure.
 
-    python -m experiments.ablate --flagfile=experiments/presets/recommended.flags \\
-        --data_dir=path/to/ml-1m --variants=experiments/ablations/baselines.txt \\
-        --seeds=0,1,2 --workdir=ablation
+    python -m experiments.ablate \\
+        --flagfile=experiments/presets/recommended.flags \\
+        --data_dir=path/to/ml-1m --seeds=0,1,2 --workdir=ablation \\
+        --variants=experiments/ablations/baselines.txt
 
 Every variant is trained from every seed, the seeds side by side in one compiled
 program, and tested at its best validation round. Differences to the first

@@ -1,7 +1,8 @@
 """Measures speed: seconds, and ratios that another machine can compare.
 
-    python -m experiments.benchmark                       # the embedded set
-    python -m experiments.benchmark --flagfile=experiments/presets/recommended.flags \\
+    python -m experiments.benchmark  # the embedded set
+    python -m experiments.benchmark \\
+        --flagfile=experiments/presets/recommended.flags \\
         --data_dir=path/to/ml-1m
 
 Takes the flags of `experiments.train`. All times are medians of warm runs; the
@@ -436,7 +437,10 @@ def _filled_up(dataset: Dataset, num_items: int) -> Dataset:
   """The data set with more items, which nobody consumed."""
   extra = num_items - dataset.num_items
   source = np.random.default_rng(0).integers(1, dataset.num_rows, extra)
-  longer = lambda x: np.concatenate([x, x[source]])
+
+  def longer(x):
+    return np.concatenate([x, x[source]])
+
   new_ids = dataset.item_ids.max() + 1 + np.arange(extra)
   return dataclasses.replace(
     dataset,

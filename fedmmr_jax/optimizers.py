@@ -1,4 +1,4 @@
-"""The optimizers of a round, as optax transformations, and their learning rates.
+"""The optimizers of a round, as optax transformations, and learning rates.
 
 The client's makes a local step of a gradient; the server's makes a step of the
 round's pseudo-gradient, minus the mean delta (Reddi et al. 2021, "Adaptive

@@ -25,7 +25,8 @@ import jax
 import numpy as np
 import pytest
 
-# Tests compare float32 numbers; recent GPUs multiply in TF32 unless told not to.
+# Tests compare float32 numbers; recent GPUs multiply in TF32 unless told
+# otherwise.
 jax.config.update('jax_default_matmul_precision', 'highest')
 
 

@@ -99,7 +99,8 @@ def test_a_model_loads_no_reader():
       sys.executable,
       '-c',
       (
-        'import sys; import fedmmr_jax.models.feddmmr, fedmmr_jax.client.update; '
+        'import sys; '
+        'import fedmmr_jax.models.feddmmr, fedmmr_jax.client.update; '
         'assert "pyarrow" not in sys.modules'
       ),
     ],

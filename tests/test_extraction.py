@@ -339,7 +339,10 @@ def test_a_call_with_other_texts_starts_over(tmp_path):
 
 def test_a_start_over_in_another_width_leaves_nothing_of_the_first(tmp_path):
   cut_off(tmp_path, text_inputs(), after=1)
-  wide = lambda texts: np.tile(vectors(texts), 3)
+
+  def wide(texts):
+    return np.tile(vectors(texts), 3)
+
   extract(tmp_path, text_inputs({'a': 'xx', 'd': 'z'}), wide)
   matrix = np.load(tmp_path / 'text_features.npy')
   assert matrix.shape == (7, 6)

@@ -86,7 +86,10 @@ def test_factored_scores_and_gradients_equal_the_naive_form(similarity):
   """score() against forming the fused [T, J, D] tensor."""
   model, _, _, _ = build(dataclasses.replace(CONFIG, similarity=similarity))
   rng = np.random.default_rng(2)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
   states, e, a = draw(7, 16), draw(9, 16), draw(9, 16)
 
   def candidates(e, a):
@@ -101,13 +104,8 @@ def test_factored_scores_and_gradients_equal_the_naive_form(similarity):
     dot = jnp.sum(fused * e, -1)
     if similarity == 'dot':
       return dot
-    return (
-      4.0
-      * dot
-      / (  # sqrt(16)
-        jnp.linalg.norm(fused, axis=-1) * jnp.linalg.norm(e, axis=-1)
-      )
-    )
+    norms = jnp.linalg.norm(fused, axis=-1) * jnp.linalg.norm(e, axis=-1)
+    return 4.0 * dot / norms  # sqrt(16)
 
   np.testing.assert_allclose(
     factored(states, e, a), naive(states, e, a), rtol=1e-5, atol=1e-5

@@ -233,7 +233,10 @@ def test_local_rows_are_fewer_than_the_catalogue():
 
 def test_padding_clients_change_nothing():
   simulation, _ = rounds(0, vocabulary='local')
-  run = lambda cohort: simulation.run_round(
-    simulation.init_state(), 1, np.array(cohort, np.int32)
-  )
+
+  def run(cohort):
+    return simulation.run_round(
+      simulation.init_state(), 1, np.array(cohort, np.int32)
+    )
+
   small.assert_trees_equal(run([[2, 0]]), run([[2, 0], [-1, -1]]))

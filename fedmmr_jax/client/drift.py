@@ -192,8 +192,8 @@ class FedProx(DriftControl):
 @dataclasses.dataclass(frozen=True)
 class Scaffold(DriftControl):
   """Karimireddy et al. 2020, "SCAFFOLD: Stochastic controlled averaging for
-  federated learning", ICML: c − c_i is added to the local gradient, the server's
-  control variate minus the client's own.
+  federated learning", ICML: c − c_i is added to the local gradient, the
+  server's control variate minus the client's own.
 
   Option II: c_i⁺ = c_i − c + (x − y)/(S η) is the mean gradient of the S local
   SGD steps; of items that the client did not touch it is zero. The server's c

@@ -1,5 +1,5 @@
-"""Lines of fields -> interactions: first by Arrow, then, if it is in doubt, line
-by line, which is slow but names the line that is wrong."""
+"""Lines of fields -> interactions: first by Arrow, then, if it is in doubt,
+line by line, which is slow but names the line that is wrong."""
 
 import csv
 import pathlib

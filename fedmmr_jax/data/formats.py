@@ -1,17 +1,20 @@
 """The formats of interaction files: telling them apart, reading them.
 
-| format | a line | file in a folder |
-|---|---|---|
-| ml-1m | `user::item::rating::timestamp` (MovieLens 1M, 10M) | `ratings.dat` |
-| ml-100k | user, item, rating, timestamp between tabs | `u.data` |
-| ml-latest | CSV `userId,movieId,rating,timestamp` (newer MovieLens sets) | `ratings.csv` |
-| sasrec | `user item`, in time order (Kang & McAuley 2018) | `*.txt` |
-| sequences | a user, then all its items in time order | `*.txt` |
-| recbole | tabs, header `user_id:token` … (Zhao et al. 2021) | `*.inter` |
-| amazon-reviews | a JSON object a line (Ni et al. 2019, Hou et al. 2024) | `*.json`, `*.jsonl` |
-| amazon-ratings | CSV without header: user, item, rating, timestamp, or item first | `*.csv` |
-| csv | header; commas, semicolons or tabs | `*.csv`, `*.tsv` |
-| parquet | | `*.parquet` |
+Each with the file that it is in a folder, and what a line holds:
+
+    ml-1m: `ratings.dat`; `user::item::rating::timestamp` (MovieLens 1M, 10M)
+    ml-100k: `u.data`; user, item, rating, timestamp between tabs
+    ml-latest: `ratings.csv`; CSV `userId,movieId,rating,timestamp` (newer
+      MovieLens sets)
+    sasrec: `*.txt`; `user item`, in time order (Kang & McAuley 2018)
+    sequences: `*.txt`; a user, then all its items in time order
+    recbole: `*.inter`; tabs, header `user_id:token` … (Zhao et al. 2021)
+    amazon-reviews: `*.json`, `*.jsonl`; a JSON object (Ni et al. 2019, Hou et
+      al. 2024)
+    amazon-ratings: `*.csv`; CSV without header: user, item, rating, timestamp,
+      or item first
+    csv: `*.csv`, `*.tsv`; header; commas, semicolons or tabs
+    parquet: `*.parquet`
 
 All but Parquet may be gzipped. Every line is an interaction, whatever its
 rating (implicit feedback).

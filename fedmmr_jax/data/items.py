@@ -1,13 +1,15 @@
 """What a source tells of its items: ids, titles, texts.
 
-| item file | in a folder |
-|---|---|
-| MovieLens 1M: `MovieID::Title::Genre\\|Genre`, latin-1 | `movies.dat` |
-| MovieLens 100K: `\\|`-separated, latin-1, genres as 0 and 1 | `u.item` |
-| CSV with a header, UTF-8; newer MovieLens sets have `movies.csv` | `movies.csv`, `items.csv`, `items.tsv` |
-| RecBole | `*.item` |
-| Amazon metadata, a JSON object a line | `meta_*.json`, `meta_*.jsonl`, `items.jsonl` |
-| Parquet | `items.parquet` |
+The item files that are found in a folder:
+
+    `movies.dat`: MovieLens 1M, `MovieID::Title::Genre|Genre`, latin-1
+    `u.item`: MovieLens 100K, `|`-separated, latin-1, genres as 0 and 1
+    `movies.csv`, `items.csv`, `items.tsv`: CSV with a header, UTF-8; newer
+      MovieLens sets have `movies.csv`
+    `*.item`: RecBole
+    `meta_*.json`, `meta_*.jsonl`, `items.jsonl`: Amazon metadata, a JSON object
+      a line
+    `items.parquet`: Parquet
 
 All but Parquet may be gzipped.
 """

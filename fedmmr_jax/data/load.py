@@ -113,7 +113,7 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
 
 def _load_files(config: DataConfig) -> Loaded:
   source = _source(config)
-  # Resolved first: a wrong path should not cost the reading of the interactions.
+  # Resolved first: a wrong path should not cost reading the interactions.
   paths = {
     kind: features.resolve(
       getattr(config, f'{kind}_features'), kind, source.folder

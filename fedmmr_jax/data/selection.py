@@ -1,10 +1,16 @@
 """Interactions -> the clients and the catalogue of a run: filters, order in
 time, and what is held out of training.
 
-| split | a client's training | validation | test |
-|---|---|---|---|
-| leave_one_out | all but the last two items | the last but one | the last |
-| timeline | what came before the date, but the last item | the last item before the date | the first one from the date on; a client without has none |
+The splits, and what of a client each gives to training, validation and test:
+
+    leave_one_out
+      training: all but the last two items
+      validation: the last but one
+      test: the last
+    timeline
+      training: what came before the date, but the last item
+      validation: the last item before the date
+      test: the first one from the date on; a client without has none
 
 In a split along the timeline nothing of the future is in anybody's training (Ji
 et al. 2023, ACM TOIS 41(3)), as there is when each client's last items are held

@@ -1,19 +1,28 @@
-"""Is there a leak? What a reviewer would ask, answered on the very functions that
-a run uses, not on a description of them.
+"""Is there a leak? What a reviewer would ask, answered on the very functions
+that a run uses, not on a description of them.
 
-| check | how |
-|---|---|
-| training negatives | the sampler draws for every client; its held-out items must come as often as any other unseen item |
-| windows | histories are replaced by their positions: no window may show one behind the training items, every training item but the first is a target once |
-| round | all held-out items are exchanged for others: the sketch is taken anew, and parameters, prototypes and memories after the rounds must not differ in a bit |
-| memory | after the rounds each client remembers training items only |
-| catalogue filter | what negatives avoid, and what a k-core counts, are training items |
-| evaluation negatives | unseen before the target, distinct, candidates |
-| validation candidates | the later, test item is ranked above the validation item: it must count there, and come among the negatives as often as any other |
-| canary | each client alone, from a random model: it cannot learn more than what it consumed, so that far above popularity it knows its target |
+The checks, and how each is made:
 
-The canary sings with `--leaky_negatives`, where held-out items are never drawn as
-negatives: of the unseen items they alone are not pushed down. That is the
+    training negatives: the sampler draws for every client; its held-out items
+      must come as often as any other unseen item
+    windows: histories are replaced by their positions: no window may show one
+      behind the training items, every training item but the first is a target
+      once
+    round: all held-out items are exchanged for others: the sketch is taken
+      anew, and parameters, prototypes and memories after the rounds must not
+      differ in a bit
+    memory: after the rounds each client remembers training items only
+    catalogue filter: what negatives avoid, and what a k-core counts, are
+      training items
+    evaluation negatives: unseen before the target, distinct, candidates
+    validation candidates: the later, test item is ranked above the validation
+      item: it must count there, and come among the negatives as often as any
+      other
+    canary: each client alone, from a random model: it cannot learn more than
+      what it consumed, so that far above popularity it knows its target
+
+The canary sings with `--leaky_negatives`, where held-out items are never drawn
+as negatives: of the unseen items they alone are not pushed down. That is the
 original system's leak.
 """
 

@@ -10,9 +10,9 @@ metric M(r) is estimated by a function f(x) that minimises, r being uniform,
 
 f is the solution of a linear system. It may leave a metric's range for single
 users; what counts is the mean over users, and that stays noisy: for the 1,000
-test items of a MovieLens-1M run whose HR@10 in full is 0.123, the estimate has a
-bias of −0.030 and a standard error of 0.009 with γ = 0.1, −0.011 and 0.017 with
-0.01, −0.004 and 0.027 with 0.001.
+test items of a MovieLens-1M run whose HR@10 in full is 0.123, the estimate has
+a bias of −0.030 and a standard error of 0.009 with γ = 0.1, −0.011 and 0.017
+with 0.01, −0.004 and 0.027 with 0.001.
 """
 
 import functools

@@ -2,12 +2,12 @@
 
 A cohort of C clients comes as chunks [G, C/G], dealt into shards (`devices`).
 A shard is one jitted program, which scans its chunks with a running weighted
-sum of the deltas, so memory does not grow with the cohort (but for what a client
-keeps or sends one by one: its memory and prototypes, 9 kB, and SCAFFOLD's
-control variate); inside a chunk the clients are vmapped. A second program adds
-the shards' sums and makes the server's step. Clients of a chunk run as many
-steps as its longest needs, a traced number: one compilation serves every
-cohort. Sorting the cohort by length keeps the masked steps few.
+sum of the deltas, so memory does not grow with the cohort (but for what a
+client keeps or sends one by one: its memory and prototypes, 9 kB, and
+SCAFFOLD's control variate); inside a chunk the clients are vmapped. A second
+program adds the shards' sums and makes the server's step. Clients of a chunk
+run as many steps as its longest needs, a traced number: one compilation serves
+every cohort. Sorting the cohort by length keeps the masked steps few.
 """
 
 import dataclasses
@@ -40,8 +40,9 @@ from fedmmr_jax.models import content
 from fedmmr_jax.models.feddmmr import Catalogue
 from fedmmr_jax.streams import generator, Stream
 
-# More than this, and what drift control keeps at the clients is refused, and the seeds of
-# an ablation run one after another. A round and its saving hold copies besides.
+# More than this, and what drift control keeps at the clients is refused, and
+# the seeds of an ablation run one after another. A round and its saving hold
+# copies besides.
 MOST_STATE_BYTES = 4_000_000_000
 
 
@@ -127,8 +128,8 @@ def state_bytes(state: FederationState | Params) -> int:
 
 
 def check_size(state: FederationState) -> None:
-  """Raises UserError if what drift control keeps at the clients (SCAFFOLD: a set
-  of parameters each) is more than a machine should hold.
+  """Raises UserError if what drift control keeps at the clients (SCAFFOLD: a
+  set of parameters each) is more than a machine should hold.
 
   Args:
     state: the state of all clients, or what has its shapes.
@@ -195,7 +196,7 @@ def chunked(
 
 
 def in_chunks(clients: np.ndarray, per_chunk: int) -> np.ndarray:
-  """[G, ≤ per_chunk] int32 in the given order; PADDING_CLIENT fills the last."""
+  """[G, ≤ per_chunk] int32, in order; PADDING_CLIENT fills the last."""
   # Every shard gets some.
   per_chunk = min(per_chunk, -(-len(clients) // devices.num_shards()))
   padded = np.pad(

@@ -79,7 +79,7 @@ class VisualExpert(nn.Module):
 
 
 class SemanticExpert(nn.Module):
-  """Multi-head cross-attention of the candidate's embedding over memory text."""
+  """Multi-head cross-attention of a candidate's embedding over memory text."""
 
   hidden_dim: int
   num_heads: int

@@ -1,5 +1,5 @@
-"""Size and CRC-32 of every file of a folder, kept in the folder: is it still what
-was written?"""
+"""Size and CRC-32 of every file of a folder, kept in the folder: is it still
+what was written?"""
 
 import json
 import os

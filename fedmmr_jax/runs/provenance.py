@@ -1,5 +1,5 @@
-"""What, beside its settings and its data, decides a run's numbers: the code, the
-packages, the machine."""
+"""What, beside its settings and its data, decides a run's numbers: the code,
+the packages, the machine."""
 
 import hashlib
 import importlib.metadata
