@@ -62,7 +62,7 @@ def finish(means: dict[str, Mean]) -> dict[str, float | list[float] | None]:
   }
 
 
-def ranking(ranks: np.ndarray) -> dict[str, float]:
+def ranking(ranks: np.ndarray | jax.Array) -> dict[str, float]:
   """HR, NDCG and MRR of one relevant item per user.
 
   Args:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from typing import Iterator, NamedTuple
+from typing import Any, cast, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,15 @@ class Round(NamedTuple):
   Attributes:
     number: 1-based.
     state: after it.
-    metrics: name -> mean over the cohort's steps; None where nothing counted.
+    metrics: name -> mean over the cohort's steps, of some a list of means; None
+      where nothing counted.
     cohort: [G, C/G] int32 who trained, PADDING_CLIENT where nobody.
     seconds: what it took.
   """
 
   number: int
   state: FederationState
-  metrics: dict[str, float | None]
+  metrics: dict[str, float | list[float] | None]
   cohort: np.ndarray
   seconds: float
 
@@ -119,7 +120,7 @@ class Simulation:
       (data, None) if isinstance(data, Dataset) else (data.dataset, data.cold)
     )
     simulation = build(config, *loaded)
-    parts = {'aggregator': aggregator, 'drift': drift}
+    parts: dict[str, Any] = {'aggregator': aggregator, 'drift': drift}
     return dataclasses.replace(
       simulation,
       **{name: part for name, part in parts.items() if part is not None},
@@ -248,7 +249,7 @@ class Simulation:
 
   def run_round(
     self, state: FederationState, round_number: int, cohort: np.ndarray
-  ) -> tuple[FederationState, dict[str, float | None]]:
+  ) -> tuple[FederationState, dict[str, float | list[float] | None]]:
     """Trains one round; `state` is donated."""
     state, means = round_lib.run_round(
       self.program,
@@ -455,12 +456,13 @@ class Simulation:
   @functools.cached_property
   def _cold_ranked(self) -> _Ranked:
     """A cold item stands where the test item stands otherwise."""
+    cold = cast(ColdSplit, self.cold)
     return _Ranked(
-      self.cold.dataset,
-      _to_device(self.config, self.cold.dataset, trains=False)._replace(
+      cold.dataset,
+      _to_device(self.config, cold.dataset, trains=False)._replace(
         popular_negatives=self.data.popular_negatives
       ),
-      self.cold.clients,
+      cold.clients,
       'test',
     )
 

@@ -281,7 +281,7 @@ class MeanGradient(NamedTuple):
   """Sum of the gradients that passed, and how many; see `mean`."""
 
   total: Params
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method count
 
   def mean(self) -> Params:
     """Their mean; zeros if there was none."""

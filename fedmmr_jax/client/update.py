@@ -7,7 +7,7 @@ of a step, `L` window, `Q` targets of a window (1, or L with all positions),
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -496,11 +496,9 @@ def memory_view(
   items = memory_lib.retrieve(memory, config.memory)
   if not config.model.global_memory:
     return view_memory(broadcast.catalogue, items)
+  prototypes = cast(Prototypes, broadcast.prototypes)
   return view_memory(
-    broadcast.catalogue,
-    items,
-    broadcast.prototypes.centre,
-    broadcast.prototypes.size > 0,
+    broadcast.catalogue, items, prototypes.centre, prototypes.size > 0
   )
 
 

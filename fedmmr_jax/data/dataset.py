@@ -11,7 +11,7 @@ target; the rest is training (`selection.py`).
 import dataclasses
 import hashlib
 import zlib
-from typing import Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ class Dataset:
       )
     dataset = select(name, Interactions.of(*columns)).dataset
     ids = dataset.item_ids[1:].tolist()
-    made = {}
+    made: dict[str, Any] = {}
     for kind, rows in (('visual', visual), ('text', text)):
       if rows:
         made[kind] = features.of_mapping(rows, kind, ids)
@@ -233,7 +233,7 @@ class ClientData(NamedTuple):
   num_avoided: jax.Array
   sampled_negatives: jax.Array
   num_drawable: jax.Array
-  popular_negatives: jax.Array = np.zeros((HELD_OUT, 0), np.int32)
+  popular_negatives: jax.Array | np.ndarray = np.zeros((HELD_OUT, 0), np.int32)
 
 
 def to_device(

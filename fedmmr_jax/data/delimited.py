@@ -3,7 +3,7 @@ line by line, which is slow but names the line that is wrong."""
 
 import csv
 import pathlib
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -169,11 +169,11 @@ class Numbering(dict):
 
 
 def from_numbered(
-  users: list[int],
+  users: Sequence[int] | np.ndarray,
   user_texts: Numbering,
-  items: list[int],
+  items: Sequence[int] | np.ndarray,
   item_texts: Numbering,
-  times: list[float] | None,
+  times: Sequence[float] | None,
   whole: bool,
 ) -> Interactions:
   """Interactions [n] whose ids are known by number.

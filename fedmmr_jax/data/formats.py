@@ -24,7 +24,7 @@ import csv as csv_lib
 import json
 import pathlib
 import re
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Callable, cast, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -569,7 +569,7 @@ def _pick_all(
       f'{where}: users {picked[0]}, items {picked[1]} and times '
       f'{picked[2] or "-"} must be different columns'
     )
-  return picked
+  return cast(tuple[str, str, str], picked)
 
 
 def _separator(line: str) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import NamedTuple
+from typing import Any, cast, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,8 @@ def load(config: RunConfig | DataConfig, seed: int | None = None) -> Loaded:
   if isinstance(config, RunConfig):
     seed = config.seed if seed is None else seed
     config = config.data
+  # Given, unless nothing is generated or held out.
+  seed = cast(int, seed)
   loaded = (
     _load_synthetic(config, seed)
     if config.dataset == SYNTHETIC
@@ -86,7 +88,8 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
     config.synthetic_users, config.synthetic_items, seed, _filters(config)
   )
   dataset, num_rows = selected.dataset, config.synthetic_items + 1
-  matrices, reports = {}, []
+  matrices: dict[str, Any] = {}
+  reports = []
   for kind, matrix in generated.items():
     flag = getattr(config, f'{kind}_features')
     if flag == features.AUTO:
@@ -102,7 +105,7 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
       matrices[kind] = matrix[dataset.item_ids]
     elif flag != features.NONE:
       matrices[kind], report = features.load(
-        features.resolve(flag, kind, pathlib.Path()),
+        cast(pathlib.Path, features.resolve(flag, kind, pathlib.Path())),
         kind,
         num_rows,
         dataset.item_ids,
@@ -126,7 +129,8 @@ def _load_files(config: DataConfig) -> Loaded:
   selected = select(_name(source), interactions, _filters(config))
   dataset = selected.dataset
   rows = np.append(0, table.rows_of(dataset.item_ids[1:]))
-  matrices, reports = {}, []
+  matrices: dict[str, Any] = {}
+  reports = []
   for kind, path in paths.items():
     if path is not None:
       matrices[kind], report = features.load(

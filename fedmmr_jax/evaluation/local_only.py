@@ -26,7 +26,7 @@ def rank_all(
   server: ServerState,
   clients: np.ndarray,
   key: jax.Array,
-  splits: jax.Array,
+  splits: np.ndarray,
   catalogue: Catalogue,
   data: FederatedData,
 ) -> Ranks:

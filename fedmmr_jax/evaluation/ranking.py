@@ -5,7 +5,7 @@ would read as rank 0, a perfect hit: it is counted and raised instead.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Ranks(NamedTuple):
   full: jax.Array
   sampled: jax.Array
   bad_scores: jax.Array
-  popular: jax.Array = 0
+  popular: jax.Array | int = 0
 
 
 def score_catalogue(
@@ -63,7 +63,7 @@ def score_catalogue(
   The catalogue goes by in blocks, so that what lies between an item and its
   score never exists for all items at once.
   """
-  apply = partial(model.apply, {'params': broadcast.params})
+  apply: Callable[..., Any] = partial(model.apply, {'params': broadcast.params})
   profile = None
   if config.model.profile != 'none' and earlier is not None:
     profile = profile_lib.mean(

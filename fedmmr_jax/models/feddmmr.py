@@ -12,7 +12,7 @@ Everything here is written for one client and one window; callers vmap.
 windows against J candidates takes two [T, D] x [D, J] products (`score`).
 """
 
-from typing import NamedTuple
+from typing import cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,8 @@ def view_memory(
   text, text_mask = catalogue.text[items], filled & catalogue.has_text[items]
   if prototypes is not None:
     text = jnp.concatenate([text, prototypes])
-    text_mask = jnp.concatenate([text_mask, prototype_mask])
+    # Given where prototypes are.
+    text_mask = jnp.concatenate([text_mask, cast(jax.Array, prototype_mask)])
   return MemoryView(
     visual=catalogue.visual[items],
     visual_mask=filled & catalogue.has_visual[items],

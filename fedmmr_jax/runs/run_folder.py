@@ -69,7 +69,8 @@ class RunFolder:
 
   def __init__(self, path: str | pathlib.Path):
     self.path = pathlib.Path(path)
-    self._lock = None  # an open file, while this process trains here
+    # An open file, while this process trains here.
+    self._lock: TextIO | None = None
 
   def holds_run(self) -> bool:
     return any(

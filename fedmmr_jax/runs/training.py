@@ -136,7 +136,7 @@ def validated(
   Raises:
     UserError: a score is not finite.
   """
-  record = {'round': done.number, 'train': done.metrics}
+  record: Record = {'round': done.number, 'train': done.metrics}
   if due(done.number, simulation.config):
     on_step(f'validating round {done.number}')
     start = time.perf_counter()
