@@ -1,6 +1,7 @@
 # make demo      install into .venv and train on the embedded data set
 # make test      install with the test extra and run the tests
 # make test-all  the slow ones too
+# make lint      layout, what ruff checks, types of the public API
 # make docs      build the documentation into site/
 # make install   only install (with the test extra)
 
@@ -9,8 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
+LINT_INSTALLED := $(VENV)/.installed-lint
+LINTED := fedmmr_jax experiments tests examples docs
 
-.PHONY: demo test test-all docs install clean
+.PHONY: demo test test-all lint docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.train --flagfile=experiments/presets/synthetic.flags
@@ -20,6 +23,11 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+lint: $(LINT_INSTALLED)
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/mypy
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/python experiments/results/draw.py --check
@@ -36,6 +44,10 @@ $(INSTALLED): setup.cfg pyproject.toml
 
 $(DOCS_INSTALLED): $(INSTALLED) setup.cfg
 	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(LINT_INSTALLED): $(INSTALLED) setup.cfg
+	$(BIN)/pip install --quiet --editable '.[lint]'
 	@touch $@
 
 clean:

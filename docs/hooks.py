@@ -38,10 +38,21 @@ def settings() -> str:
   config = _config()
   sections = []
   for title, intro, fields in _groups(config.RunConfig()):
-    sections.append(f'## {title}\n\n{intro}\n\n' + _table(
+    sections.append(
+      f'## {title}\n\n{intro}\n\n'
+      + _table(
         ('flag', 'default', 'values', 'what it does'),
-        [(f'`--{field.name}`', _default(value), _values(field.metadata),
-          _with_flags(field.metadata['help'])) for field, value in fields]))
+        [
+          (
+            f'`--{field.name}`',
+            _default(value),
+            _values(field.metadata),
+            _with_flags(field.metadata['help']),
+          )
+          for field, value in fields
+        ],
+      )
+    )
   return '\n\n'.join(sections)
 
 
@@ -71,11 +82,20 @@ def _fields(group: Any) -> list[tuple[Any, Any]]:
   for field in dataclasses.fields(group):
     value = getattr(group, field.name)
     if value is None:
-      value = next((kind() for kind in typing.get_args(hints[field.name])
-                    if dataclasses.is_dataclass(kind)), None)
+      value = next(
+        (
+          kind()
+          for kind in typing.get_args(hints[field.name])
+          if dataclasses.is_dataclass(kind)
+        ),
+        None,
+      )
     found.append((field, value))
-  return [(field, value) for field, value in found
-          if _is_group(value) or 'help' in field.metadata]
+  return [
+    (field, value)
+    for field, value in found
+    if _is_group(value) or 'help' in field.metadata
+  ]
 
 
 def _is_group(value: Any) -> bool:
@@ -119,10 +139,14 @@ def binaries() -> str:
 
 
 def _defines_flag(node: ast.AST) -> bool:
-  return (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-          and node.func.attr.startswith('DEFINE_')
-          and node.func.attr != 'DEFINE_alias' and bool(node.args)
-          and isinstance(node.args[0], ast.Constant))
+  return (
+    isinstance(node, ast.Call)
+    and isinstance(node.func, ast.Attribute)
+    and node.func.attr.startswith('DEFINE_')
+    and node.func.attr != 'DEFINE_alias'
+    and bool(node.args)
+    and isinstance(node.args[0], ast.Constant)
+  )
 
 
 def _arguments(call: ast.Call) -> tuple[str, str, str]:
@@ -151,27 +175,34 @@ def _flag_default(node: ast.AST | None) -> str:
   except (TypeError, ValueError):  # a name of a constant, such as AUTO
     return f'`{ast.unparse(node).lower()}`' if node is not None else ''
   if isinstance(value, list):
-    return f"`{','.join(map(str, value))}`"
+    return f'`{",".join(map(str, value))}`'
   return '' if value is None else _default(value)
 
 
 def _with_flags(text: str) -> str:
   """A help text with the flags it names set as code."""
-  return re.sub(r'(?<![\w`-])--[a-z_]+(?:=[\w.]+)?', r'`\g<0>`',
-                text.replace('<', '&lt;'))
+  return re.sub(
+    r'(?<![\w`-])--[a-z_]+(?:=[\w.]+)?', r'`\g<0>`', text.replace('<', '&lt;')
+  )
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
   lines = [head, tuple('---' for _ in head), *rows]
-  return '\n'.join('| ' + ' | '.join(
-      cell.replace('|', '\\|').replace('\n', ' ') for cell in line) + ' |'
-                   for line in lines)
+  return '\n'.join(
+    '| '
+    + ' | '.join(cell.replace('|', '\\|').replace('\n', ' ') for cell in line)
+    + ' |'
+    for line in lines
+  )
 
 
 def _config() -> Any:
   """`fedmmr_jax.config`, with a stand-in for the package around it."""
-  before = {name: module for name, module in sys.modules.items()
-            if name.partition('.')[0] == 'fedmmr_jax'}
+  before = {
+    name: module
+    for name, module in sys.modules.items()
+    if name.partition('.')[0] == 'fedmmr_jax'
+  }
   for name in before:
     del sys.modules[name]
   package = types.ModuleType('fedmmr_jax')
@@ -180,8 +211,9 @@ def _config() -> Any:
   try:
     return importlib.import_module('fedmmr_jax.config')
   finally:
-    for name in [name for name in sys.modules
-                 if name.partition('.')[0] == 'fedmmr_jax']:
+    for name in [
+      name for name in sys.modules if name.partition('.')[0] == 'fedmmr_jax'
+    ]:
       del sys.modules[name]
     sys.modules.update(before)
 

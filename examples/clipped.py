@@ -1,6 +1,6 @@
 """An aggregator of one's own: FedAvg of updates clipped to a norm.
 
-    python -m experiments.train --flagfile=… --aggregator=examples.clipped:Clipped
+python -m experiments.train --flagfile=… --aggregator=examples.clipped:Clipped
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ class Clipped(fm.FedAvg):
 def main():
   config = fm.preset('synthetic', num_rounds=2, synthetic_users=60)
   simulation = fm.Simulation.of(
-      config, fm.load(config), aggregator=Clipped(max_norm=0.5))
+    config, fm.load(config), aggregator=Clipped(max_norm=0.5)
+  )
   for step in simulation.rounds():
     print(f'round {step.number}: loss {step.metrics["loss"]:.4f}')
 

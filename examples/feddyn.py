@@ -24,14 +24,21 @@ class FedDyn(fm.DriftControl):
 
   def transform(self, sent, kept):
     def update(gradient, start, params):
-      return jax.tree.map(lambda d, g, w, w0: d - g + self.alpha * (w - w0),
-                          gradient, kept, params, start), start
+      return jax.tree.map(
+        lambda d, g, w, w0: d - g + self.alpha * (w - w0),
+        gradient,
+        kept,
+        params,
+        start,
+      ), start
+
     return optax.GradientTransformation(lambda params: params, update)
 
   def finish(self, result):
     moved = result.whole(result.delta)
     return jax.tree.map(
-        lambda g, d: g - self.alpha * d, result.kept, moved), None
+      lambda g, d: g - self.alpha * d, result.kept, moved
+    ), None
 
   def server_step(self, state, uploaded, cohort, delta, optimizer):
     share = cohort.size / cohort.all_size

@@ -1,6 +1,6 @@
 """A data set of one's own, from arrays, and a format of one's own, from a file.
 
-    python -m experiments.train --dataset=examples.own_data:LOG --data_dir=x.log
+python -m experiments.train --dataset=examples.own_data:LOG --data_dir=x.log
 """
 
 import numpy as np
@@ -10,8 +10,9 @@ import fedmmr_jax as fm
 
 def read(path, names):
   """Lines of 'user>item', in time order."""
-  users, items = zip(*(line.split('>') for line in
-                       path.read_text().splitlines()))
+  users, items = zip(
+    *(line.split('>') for line in path.read_text().splitlines())
+  )
   return fm.Interactions.of(np.array(users), np.array(items))
 
 
@@ -24,8 +25,9 @@ def main():
   items = np.concatenate([rng.permutation(80)[:12] for _ in range(40)])
   texts = {item: rng.normal(size=16) for item in range(80)}
   dataset = fm.Dataset.of(users, items, text=texts)
-  config = fm.preset('synthetic', num_rounds=2, num_negatives=20,
-                     sampled_negatives=20)
+  config = fm.preset(
+    'synthetic', num_rounds=2, num_negatives=20, sampled_negatives=20
+  )
   simulation = fm.Simulation.of(config, dataset)
   *_, last = simulation.rounds()
   rows, scores = simulation.recommend(last.state, client=3, count=5)

@@ -11,8 +11,10 @@ import fedmmr_jax as fm
 
 def by_slice(ranks: fm.Ranks, labels: np.ndarray) -> dict:
   """Label -> metrics of its clients, both protocols."""
-  return {str(label): fm.metrics_of(jax.tree.map(
-      lambda x: x[labels == label], ranks)) for label in np.unique(labels)}
+  return {
+    str(label): fm.metrics_of(jax.tree.map(lambda x: x[labels == label], ranks))
+    for label in np.unique(labels)
+  }
 
 
 def main():
@@ -21,7 +23,9 @@ def main():
   *_, last = simulation.rounds()
   _, ranks = simulation.evaluate(last.state, 'val')
   first_items = simulation.dataset.items[simulation.dataset.offsets[:-1]]
-  labels = np.where(first_items[simulation.targets('val')[0]] % 2, 'odd', 'even')
+  labels = np.where(
+    first_items[simulation.targets('val')[0]] % 2, 'odd', 'even'
+  )
   for label, metrics in by_slice(ranks, labels).items():
     print(label, round(metrics['full']['HR@10'], 3))
 

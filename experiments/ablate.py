@@ -1,8 +1,9 @@
 """Several variants × several seeds -> one table and one figure.
 
-    python -m experiments.ablate --flagfile=experiments/presets/recommended.flags \\
-        --data_dir=path/to/ml-1m --variants=experiments/ablations/baselines.txt \\
-        --seeds=0,1,2 --workdir=ablation
+    python -m experiments.ablate \\
+        --flagfile=experiments/presets/recommended.flags \\
+        --data_dir=path/to/ml-1m --seeds=0,1,2 --workdir=ablation \\
+        --variants=experiments/ablations/baselines.txt
 
 Every variant is trained from every seed, the seeds side by side in one compiled
 program, and tested at its best validation round. Differences to the first
@@ -38,8 +39,11 @@ from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.runs import provenance, run_folder
 
 _VARIANTS = flags.DEFINE_string(
-    'variants', 'experiments/ablations/baselines.txt', 'file with a variant a '
-    'line, name: --flag=value …; see fedmmr_jax/evaluation/ablation.py')
+  'variants',
+  'experiments/ablations/baselines.txt',
+  'file with a variant a '
+  'line, name: --flag=value …; see fedmmr_jax/evaluation/ablation.py',
+)
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds of each variant')
 
 app.define_config_flags()
@@ -55,30 +59,37 @@ def main() -> None:
   seeds = _seeds()
   base = app.config_from_flags()
   if base.evaluation.eval_clients and len(seeds) > 1:
-    raise UserError('--eval_clients draws other clients for each seed; leave it '
-                    'out, or name one seed')
+    raise UserError(
+      '--eval_clients draws other clients for each seed; leave it '
+      'out, or name one seed'
+    )
   variants = ablation.read_variants(pathlib.Path(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
   loaded = load.load(base.data, base.seed)
   print(console.data_report(loaded))
-  print(f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n',
-        flush=True)
+  print(
+    f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n', flush=True
+  )
   folder = workdir / 'variants'
   with run_folder.hold(folder):
     outcomes = _outcomes(variants, configs, loaded, seeds, folder)
   differences = ablation.differences(outcomes)
   table = markdown(outcomes, differences, base, seeds)
   (workdir / TABLE).write_text(table, 'utf-8')
-  (workdir / DATA).write_text(json.dumps(
-      as_json(outcomes, differences), indent=2, allow_nan=False) + '\n')
+  (workdir / DATA).write_text(
+    json.dumps(as_json(outcomes, differences), indent=2, allow_nan=False) + '\n'
+  )
   draw(pyplot, outcomes, differences, workdir / FIGURE)
-  print(f'\n{table}\n{workdir / TABLE}   {workdir / FIGURE}   '
-        f'{workdir / DATA}')
+  print(f'\n{table}\n{workdir / TABLE}   {workdir / FIGURE}   {workdir / DATA}')
 
 
-def _outcomes(variants: Sequence[Variant], configs: Sequence[RunConfig],
-              loaded: Loaded, seeds: Sequence[int],
-              folder: pathlib.Path) -> dict[str, Outcome]:
+def _outcomes(
+  variants: Sequence[Variant],
+  configs: Sequence[RunConfig],
+  loaded: Loaded,
+  seeds: Sequence[int],
+  folder: pathlib.Path,
+) -> dict[str, Outcome]:
   """Each variant's outcome: as an earlier call left it, or found now."""
   outcomes = {}
   program = provenance.program()
@@ -98,7 +109,8 @@ def _outcomes(variants: Sequence[Variant], configs: Sequence[RunConfig],
         trained = _train(variants[0], configs[0], loaded, seeds)[1:]
       if variant.special:
         outcome = ablation.run_special(
-            variant, config, loaded, seeds, *(trained or ((), ())))
+          variant, config, loaded, seeds, *(trained or ((), ()))
+        )
       else:
         outcome, *states = _train(variant, config, loaded, seeds)
         trained = trained or states
@@ -108,14 +120,17 @@ def _outcomes(variants: Sequence[Variant], configs: Sequence[RunConfig],
   return outcomes
 
 
-def _tell_of_others(name: str, folder: pathlib.Path, key: str,
-                    program: provenance.Facts) -> None:
+def _tell_of_others(
+  name: str, folder: pathlib.Path, key: str, program: provenance.Facts
+) -> None:
   """Says why an earlier result of a variant is not used, if there is one."""
   others = sorted(folder.glob(f'{key}*.npz'), key=lambda p: p.stat().st_mtime)
   if others:
     difference = provenance.difference(_program(others[-1]), program)
-    print(f'{name}: {others[-1]} is not used: '
-          + (difference or 'it does not say what made it'))
+    print(
+      f'{name}: {others[-1]} is not used: '
+      + (difference or 'it does not say what made it')
+    )
 
 
 def _train(variant: Variant, config: RunConfig, loaded, seeds):
@@ -126,27 +141,42 @@ def _train(variant: Variant, config: RunConfig, loaded, seeds):
 
 
 def _trained(variant: Variant, config: RunConfig, loaded, seeds):
-  with tqdm(total=config.server.num_rounds, unit='round', disable=None,
-            file=sys.stdout, desc=variant.name) as bar:
+  with tqdm(
+    total=config.server.num_rounds,
+    unit='round',
+    disable=None,
+    file=sys.stdout,
+    desc=variant.name,
+  ) as bar:
+
     def on_round(number, text):
       if text:
-        tqdm.write(f'{variant.name}  round {number}/{config.server.num_rounds}'
-                   f'  val HR@10{text}', file=sys.stdout)
+        tqdm.write(
+          f'{variant.name}  round {number}/{config.server.num_rounds}'
+          f'  val HR@10{text}',
+          file=sys.stdout,
+        )
         sys.stdout.flush()
       bar.update()
+
     return ablation.run_trained(config, loaded, seeds, on_round)
 
 
-def markdown(outcomes: dict[str, Outcome], differences: Differences,
-             base: RunConfig, seeds: Sequence[int]) -> str:
+def markdown(
+  outcomes: dict[str, Outcome],
+  differences: Differences,
+  base: RunConfig,
+  seeds: Sequence[int],
+) -> str:
   """Ranking on the test item, cold items if any, and what training showed."""
   names = list(outcomes)
   users = outcomes[names[0]].ranks['test'].full.shape[1]
-  return '\n'.join([
+  return '\n'.join(
+    [
       f'# {base.data.dataset}: {len(outcomes)} variants, seeds '
       + ', '.join(map(str, seeds)),
       '',
-      f'Test item of {users} users at each seed\'s best validation round; mean '
+      f"Test item of {users} users at each seed's best validation round; mean "
       f'of {len(seeds)} seed(s). Differences are to “{names[0]}”, in brackets '
       'the 95 % interval of a bootstrap over users, paired; n.s. marks one '
       'that includes 0.',
@@ -158,7 +188,10 @@ def markdown(outcomes: dict[str, Outcome], differences: Differences,
       '(gradients: mean norm of a local step; hardest tenth: its share of the '
       'contrastive loss).',
       '',
-      *_training_lines(outcomes), ''])
+      *_training_lines(outcomes),
+      '',
+    ]
+  )
 
 
 def _ranking_lines(outcomes, differences) -> list[str]:
@@ -167,79 +200,148 @@ def _ranking_lines(outcomes, differences) -> list[str]:
     row = [name]
     for headline in HEADLINES:
       d = differences[name][headline]
-      row += [_mean(outcome, *headline), '' if not i else
-              f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]'
-              + ('' if d.is_clear else ' n.s.')]
-    row += [_mean(outcome, 'sampled', 'NDCG@10'),
-            _mean(outcome, 'full', 'HR@10'),
-            ', '.join(map(str, outcome.best_rounds)) or '–']
+      row += [
+        _mean(outcome, *headline),
+        ''
+        if not i
+        else f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]'
+        + ('' if d.is_clear else ' n.s.'),
+      ]
+    row += [
+      _mean(outcome, 'sampled', 'NDCG@10'),
+      _mean(outcome, 'full', 'HR@10'),
+      ', '.join(map(str, outcome.best_rounds)) or '–',
+    ]
     rows.append(row)
   return _pipes(
-      ['variant', 'HR@10 sampled', 'difference', 'NDCG@10 full', 'difference',
-       'NDCG@10 sampled', 'HR@10 full', 'best rounds'], rows)
+    [
+      'variant',
+      'HR@10 sampled',
+      'difference',
+      'NDCG@10 full',
+      'difference',
+      'NDCG@10 sampled',
+      'HR@10 full',
+      'best rounds',
+    ],
+    rows,
+  )
 
 
 def _cold_lines(outcomes) -> list[str]:
-  rows = [[name, *(_mean(outcome, *which, 'cold') for which in _COLD_METRICS)]
-          for name, outcome in outcomes.items() if 'cold' in outcome.ranks]
+  rows = [
+    [name, *(_mean(outcome, *which, 'cold') for which in _COLD_METRICS)]
+    for name, outcome in outcomes.items()
+    if 'cold' in outcome.ranks
+  ]
   if not rows:
     return []
-  return ['', 'Items held out of training, ranked as new ones for the clients '
-          'that consumed one:', '', *_pipes(
-              ['variant', *(f'{metric} {protocol}'
-                            for protocol, metric in _COLD_METRICS)], rows)]
+  return [
+    '',
+    'Items held out of training, ranked as new ones for the clients '
+    'that consumed one:',
+    '',
+    *_pipes(
+      [
+        'variant',
+        *(f'{metric} {protocol}' for protocol, metric in _COLD_METRICS),
+      ],
+      rows,
+    ),
+  ]
 
 
 def _training_lines(outcomes) -> list[str]:
-  rows = [[name, *(_figure(o.first_training[f], o.training[f])
-                   for f in ablation.TRAINING_FIGURES), f'{o.seconds:.0f}']
-          for name, o in outcomes.items()]
-  return _pipes(['variant', *(_TITLES[f] for f in ablation.TRAINING_FIGURES),
-                 'seconds'], rows)
+  rows = [
+    [
+      name,
+      *(
+        _figure(o.first_training[f], o.training[f])
+        for f in ablation.TRAINING_FIGURES
+      ),
+      f'{o.seconds:.0f}',
+    ]
+    for name, o in outcomes.items()
+  ]
+  return _pipes(
+    ['variant', *(_TITLES[f] for f in ablation.TRAINING_FIGURES), 'seconds'],
+    rows,
+  )
 
 
-def _mean(outcome: Outcome, protocol: str, metric: str,
-          split: str = 'test') -> str:
+def _mean(
+  outcome: Outcome, protocol: str, metric: str, split: str = 'test'
+) -> str:
   return f'{np.mean(outcome.of_each_seed(protocol, metric, split)):.4f}'
 
 
-_COLD_METRICS = (('sampled', 'HR@10'), ('sampled', 'NDCG@10'),
-                 ('full', 'HR@10'), ('full', 'NDCG@10'))
+_COLD_METRICS = (
+  ('sampled', 'HR@10'),
+  ('sampled', 'NDCG@10'),
+  ('full', 'HR@10'),
+  ('full', 'NDCG@10'),
+)
 _TITLES = {
-    'rec_loss': 'rec. loss', 'contrastive_loss': 'contrastive',
-    'w_visual': 'router vis.', 'w_semantic': 'router sem.',
-    'hardest_share': 'hardest tenth', 'gradient_backbone': 'grad. backbone',
-    'gradient_visual': 'grad. visual', 'gradient_semantic': 'grad. semantic'}
+  'rec_loss': 'rec. loss',
+  'contrastive_loss': 'contrastive',
+  'w_visual': 'router vis.',
+  'w_semantic': 'router sem.',
+  'hardest_share': 'hardest tenth',
+  'gradient_backbone': 'grad. backbone',
+  'gradient_visual': 'grad. visual',
+  'gradient_semantic': 'grad. semantic',
+}
 
 
-def as_json(outcomes: dict[str, Outcome],
-            differences: Differences) -> dict[str, Any]:
+def as_json(
+  outcomes: dict[str, Outcome], differences: Differences
+) -> dict[str, Any]:
   """Every seed's metrics and the differences, for programs."""
-  return {name: {
-      'seeds': {split: {f'{protocol} {metric}': o.of_each_seed(
-          protocol, metric, split)
-                        for protocol in ('sampled', 'full')
-                        for metric in ('HR@10', 'NDCG@10')}
-                for split in o.ranks},
-      'difference': {' '.join(headline): d._asdict()
-                     for headline, d in differences[name].items()},
-      'best_rounds': o.best_rounds, 'training': o.training,
-      'first_training': o.first_training, 'seconds': o.seconds}
-          for name, o in outcomes.items()}
+  return {
+    name: {
+      'seeds': {
+        split: {
+          f'{protocol} {metric}': o.of_each_seed(protocol, metric, split)
+          for protocol in ('sampled', 'full')
+          for metric in ('HR@10', 'NDCG@10')
+        }
+        for split in o.ranks
+      },
+      'difference': {
+        ' '.join(headline): d._asdict()
+        for headline, d in differences[name].items()
+      },
+      'best_rounds': o.best_rounds,
+      'training': o.training,
+      'first_training': o.first_training,
+      'seconds': o.seconds,
+    }
+    for name, o in outcomes.items()
+  }
 
 
-def draw(pyplot, outcomes: dict[str, Outcome], differences: Differences,
-         path: pathlib.Path) -> None:
+def draw(
+  pyplot,
+  outcomes: dict[str, Outcome],
+  differences: Differences,
+  path: pathlib.Path,
+) -> None:
   """Differences to the baseline with their intervals, a panel a metric."""
   baseline, *others = outcomes
   figure, axes = pyplot.subplots(
-      1, 2, sharey=True, figsize=(10, 1.2 + 0.38 * len(others)),
-      layout='constrained', squeeze=False)
+    1,
+    2,
+    sharey=True,
+    figsize=(10, 1.2 + 0.38 * len(others)),
+    layout='constrained',
+    squeeze=False,
+  )
   for axis, (protocol, metric) in zip(axes[0], HEADLINES):
     for row, name in enumerate(others):
       d = differences[name][protocol, metric]
-      colour = ('#59636e' if not d.is_clear
-                else '#0969da' if d.mean > 0 else '#bc4c00')
+      colour = (
+        '#59636e' if not d.is_clear else '#0969da' if d.mean > 0 else '#bc4c00'
+      )
       axis.plot([d.low, d.high], [row, row], color=colour, linewidth=2)
       axis.plot(d.mean, row, 'o', color=colour)
     axis.axvline(0, color='#1b1f24', linewidth=0.8)
@@ -258,12 +360,20 @@ def _seeds() -> list[int]:
   try:
     seeds = [int(text) for text in _SEEDS.value]
   except ValueError:
-    raise UserError(f'--seeds={",".join(_SEEDS.value)}: not whole numbers with '
-                    'commas between them') from None
-  if (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0
-      or max(seeds) >= 2 ** 32):
-    raise UserError(f'--seeds={",".join(_SEEDS.value)}: name distinct seeds '
-                    'from 0 to 4294967295')
+    raise UserError(
+      f'--seeds={",".join(_SEEDS.value)}: not whole numbers with '
+      'commas between them'
+    ) from None
+  if (
+    not seeds
+    or len(set(seeds)) < len(seeds)
+    or min(seeds) < 0
+    or max(seeds) >= 2**32
+  ):
+    raise UserError(
+      f'--seeds={",".join(_SEEDS.value)}: name distinct seeds '
+      'from 0 to 4294967295'
+    )
   return seeds
 
 
@@ -271,10 +381,15 @@ def _configured(base: RunConfig, variant: Variant) -> RunConfig:
   place = f'{_VARIANTS.value}: variant {variant.name!r}'
   for name in variant.flags:
     # The data is loaded once, and differences are paired over users.
-    if name in dataclasses.asdict(base.data) and name != 'feature_scaling' or (
-        name in ('seed', 'eval_clients')):
-      raise UserError(f'{place}: --{name} is the same for all variants; give '
-                      'it on the command line')
+    if (
+      name in dataclasses.asdict(base.data)
+      and name != 'feature_scaling'
+      or (name in ('seed', 'eval_clients'))
+    ):
+      raise UserError(
+        f'{place}: --{name} is the same for all variants; give '
+        'it on the command line'
+      )
   try:
     return app.with_flags(base, variant.flags)
   except UserError as error:
@@ -285,26 +400,36 @@ def _key(variant: Variant, config: RunConfig, seeds, loaded) -> str:
   """Start of a file name that changes with whatever was asked for; what made
   the result (`provenance.program`) ends it."""
   slug = ''.join(c if c.isalnum() else '-' for c in variant.name.lower())
-  return f'{slug}-' + _digest([
-      variant.special, config.as_flat_dict(), list(seeds),
-      loaded.dataset.fingerprint()])
+  return f'{slug}-' + _digest(
+    [
+      variant.special,
+      config.as_flat_dict(),
+      list(seeds),
+      loaded.dataset.fingerprint(),
+    ]
+  )
 
 
 def _digest(told: Any) -> str:
-  return hashlib.sha256(
-      json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[
+    :8
+  ]
 
 
-def _save(path: pathlib.Path, outcome: Outcome,
-          program: provenance.Facts) -> None:
-  arrays = {f'{split}/{name}': value
-            for split, ranks in outcome.ranks.items()
-            for name, value in ranks._asdict().items()}
+def _save(
+  path: pathlib.Path, outcome: Outcome, program: provenance.Facts
+) -> None:
+  arrays = {
+    f'{split}/{name}': value
+    for split, ranks in outcome.ranks.items()
+    for name, value in ranks._asdict().items()
+  }
   told = json.dumps({**outcome._asdict(), 'ranks': None})
   temporary = path.with_suffix('.tmp')
   with temporary.open('wb') as file:
     np.savez_compressed(
-        file, outcome=told, program=json.dumps(program), **arrays)
+      file, outcome=told, program=json.dumps(program), **arrays
+    )
   temporary.replace(path)
 
 
@@ -322,21 +447,33 @@ def _load(path: pathlib.Path) -> Outcome:
     with np.load(path) as saved:
       told = json.loads(str(saved['outcome']))
       splits = {name.split('/')[0] for name in saved.files if '/' in name}
-      ranks = {split: Ranks(**{name: saved[f'{split}/{name}']
-                               for name in Ranks._fields
-                               if f'{split}/{name}' in saved})
-               for split in splits}
+      ranks = {
+        split: Ranks(
+          **{
+            name: saved[f'{split}/{name}']
+            for name in Ranks._fields
+            if f'{split}/{name}' in saved
+          }
+        )
+        for split in splits
+      }
       return Outcome(**{**told, 'ranks': ranks})
   except Exception as error:  # NumPy raises what the damage leads to
-    raise UserError(f'{path}: damaged ({error}); delete it, and the variant '
-                    'is trained again') from None
+    raise UserError(
+      f'{path}: damaged ({error}); delete it, and the variant is trained again'
+    ) from None
 
 
 def _line(name: str, outcome: Outcome) -> str:
-  return f'{name}: test ' + ', '.join(
+  return (
+    f'{name}: test '
+    + ', '.join(
       f'{metric} {protocol} '
       + ' '.join(f'{v:.4f}' for v in outcome.of_each_seed(protocol, metric))
-      for protocol, metric in HEADLINES) + f', {outcome.seconds:.0f} s'
+      for protocol, metric in HEADLINES
+    )
+    + f', {outcome.seconds:.0f} s'
+  )
 
 
 def _figure(first: float | None, last: float | None) -> str:

@@ -32,18 +32,27 @@ PRESETS = pathlib.Path(__file__).parent / 'presets'
 WORKDIR = flags.DEFINE_string('workdir', '', 'folder of the run')
 
 _COMPILATION_CACHE = flags.DEFINE_string(
-    'compilation_cache', '~/.cache/fedmmr_jax',
-    'folder that keeps compiled programs, so that a second start is quick; '
-    'empty = none. Left out, JAX_COMPILATION_CACHE_DIR comes before the '
-    'default')
+  'compilation_cache',
+  '~/.cache/fedmmr_jax',
+  'folder that keeps compiled programs, so that a second start is quick; '
+  'empty = none. Left out, JAX_COMPILATION_CACHE_DIR comes before the '
+  'default',
+)
 
 _DEBUG = flags.DEFINE_boolean(
-    'debug', False, 'show where an error comes from: its traceback, with its '
-    'causes, before the line')
+  'debug',
+  False,
+  'show where an error comes from: its traceback, with its '
+  'causes, before the line',
+)
 
 _WORKERS = flags.DEFINE_integer(
-    'workers', 0, 'how many shares of the clients a CPU does side by side, 8 at '
-    'most; 0 = its cores. Changes the speed and no result', lower_bound=0)
+  'workers',
+  0,
+  'how many shares of the clients a CPU does side by side, 8 at '
+  'most; 0 = its cores. Changes the speed and no result',
+  lower_bound=0,
+)
 # What runs were started with when a share had a device of its own.
 flags.DEFINE_alias('cpu_devices', 'workers')
 
@@ -58,15 +67,20 @@ def define_config_flags() -> None:
     help_text = field.metadata['help']
     if 'choices' in field.metadata:
       flags.DEFINE_enum(
-          field.name, default, field.metadata['choices'], help_text)
+        field.name, default, field.metadata['choices'], help_text
+      )
     else:
       _DEFINE[type(default)](field.name, default, help_text)
   for old, new in RENAMED.items():
     flags.DEFINE_alias(old, new)
 
 
-_DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer,
-           float: flags.DEFINE_float, str: flags.DEFINE_string}
+_DEFINE = {
+  bool: flags.DEFINE_boolean,
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  str: flags.DEFINE_string,
+}
 
 
 def config_from_flags(before: dict[str, Any] | None = None) -> RunConfig:
@@ -131,9 +145,9 @@ def find_round(rounds: Rounds, which: str) -> int:
   return int(which)
 
 
-def load_round(run: RunFolder, rounds: Rounds, number: int,
-               given: dict[str, Any]
-               ) -> tuple[Loaded, Simulation, FederationState]:
+def load_round(
+  run: RunFolder, rounds: Rounds, number: int, given: dict[str, Any]
+) -> tuple[Loaded, Simulation, FederationState]:
   """A saved round ready for use: the run's data, its simulation, its state.
 
   Args:
@@ -143,7 +157,8 @@ def load_round(run: RunFolder, rounds: Rounds, number: int,
     UserError: the round cannot be read, or the data is not the run's.
   """
   config = RunConfig.from_flat_dict(
-      run.config().as_flat_dict() | given).validate()
+    run.config().as_flat_dict() | given
+  ).validate()
   loaded = load.load(config.data, config.seed)
   run.check_data(loaded.dataset)
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
@@ -158,6 +173,7 @@ def run(main: Callable[..., None], commands: bool = False) -> None:
     main: the binary; called with the command words, if it takes any.
     commands: whether it takes words beside flags.
   """
+
   def parse(argv):
     rest = _parse(argv)
     if rest[1:] and not commands:
@@ -196,17 +212,22 @@ def _guarded(main: Callable[[], None]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(BROKEN_PIPE)
   except OSError as error:  # a full disk, a folder without permission
-    _fail(f'{error.filename or "file system"}: {error.strerror or error}',
-          error)
+    _fail(
+      f'{error.filename or "file system"}: {error.strerror or error}', error
+    )
 
 
 def _set_compilation_cache() -> None:
-  if (os.environ.get('JAX_COMPILATION_CACHE_DIR')
-      and not flags.FLAGS['compilation_cache'].present):
+  if (
+    os.environ.get('JAX_COMPILATION_CACHE_DIR')
+    and not flags.FLAGS['compilation_cache'].present
+  ):
     return  # JAX has read it
   cache = _COMPILATION_CACHE.value
-  jax.config.update('jax_compilation_cache_dir', str(
-      pathlib.Path(cache).expanduser()) if cache else None)
+  jax.config.update(
+    'jax_compilation_cache_dir',
+    str(pathlib.Path(cache).expanduser()) if cache else None,
+  )
 
 
 def _fail(line: str, error: Exception | None = None) -> None:

@@ -23,10 +23,14 @@ from fedmmr_jax.evaluation.audit import Trained
 from fedmmr_jax.runs.run_folder import RunFolder
 
 _ROUNDS = flags.DEFINE_integer(
-    'rounds', 10, 'rounds that the run is trained with and without the leak; 0 '
-    'leaves that out', lower_bound=0)
+  'rounds',
+  10,
+  'rounds that the run is trained with and without the leak; 0 leaves that out',
+  lower_bound=0,
+)
 _CANARIES = flags.DEFINE_integer(
-    'canaries', 200, 'clients that train alone (0 = all)', lower_bound=0)
+  'canaries', 200, 'clients that train alone (0 = all)', lower_bound=0
+)
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 app.define_config_flags()
 
@@ -49,25 +53,42 @@ def main() -> None:
   figures = {'alone': alone}
   if _ROUNDS.value:
     figures[f'{_ROUNDS.value} rounds'] = audit.federated(
-        simulation, _ROUNDS.value)
+      simulation, _ROUNDS.value
+    )
   if _JSON.value:
-    print(json.dumps({
-        'checks': [check._asdict() for check in checks],
-        'test': {name: {kind: ranking.metrics_of(ranks) for kind, ranks in
-                        trained._asdict().items()}
-                 for name, trained in figures.items()}}, indent=2,
-                     allow_nan=False))
+    print(
+      json.dumps(
+        {
+          'checks': [check._asdict() for check in checks],
+          'test': {
+            name: {
+              kind: ranking.metrics_of(ranks)
+              for kind, ranks in trained._asdict().items()
+            }
+            for name, trained in figures.items()
+          },
+        },
+        indent=2,
+        allow_nan=False,
+      )
+    )
   else:
     print('\n'.join(map(_line, checks)))
-    print('\n' + console.table(
-        ['test item', 'users', 'negatives', *_COLUMNS], _rows(figures)))
+    print(
+      '\n'
+      + console.table(
+        ['test item', 'users', 'negatives', *_COLUMNS], _rows(figures)
+      )
+    )
   if not all(check.passed for check in checks):
     sys.exit(FOUND_A_LEAK)
 
 
-_COLUMNS = {'HR@10 sampled': ('sampled', 'HR@10'),
-            'HR@10 full': ('full', 'HR@10'),
-            'NDCG@10 full': ('full', 'NDCG@10')}
+_COLUMNS = {
+  'HR@10 sampled': ('sampled', 'HR@10'),
+  'HR@10 full': ('full', 'HR@10'),
+  'NDCG@10 full': ('full', 'NDCG@10'),
+}
 
 
 def _line(check: audit.Check) -> str:
@@ -79,11 +100,17 @@ def _rows(figures: dict[str, Trained]) -> list[list[Any]]:
   for name, trained in figures.items():
     for kind, ranks in trained._asdict().items():
       found = ranking.metrics_of(ranks)
-      rows.append([
-          'popularity' if kind == 'popularity' else name, len(ranks.full),
-          '' if kind == 'popularity' else kind, *(
-              f'{found[protocol][metric]:.4f}'
-              for protocol, metric in _COLUMNS.values())])
+      rows.append(
+        [
+          'popularity' if kind == 'popularity' else name,
+          len(ranks.full),
+          '' if kind == 'popularity' else kind,
+          *(
+            f'{found[protocol][metric]:.4f}'
+            for protocol, metric in _COLUMNS.values()
+          ),
+        ]
+      )
   return rows
 
 

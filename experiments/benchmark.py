@@ -1,7 +1,8 @@
 """Measures speed: seconds, and ratios that another machine can compare.
 
-    python -m experiments.benchmark                       # the embedded set
-    python -m experiments.benchmark --flagfile=experiments/presets/recommended.flags \\
+    python -m experiments.benchmark  # the embedded set
+    python -m experiments.benchmark \\
+        --flagfile=experiments/presets/recommended.flags \\
         --data_dir=path/to/ml-1m
 
 Takes the flags of `experiments.train`. All times are medians of warm runs; the
@@ -40,20 +41,27 @@ from fedmmr_jax.simulation import Simulation
 
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 _REPEATS = flags.DEFINE_integer(
-    'repeats', 5, 'warm runs of each measurement', lower_bound=1)
+  'repeats', 5, 'warm runs of each measurement', lower_bound=1
+)
 _COHORTS = flags.DEFINE_list(
-    'cohorts', ['10', '100', '1000', '6040'],
-    'cohort sizes to time; those above the number of clients are left out')
+  'cohorts',
+  ['10', '100', '1000', '6040'],
+  'cohort sizes to time; those above the number of clients are left out',
+)
 _CATALOGUES = flags.DEFINE_list(
-    'catalogues', ['4000', '20000', '100000'],
-    'catalogue sizes to time, the data set filled up with unseen items; those '
-    'below its own are left out')
+  'catalogues',
+  ['4000', '20000', '100000'],
+  'catalogue sizes to time, the data set filled up with unseen items; those '
+  'below its own are left out',
+)
 _PARTS = flags.DEFINE_list(
-    'parts', ['round', 'saving', 'loop', 'cohort', 'catalogue'],
-    'what to measure: round, saving, loop, cohort, catalogue, reading')
+  'parts',
+  ['round', 'saving', 'loop', 'cohort', 'catalogue'],
+  'what to measure: round, saving, loop, cohort, catalogue, reading',
+)
 _LINES = flags.DEFINE_integer(
-    'lines', 10_000_000, 'lines of the files of --parts=reading',
-    lower_bound=1000)
+  'lines', 10_000_000, 'lines of the files of --parts=reading', lower_bound=1000
+)
 
 app.define_config_flags()
 
@@ -63,32 +71,44 @@ Figures = dict[str, Any]
 
 
 def main() -> None:
-  parts = {'round': _round, 'saving': _saving, 'loop': _loop,
-           'cohort': _cohorts, 'catalogue': _catalogues, 'reading': _reading}
+  parts = {
+    'round': _round,
+    'saving': _saving,
+    'loop': _loop,
+    'cohort': _cohorts,
+    'catalogue': _catalogues,
+    'reading': _reading,
+  }
   for part in _PARTS.value:
     if part not in parts:
-      raise UserError(f'--parts={part}: no such part; there are '
-                      f'{", ".join(parts)}')
+      raise UserError(
+        f'--parts={part}: no such part; there are {", ".join(parts)}'
+      )
   _sizes(_COHORTS), _sizes(_CATALOGUES)  # before anything takes time
   config = app.config_from_flags()
   if config.client.drift_control != 'none':
-    raise UserError('the benchmark has no parts for --drift_control; leave it '
-                    'out')
+    raise UserError(
+      'the benchmark has no parts for --drift_control; leave it out'
+    )
   dataset = load.load(config.data, config.seed).dataset
   # An own cache: a compilation is cold the first time, whatever ran before.
   with tempfile.TemporaryDirectory() as cache:
     jax.config.update('jax_compilation_cache_dir', cache)
     result = {
-        'dataset': dataset.name, 'clients': dataset.num_clients,
-        'items': dataset.num_items, 'backend': jax.default_backend(),
-        'devices': [d.device_kind for d in jax.devices()],
-        'gemm_gflops': _gemm_gflops()}
+      'dataset': dataset.name,
+      'clients': dataset.num_clients,
+      'items': dataset.num_items,
+      'backend': jax.default_backend(),
+      'devices': [d.device_kind for d in jax.devices()],
+      'gemm_gflops': _gemm_gflops(),
+    }
     for part in _PARTS.value:
       result[part] = parts[part](config, dataset)
   if 'round' in result:
     for work in ('training', 'evaluation'):
       result['round'][f'{work}_share_of_gemm'] = (
-          result['round'][f'{work}_gflops'] / result['gemm_gflops'])
+        result['round'][f'{work}_gflops'] / result['gemm_gflops']
+      )
   result['peak_rss_mb'] = training.peak_rss_mb()
   print(json.dumps(result, indent=2) if _JSON.value else _tables(result))
 
@@ -120,7 +140,7 @@ def _gemm_gflops() -> float:
   """Achieved by one large float32 product: what the machine can do."""
   a = jax.random.normal(jax.random.key(0), (GEMM_SIZE, GEMM_SIZE))
   product = jax.jit(jnp.matmul)
-  return 2 * GEMM_SIZE ** 3 / _seconds(lambda: product(a, a), 10) / 1e9
+  return 2 * GEMM_SIZE**3 / _seconds(lambda: product(a, a), 10) / 1e9
 
 
 class _Training:
@@ -149,12 +169,19 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   whole = _seconds(run.run_round)
   state = run.state
   uploaded = jax.tree.map(  # None where nobody attends to them
-      lambda x: jnp.tile(x, (cohorts[0].size, *[1] * x.ndim)),
-      state.server.prototypes)
+    lambda x: jnp.tile(x, (cohorts[0].size, *[1] * x.ndim)),
+    state.server.prototypes,
+  )
   # The state is not donated here: it is needed again.
-  aggregate = jax.jit(partial(
-      server_lib.aggregate, collected=None, config=simulation.compiled_config,
-      aggregator=simulation.aggregator, drift=simulation.drift))
+  aggregate = jax.jit(
+    partial(
+      server_lib.aggregate,
+      collected=None,
+      config=simulation.compiled_config,
+      aggregator=simulation.aggregator,
+      drift=simulation.drift,
+    )
+  )
   upload = round_lib.no_upload(simulation.program, state.server.params)
   everybody = Cohort(*[jnp.float32(1.0)] * 4)
   aggregation = _seconds(lambda: aggregate(
@@ -162,8 +189,9 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   evaluation = _seconds(lambda: simulation.evaluate(state, 'val'))
   targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
   steps = config.client.local_epochs * statistics.mean(
-      round_lib.executed_steps(c, simulation.num_train, config)
-      for c in cohorts[1:])
+    round_lib.executed_steps(c, simulation.num_train, config)
+    for c in cohorts[1:]
+  )
   step_flops = _step_flops(simulation)
   ranked = len(ranking.evaluated_clients(config, dataset.num_clients))
   rank_flops = _rank_flops(simulation)
@@ -202,8 +230,9 @@ def _saving(config: RunConfig, dataset: Dataset) -> Figures:
           jax.block_until_ready(run.run_round(cohort))
           if saved:
             handed = time.perf_counter()
-            saver.save(run.round, Checkpoint(run.state, Progress.start()), {},
-                       0.0)
+            saver.save(
+              run.round, Checkpoint(run.state, Progress.start()), {}, 0.0
+            )
             waited.append(time.perf_counter() - handed)
           # The first round of a block runs beside the last one's save.
           if number:
@@ -211,9 +240,13 @@ def _saving(config: RunConfig, dataset: Dataset) -> Figures:
         saver.wait()
     size = rounds.size(rounds.last())
   with_saves, without = (statistics.median(seconds[s]) for s in (True, False))
-  return {'bytes': size, 'seconds_with': with_saves,
-          'seconds_without': without, 'added': with_saves / without - 1,
-          'waited_seconds': statistics.median(waited)}
+  return {
+    'bytes': size,
+    'seconds_with': with_saves,
+    'seconds_without': without,
+    'added': with_saves / without - 1,
+    'waited_seconds': statistics.median(waited),
+  }
 
 
 def _compile_seconds(config: RunConfig, dataset: Dataset) -> Figures:
@@ -241,34 +274,53 @@ def _step_flops(simulation: Simulation) -> float:
   def step(params, client):
     view = client_view(simulation.data, client, simulation.max_items)
     batch = windows.cut_windows(
-        view, jnp.arange(config.client.batch_size),
-        jnp.ones(config.client.batch_size, bool),
-        windows.window_stride(config.client, config.model.max_seq_len),
-        config.model.max_seq_len)
+      view,
+      jnp.arange(config.client.batch_size),
+      jnp.ones(config.client.batch_size, bool),
+      windows.window_stride(config.client, config.model.max_seq_len),
+      config.model.max_seq_len,
+    )
     negative = scoring.draw_negatives(jax.random.key(0), view, config)
     memory = jax.tree.map(lambda x: x[client], state.memories)
     return jax.grad(client_lib.step_loss, has_aux=True)(
-        params, model, batch, negative, broadcast.catalogue,
-        client_lib.memory_view(memory, broadcast, config), jax.random.key(1),
-        config)
+      params,
+      model,
+      batch,
+      negative,
+      broadcast.catalogue,
+      client_lib.memory_view(memory, broadcast, config),
+      jax.random.key(1),
+      config,
+    )
+
   return _flops(step, state.server.params, 0)
 
 
 def _rank_flops(simulation: Simulation) -> float:
   """Scores of the whole catalogue for one client."""
   evaluation_ = dataclasses.replace(
-      simulation.compiled_config.evaluation,
-      items_per_eval_block=simulation.model.num_rows)
+    simulation.compiled_config.evaluation,
+    items_per_eval_block=simulation.model.num_rows,
+  )
   config = dataclasses.replace(
-      simulation.compiled_config, evaluation=evaluation_)
+    simulation.compiled_config, evaluation=evaluation_
+  )
   state = simulation.init_state()
 
   def rank(window, memory):
     return ranking.score_catalogue(
-        simulation.model, config,
-        state.server.broadcast(simulation.catalogue, config), window, memory)
-  return _flops(rank, jnp.ones(config.model.max_seq_len, jnp.int32),
-                jax.tree.map(lambda x: x[0], state.memories))
+      simulation.model,
+      config,
+      state.server.broadcast(simulation.catalogue, config),
+      window,
+      memory,
+    )
+
+  return _flops(
+    rank,
+    jnp.ones(config.model.max_seq_len, jnp.int32),
+    jax.tree.map(lambda x: x[0], state.memories),
+  )
 
 
 def _flops(function, *args) -> float:
@@ -283,24 +335,31 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
   key = round_lib.round_key(config.seed, 1)
   # A loop has one device: on more, each of them would do all of it.
   data, catalogue, state = jax.device_put(
-      (simulation.data, simulation.catalogue, simulation.init_state()),
-      jax.devices()[0])
+    (simulation.data, simulation.catalogue, simulation.init_state()),
+    jax.devices()[0],
+  )
 
   @jax.jit
   def update(total, broadcast, memories, client):
     view = client_view(data, client, simulation.max_items)
     done = client_lib.local_update(
-        simulation.program.client, broadcast, view,
-        jax.tree.map(lambda x: x[client], memories), None,
-        jax.random.fold_in(key, client),
-        windows.num_steps(view.num_train, config))
+      simulation.program.client,
+      broadcast,
+      view,
+      jax.tree.map(lambda x: x[client], memories),
+      None,
+      jax.random.fold_in(key, client),
+      windows.num_steps(view.num_train, config),
+    )
     return round_lib.add_updates(
-        simulation.aggregator, total, jax.tree.map(lambda x: x[None], done),
-        client[None])
+      simulation.aggregator,
+      total,
+      jax.tree.map(lambda x: x[None], done),
+      client[None],
+    )
 
   def loop():
-    broadcast = state.server.broadcast(
-        catalogue, simulation.compiled_config)
+    broadcast = state.server.broadcast(catalogue, simulation.compiled_config)
     total = round_lib.no_upload(simulation.program, state.server.params)
     for client in cohort[cohort >= 0]:
       total = update(total, broadcast, state.memories, client)
@@ -308,8 +367,11 @@ def _loop(config: RunConfig, dataset: Dataset) -> Figures:
 
   vmapped = _seconds(lambda: run.run_round(cohort))
   looped = _seconds(loop)
-  return {'vmapped_seconds': vmapped, 'looped_seconds': looped,
-          'ratio': looped / vmapped}
+  return {
+    'vmapped_seconds': vmapped,
+    'looped_seconds': looped,
+    'ratio': looped / vmapped,
+  }
 
 
 def _cohorts(config: RunConfig, dataset: Dataset) -> list[Figures]:
@@ -319,15 +381,21 @@ def _cohorts(config: RunConfig, dataset: Dataset) -> list[Figures]:
     if size > dataset.num_clients:
       continue
     server = dataclasses.replace(
-        config.server, client_fraction=size / dataset.num_clients)
+      config.server, client_fraction=size / dataset.num_clients
+    )
     run = _Training(dataclasses.replace(config, server=server), dataset)
     cohort = run.simulation.sample_cohort(1)
     repeats = min(_REPEATS.value, 2) if size >= 1000 else None
     seconds = _seconds(lambda: run.run_round(cohort), repeats)
     targets = run.simulation.count_targets(cohort)
-    rows.append({'cohort': size, 'seconds': seconds,
-                 'microseconds_per_target': 1e6 * seconds / targets,
-                 'peak_rss_mb': training.peak_rss_mb()})
+    rows.append(
+      {
+        'cohort': size,
+        'seconds': seconds,
+        'microseconds_per_target': 1e6 * seconds / targets,
+        'peak_rss_mb': training.peak_rss_mb(),
+      }
+    )
   return rows
 
 
@@ -345,9 +413,14 @@ def _catalogues(config: RunConfig, dataset: Dataset) -> list[Figures]:
     run = _Training(config, _filled_up(dataset, items))
     cohort = run.simulation.sample_cohort(1)
     seconds = _seconds(lambda: run.run_round(cohort))
-    rows.append({'items': items, 'seconds': seconds,
-                 'ratio': seconds / (rows[0]['seconds'] if rows else seconds),
-                 'peak_rss_mb': training.peak_rss_mb()})
+    rows.append(
+      {
+        'items': items,
+        'seconds': seconds,
+        'ratio': seconds / (rows[0]['seconds'] if rows else seconds),
+        'peak_rss_mb': training.peak_rss_mb(),
+      }
+    )
   return rows
 
 
@@ -355,76 +428,135 @@ def _filled_up(dataset: Dataset, num_items: int) -> Dataset:
   """The data set with more items, which nobody consumed."""
   extra = num_items - dataset.num_items
   source = np.random.default_rng(0).integers(1, dataset.num_rows, extra)
-  longer = lambda x: np.concatenate([x, x[source]])
+
+  def longer(x):
+    return np.concatenate([x, x[source]])
+
   new_ids = dataset.item_ids.max() + 1 + np.arange(extra)
   return dataclasses.replace(
-      dataset, item_ids=np.concatenate([dataset.item_ids, new_ids]),
-      visual=longer(dataset.visual), text=longer(dataset.text), titles=())
+    dataset,
+    item_ids=np.concatenate([dataset.item_ids, new_ids]),
+    visual=longer(dataset.visual),
+    text=longer(dataset.text),
+    titles=(),
+  )
 
 
 def _tables(result: Figures) -> str:
   lines = [
-      f'{result["dataset"]}: {result["clients"]} clients, {result["items"]} '
-      f'items; {len(result["devices"])} x {result["devices"][0]}',
-      f'a {GEMM_SIZE}³ float32 product: {result["gemm_gflops"]:.0f} GFLOP/s']
+    f'{result["dataset"]}: {result["clients"]} clients, {result["items"]} '
+    f'items; {len(result["devices"])} x {result["devices"][0]}',
+    f'a {GEMM_SIZE}³ float32 product: {result["gemm_gflops"]:.0f} GFLOP/s',
+  ]
   if 'round' in result:
     lines += ['', *_round_lines(result['round'])]
   if 'saving' in result:
     saving = result['saving']
-    lines += ['', f'saving every round ({saving["bytes"] / 1e6:.1f} MB) in the '
-              f'background: {saving["seconds_with"]:.3f} s a round instead of '
-              f'{saving["seconds_without"]:.3f}, {saving["added"]:+.1%}; the '
-              f'loop waits {1e3 * saving["waited_seconds"]:.1f} ms']
+    lines += [
+      '',
+      f'saving every round ({saving["bytes"] / 1e6:.1f} MB) in the '
+      f'background: {saving["seconds_with"]:.3f} s a round instead of '
+      f'{saving["seconds_without"]:.3f}, {saving["added"]:+.1%}; the '
+      f'loop waits {1e3 * saving["waited_seconds"]:.1f} ms',
+    ]
   if 'loop' in result:
     loop = result['loop']
-    lines += ['', f'the same cohort: vmapped {loop["vmapped_seconds"]:.2f} s, '
-              f'a Python loop over jitted clients {loop["looped_seconds"]:.2f} '
-              f's: {loop["ratio"]:.2f} times as long']
+    lines += [
+      '',
+      f'the same cohort: vmapped {loop["vmapped_seconds"]:.2f} s, '
+      f'a Python loop over jitted clients {loop["looped_seconds"]:.2f} '
+      f's: {loop["ratio"]:.2f} times as long',
+    ]
   if 'cohort' in result:
-    lines += ['', console.table(
+    lines += [
+      '',
+      console.table(
         ['cohort', 'seconds a round', 'µs a target', 'peak MB'],
-        [[r['cohort'], f'{r["seconds"]:.2f}',
-          f'{r["microseconds_per_target"]:.1f}', f'{r["peak_rss_mb"]:.0f}']
-         for r in result['cohort']])]
+        [
+          [
+            r['cohort'],
+            f'{r["seconds"]:.2f}',
+            f'{r["microseconds_per_target"]:.1f}',
+            f'{r["peak_rss_mb"]:.0f}',
+          ]
+          for r in result['cohort']
+        ],
+      ),
+    ]
   if 'catalogue' in result:
-    lines += ['', console.table(
+    lines += [
+      '',
+      console.table(
         ['items', 'seconds a round', 'ratio', 'peak MB'],
-        [[r['items'], f'{r["seconds"]:.2f}', f'{r["ratio"]:.2f}',
-          f'{r["peak_rss_mb"]:.0f}'] for r in result['catalogue']])]
+        [
+          [
+            r['items'],
+            f'{r["seconds"]:.2f}',
+            f'{r["ratio"]:.2f}',
+            f'{r["peak_rss_mb"]:.0f}',
+          ]
+          for r in result['catalogue']
+        ],
+      ),
+    ]
   if 'reading' in result:
-    lines += ['', console.table(
+    lines += [
+      '',
+      console.table(
         ['file', 'interactions', 'MB', 'seconds', 'peak MB'],
-        [[r['file'], f'{r["interactions"]:,}', f'{r["bytes"] / 1e6:.0f}',
-          f'{r["seconds"]:.1f}', f'{r["peak_rss_mb"]:.0f}']
-         for r in result['reading']])]
+        [
+          [
+            r['file'],
+            f'{r["interactions"]:,}',
+            f'{r["bytes"] / 1e6:.0f}',
+            f'{r["seconds"]:.1f}',
+            f'{r["peak_rss_mb"]:.0f}',
+          ]
+          for r in result['reading']
+        ],
+      ),
+    ]
   return '\n'.join([*lines, '', f'peak {result["peak_rss_mb"]:.0f} MB'])
 
 
 def _round_lines(r: Figures) -> list[str]:
   compiled = r['compile_seconds']
   return [
-      console.table(
-          [f'a round of {r["cohort"]} clients', 'seconds', 'GFLOP/s',
-           'of the product'],
-          [['sampling', f'{r["seconds"]["sampling"]:.5f}', '-', '-'],
-           ['local training', f'{r["seconds"]["local_training"]:.3f}',
-            f'{r["training_gflops"]:.0f}',
-            f'{r["training_share_of_gemm"]:.0%}'],
-           ['aggregation', f'{r["seconds"]["aggregation"]:.3f}', '-', '-'],
-           [f'evaluation of {r["clients_ranked"]} clients, one split',
-            f'{r["seconds"]["evaluation"]:.3f}',
-            f'{r["evaluation_gflops"]:.0f}',
-            f'{r["evaluation_share_of_gemm"]:.0%}']]),
-      f'{r["clients_per_second"]:.1f} clients/s, '
-      f'{r["targets_per_second"]:,.0f} targets/s '
-      f'({r["milliseconds_per_target"]:.3f} ms a target), '
-      f'{r["step_mflop"]:.0f} MFLOP a step, '
-      f'masked {r["masked_fraction"]:.1%} of the executed steps',
-      f'to the end of the first round, compiling included: '
-      f'{compiled["cold_start_to_first_round"]:.1f} s on a cold start, '
-      f'{compiled["second_start_to_first_round"]:.1f} s on the second; the '
-      f'first evaluation {compiled["cold_start_evaluation"]:.1f} s and '
-      f'{compiled["second_start_evaluation"]:.1f} s']
+    console.table(
+      [
+        f'a round of {r["cohort"]} clients',
+        'seconds',
+        'GFLOP/s',
+        'of the product',
+      ],
+      [
+        ['sampling', f'{r["seconds"]["sampling"]:.5f}', '-', '-'],
+        [
+          'local training',
+          f'{r["seconds"]["local_training"]:.3f}',
+          f'{r["training_gflops"]:.0f}',
+          f'{r["training_share_of_gemm"]:.0%}',
+        ],
+        ['aggregation', f'{r["seconds"]["aggregation"]:.3f}', '-', '-'],
+        [
+          f'evaluation of {r["clients_ranked"]} clients, one split',
+          f'{r["seconds"]["evaluation"]:.3f}',
+          f'{r["evaluation_gflops"]:.0f}',
+          f'{r["evaluation_share_of_gemm"]:.0%}',
+        ],
+      ],
+    ),
+    f'{r["clients_per_second"]:.1f} clients/s, '
+    f'{r["targets_per_second"]:,.0f} targets/s '
+    f'({r["milliseconds_per_target"]:.3f} ms a target), '
+    f'{r["step_mflop"]:.0f} MFLOP a step, '
+    f'masked {r["masked_fraction"]:.1%} of the executed steps',
+    f'to the end of the first round, compiling included: '
+    f'{compiled["cold_start_to_first_round"]:.1f} s on a cold start, '
+    f'{compiled["second_start_to_first_round"]:.1f} s on the second; the '
+    f'first evaluation {compiled["cold_start_evaluation"]:.1f} s and '
+    f'{compiled["second_start_evaluation"]:.1f} s',
+  ]
 
 
 def cli() -> None:

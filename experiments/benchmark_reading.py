@@ -17,7 +17,7 @@ from pyarrow import parquet as arrow_parquet
 LINES_A_USER, LINES_AN_ITEM = 50, 100
 # The peak by /proc: what getrusage tells of a new process includes its
 # parent's.
-_LOAD = '''
+_LOAD = """
 import json, sys, time
 from fedmmr_jax.config import DataConfig
 from fedmmr_jax.data import load
@@ -28,7 +28,7 @@ status = dict(line.split(':') for line in open('/proc/self/status'))
 print(json.dumps({'interactions': len(found.dataset.items),
                   'seconds': seconds,
                   'peak_rss_mb': int(status['VmHWM'].split()[0]) / 1024}))
-'''
+"""
 
 
 def measure(lines: int) -> list[dict[str, Any]]:
@@ -40,10 +40,14 @@ def measure(lines: int) -> list[dict[str, Any]]:
       path = pathlib.Path(folder) / name
       write(path, _interactions(lines))
       done = subprocess.run(
-          [sys.executable, '-c', _LOAD, path], check=True, text=True,
-          stdout=subprocess.PIPE)
-      rows.append({'file': name, 'bytes': path.stat().st_size}
-                  | json.loads(done.stdout))
+        [sys.executable, '-c', _LOAD, path],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+      )
+      rows.append(
+        {'file': name, 'bytes': path.stat().st_size} | json.loads(done.stdout)
+      )
       path.unlink()
   return rows
 
@@ -52,24 +56,35 @@ def _interactions(lines: int) -> pa.Table:
   """Few items consumed often, users as they come."""
   rng = np.random.default_rng(0)
   items = max(lines // LINES_AN_ITEM, 10)
-  return pa.table({
+  return pa.table(
+    {
       'userId': rng.integers(1, max(lines // LINES_A_USER, 2), lines),
       'movieId': rng.zipf(1.3, lines) % items + 1,
       'rating': np.full(lines, 4.5),
-      'timestamp': 1_000_000_000 + rng.integers(0, 300_000_000, lines)})
+      'timestamp': 1_000_000_000 + rng.integers(0, 300_000_000, lines),
+    }
+  )
 
 
 def _as_amazon(table: pa.Table) -> pa.Table:
   def texts(letter, column, start):
-    return pa.array(np.char.add(letter, (
-        column.to_numpy() + start).astype(str)))
-  return (table.set_column(0, 'reviewerID', texts('A', table[0], 10 ** 12))
-          .set_column(1, 'asin', texts('B', table[1], 10 ** 8)))
+    return pa.array(
+      np.char.add(letter, (column.to_numpy() + start).astype(str))
+    )
+
+  return table.set_column(
+    0, 'reviewerID', texts('A', table[0], 10**12)
+  ).set_column(1, 'asin', texts('B', table[1], 10**8))
 
 
 def _write_csv(path, table, header=True, separator=','):
-  arrow_csv.write_csv(table, path, arrow_csv.WriteOptions(
-      include_header=header, quoting_style='none', delimiter=separator))
+  arrow_csv.write_csv(
+    table,
+    path,
+    arrow_csv.WriteOptions(
+      include_header=header, quoting_style='none', delimiter=separator
+    ),
+  )
 
 
 def _write_double_colons(path, table):
@@ -81,9 +96,11 @@ def _write_reviews(path, table):
   columns = [c.to_pylist() for c in _as_amazon(table).columns]
   with path.open('w') as file:
     for user, item, rating, time in zip(*columns):
-      file.write(f'{{"overall": {rating}, "reviewText": "some words that are '
-                 f'passed over, as there are in reviews", "reviewerID": '
-                 f'"{user}", "asin": "{item}", "unixReviewTime": {time}}}\n')
+      file.write(
+        f'{{"overall": {rating}, "reviewText": "some words that are '
+        f'passed over, as there are in reviews", "reviewerID": '
+        f'"{user}", "asin": "{item}", "unixReviewTime": {time}}}\n'
+      )
 
 
 def _write_sequences(path, table):
@@ -96,16 +113,19 @@ def _write_sequences(path, table):
 
 
 _WRITERS = {
-    'ratings.dat': _write_double_colons,
-    'ratings.csv': _write_csv,
-    'u.data': lambda path, t: _write_csv(path, t, False, '\t'),
-    'x.inter': lambda path, t: _write_csv(path, t.rename_columns([
-        'user_id:token', 'item_id:token', 'rating:float', 'timestamp:float']),
-                                          separator='\t'),
-    'amazon.csv': lambda path, t: _write_csv(path, _as_amazon(t), False),
-    'reviews.json': _write_reviews,
-    'sasrec.txt': lambda path, t: _write_csv(
-        path, t.select([0, 1]), False, ' '),
-    'sequences.txt': _write_sequences,
-    'x.parquet': lambda path, t: arrow_parquet.write_table(t, path),
+  'ratings.dat': _write_double_colons,
+  'ratings.csv': _write_csv,
+  'u.data': lambda path, t: _write_csv(path, t, False, '\t'),
+  'x.inter': lambda path, t: _write_csv(
+    path,
+    t.rename_columns(
+      ['user_id:token', 'item_id:token', 'rating:float', 'timestamp:float']
+    ),
+    separator='\t',
+  ),
+  'amazon.csv': lambda path, t: _write_csv(path, _as_amazon(t), False),
+  'reviews.json': _write_reviews,
+  'sasrec.txt': lambda path, t: _write_csv(path, t.select([0, 1]), False, ' '),
+  'sequences.txt': _write_sequences,
+  'x.parquet': lambda path, t: arrow_parquet.write_table(t, path),
 }

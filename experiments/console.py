@@ -20,13 +20,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """A plain table; numbers right-aligned, the first column and words left."""
   cells = [list(map(str, row)) for row in (header, *rows)]
   widths = [max(map(len, column)) for column in zip(*cells)]
-  left = [i == 0 or not all(c[:1].isdigit() or c == '-' for c in column[1:])
-          for i, column in enumerate(zip(*cells))]
+  left = [
+    i == 0 or not all(c[:1].isdigit() or c == '-' for c in column[1:])
+    for i, column in enumerate(zip(*cells))
+  ]
   lines = []
   for row in cells:
-    lines.append('  '.join(
+    lines.append(
+      '  '.join(
         cell.ljust(width) if is_left else cell.rjust(width)
-        for cell, width, is_left in zip(row, widths, left)).rstrip())
+        for cell, width, is_left in zip(row, widths, left)
+      ).rstrip()
+    )
   lines.insert(1, '  '.join('-' * width for width in widths))
   return '\n'.join(lines)
 
@@ -36,22 +41,25 @@ def data_report(loaded: Loaded) -> str:
   dataset = loaded.dataset
   lengths = dataset.lengths
   lines = [
-      *loaded.notes,
-      f'{dataset.name}: {dataset.num_clients} clients, {dataset.num_items} '
-      f'items, {len(dataset.items)} interactions '
-      f'({lengths.min()} to {lengths.max()} a client)']
+    *loaded.notes,
+    f'{dataset.name}: {dataset.num_clients} clients, {dataset.num_items} '
+    f'items, {len(dataset.items)} interactions '
+    f'({lengths.min()} to {lengths.max()} a client)',
+  ]
   if loaded.dropped_users:
     shown = ', '.join(map(str, loaded.dropped_users[:5]))
     more = ', …' if len(loaded.dropped_users) > 5 else ''
     lines.append(
-        f'left out {len(loaded.dropped_users)} user(s) with too few '
-        'interactions (training, validation and test need one each): '
-        f'{shown}{more}')
+      f'left out {len(loaded.dropped_users)} user(s) with too few '
+      'interactions (training, validation and test need one each): '
+      f'{shown}{more}'
+    )
   lines += map(str, loaded.integrity)
   if loaded.cold:
     lines.append(
-        f'cold       {dataset.num_cold} items held out of training, the '
-        f'targets of {len(loaded.cold.clients)} clients')
+      f'cold       {dataset.num_cold} items held out of training, the '
+      f'targets of {len(loaded.cold.clients)} clients'
+    )
   for kind in ('visual', 'text'):
     if not getattr(dataset, kind).shape[1]:
       lines.append(f'{kind:6} features  none: this expert is left out')
@@ -64,9 +72,13 @@ def banner(simulation: Simulation) -> str:
   c, s = config.client, config.server
   size = round_lib.cohort_size(config, simulation.dataset.num_clients)
   steps = windows.num_steps(simulation.num_train, config).mean()
-  drift = (config.loss.drift if simulation.model.has_both_experts
-           else 'none, it needs both experts')
-  return '\n'.join([
+  drift = (
+    config.loss.drift
+    if simulation.model.has_both_experts
+    else 'none, it needs both experts'
+  )
+  return '\n'.join(
+    [
       f'FedDMMR on {jax.default_backend()} ({_hands()})',
       f'  backbone   SASRec, {config.model.num_blocks} blocks, D='
       f'{config.model.hidden_dim}, window {config.model.max_seq_len}',
@@ -83,24 +95,39 @@ def banner(simulation: Simulation) -> str:
       f'{_decay(s.server_schedule)}, '
       f'{size} of {simulation.dataset.num_clients} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
-  ])
+    ]
+  )
 
 
 def _hands() -> str:
   """How many workers or devices share a cohort."""
-  number, kind = ((devices.workers(), 'worker') if devices.count() == 1
-                  and devices.num_shards() > 1 else (devices.count(), 'device'))
-  return f'{number} {kind}{"s"[:number > 1]}'
+  number, kind = (
+    (devices.workers(), 'worker')
+    if devices.count() == 1 and devices.num_shards() > 1
+    else (devices.count(), 'device')
+  )
+  return f'{number} {kind}{"s"[: number > 1]}'
 
 
 def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
   """What was taken over, what was left as drawn, what did not fit."""
-  rows = [[part.name, part.group, part.status, f'{part.count:,}',
-           'frozen' if part.group in frozen and part.status != warm_start.UNFIT
-           else '', part.note.ljust(1)] for part in start.table]
-  return (f'warm start from {start.source}; the server optimizer starts '
-          'afresh\n'
-          + table(['part', 'group', 'status', 'numbers', '', 'note'], rows))
+  rows = [
+    [
+      part.name,
+      part.group,
+      part.status,
+      f'{part.count:,}',
+      'frozen'
+      if part.group in frozen and part.status != warm_start.UNFIT
+      else '',
+      part.note.ljust(1),
+    ]
+    for part in start.table
+  ]
+  return (
+    f'warm start from {start.source}; the server optimizer starts '
+    'afresh\n' + table(['part', 'group', 'status', 'numbers', '', 'note'], rows)
+  )
 
 
 def _stepping(config) -> str:
@@ -112,8 +139,10 @@ def _stepping(config) -> str:
     optimizer += f' with {config.drift_control}'
   if config.proximal_mu:
     optimizer += f', FedProx {config.proximal_mu:g}'
-  return (f'{optimizer} {config.client_learning_rate:g}'
-          f'{_decay(config.client_schedule)}')
+  return (
+    f'{optimizer} {config.client_learning_rate:g}'
+    f'{_decay(config.client_schedule)}'
+  )
 
 
 def _emphasis(loss) -> str:
@@ -135,12 +164,15 @@ def _history_lines(model: ModelConfig) -> list[str]:
   lines = []
   if model.item_embedding != 'id' and model.collaborative_dim:
     lines.append(
-        f'items      {model.collaborative_dim} of {model.hidden_dim} '
-        'directions of their content are co-occurrence, as cohorts that would '
-        f'make {model.collaborative_rounds} rounds sketched it')
+      f'items      {model.collaborative_dim} of {model.hidden_dim} '
+      'directions of their content are co-occurrence, as cohorts that would '
+      f'make {model.collaborative_rounds} rounds sketched it'
+    )
   if model.profile == 'history':
-    lines.append('profile    the mean of what left the window, added to the '
-                 'sequence and mixed with it')
+    lines.append(
+      'profile    the mean of what left the window, added to the '
+      'sequence and mixed with it'
+    )
   return lines
 
 
@@ -148,45 +180,65 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
   model, config = simulation.model, simulation.config
   if model.is_backbone_only:
     return ['fusion     none: no visual or semantic expert, ⟨s, e⟩']
-  experts = [name for name, width in (('visual', model.visual_dim),
-                                      ('semantic', model.text_dim)) if width]
+  experts = [
+    name
+    for name, width in (
+      ('visual', model.visual_dim),
+      ('semantic', model.text_dim),
+    )
+    if width
+  ]
   parts = ' + '.join(f'w_{e[:3]}·LN({e})' for e in experts)
   memory = config.memory
-  score = (', scored by inner product' if config.model.similarity == 'dot'
-           else '')
+  score = (
+    ', scored by inner product' if config.model.similarity == 'dot' else ''
+  )
   lines = [
-      f'experts    {", ".join(experts)}, over '
-      + (f'{memory.retrieval_size} of {memory.num_slots} entries of the '
-         f'client\'s own memory ({memory.memory})'
-         if memory.memory != 'none' else 'no memory')
-      + (' and the candidate\'s own features'
-         if config.model.expert_input == 'candidate' else '')]
+    f'experts    {", ".join(experts)}, over '
+    + (
+      f'{memory.retrieval_size} of {memory.num_slots} entries of the '
+      f"client's own memory ({memory.memory})"
+      if memory.memory != 'none'
+      else 'no memory'
+    )
+    + (
+      " and the candidate's own features"
+      if config.model.expert_input == 'candidate'
+      else ''
+    )
+  ]
   if config.model.fusion == 'gated':
     return lines + [
-        f'fusion     LN(s) + g·({parts}), GATED: g starts at '
-        f'{config.model.gating_init:g} and scales the experts\' '
-        f'gradient{score}']
+      f'fusion     LN(s) + g·({parts}), GATED: g starts at '
+      f"{config.model.gating_init:g} and scales the experts' "
+      f'gradient{score}'
+    ]
   return lines + [
-      f'fusion     LN(s) + {parts}; no gate stands before the experts, '
-      f'their gradient is full{score}']
+    f'fusion     LN(s) + {parts}; no gate stands before the experts, '
+    f'their gradient is full{score}'
+  ]
 
 
 def round_line(record: dict[str, Any], num_rounds: int) -> str:
   """One line for one finished round."""
   train = record['train']
-  parts = [f'round {record["round"]:>{len(str(num_rounds))}}/{num_rounds}',
-           f'loss {train["loss"]:.4f}' if train['loss'] is not None else '']
+  parts = [
+    f'round {record["round"]:>{len(str(num_rounds))}}/{num_rounds}',
+    f'loss {train["loss"]:.4f}' if train['loss'] is not None else '',
+  ]
   if train['w_visual'] is not None:
-    parts.append(f'router vis {train["w_visual"]:.2f} '
-                 f'sem {train["w_semantic"]:.2f}')
+    parts.append(
+      f'router vis {train["w_visual"]:.2f} sem {train["w_semantic"]:.2f}'
+    )
   if train['instance_weight'] is not None:
     parts.append(f'inst.weight {train["instance_weight"]:.3f}')
   if train['memory_fill'] is not None:
     parts.append(f'memory {train["memory_fill"]:.0%}')
   if 'val' in record:
     sampled, full = record['val']['sampled'], record['val']['full']
-    parts.append(f'val HR@10 {sampled["HR@10"]:.4f} sampled '
-                 f'{full["HR@10"]:.4f} full')
+    parts.append(
+      f'val HR@10 {sampled["HR@10"]:.4f} sampled {full["HR@10"]:.4f} full'
+    )
   parts.append(f'{record["seconds"]:.1f} s')
   return '  '.join(part for part in parts if part)
 
@@ -195,8 +247,10 @@ def progress(record: dict[str, Any]) -> dict[str, float]:
   """What the progress bar shows: loss, and validation where there is one."""
   figures = {'loss': record['train']['loss']}
   if 'val' in record:
-    figures |= {f'HR@10 {protocol}': values['HR@10']
-                for protocol, values in record['val'].items()}
+    figures |= {
+      f'HR@10 {protocol}': values['HR@10']
+      for protocol, values in record['val'].items()
+    }
   return figures
 
 
@@ -206,32 +260,42 @@ def ranking_table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
   first = next(iter(next(iter(metrics.values())).values()))
   kinds = list(dict.fromkeys(name.partition('@')[0] for name in first))
   kinds.sort(key=lambda kind: kind in first)  # what has no cutoff last
-  names = [name for kind in kinds for name in first
-           if name.partition('@')[0] == kind]
+  names = [
+    name for kind in kinds for name in first if name.partition('@')[0] == kind
+  ]
   if len(names) > MAX_METRICS:
     names = [name for name in names if name.endswith('@10')]
-  return table(['', *names], [
+  return table(
+    ['', *names],
+    [
       [f'{split}, {protocol}', *(f'{values[name]:.4f}' for name in names)]
       for split, protocols in metrics.items()
-      for protocol, values in protocols.items()])
+      for protocol, values in protocols.items()
+    ],
+  )
 
 
 def _acceptance_line(point: dict[str, Any]) -> str:
   mark = {True: 'yes', False: 'NO', None: '-'}[point['passed']]
-  return (f'  {mark:3}  {point["name"]} ({point["target"]}): '
-          f'{point["measured"]}')
+  return f'  {mark:3}  {point["name"]} ({point["target"]}): {point["measured"]}'
 
 
 def final_table(summary: dict[str, Any]) -> str:
   """Both protocols of validation and test at the best round, and costs."""
-  rows = {split.replace('_', ' items by '): summary[split]
-          for split in ('val', 'test', 'cold', 'cold_popularity')
-          if split in summary}
-  return '\n'.join([
+  rows = {
+    split.replace('_', ' items by '): summary[split]
+    for split in ('val', 'test', 'cold', 'cold_popularity')
+    if split in summary
+  }
+  return '\n'.join(
+    [
       f'\nbest round {summary["best_round"]} of {summary["rounds"]}\n',
-      ranking_table(rows), '\nacceptance', *map(
-          _acceptance_line, summary['acceptance']),
+      ranking_table(rows),
+      '\nacceptance',
+      *map(_acceptance_line, summary['acceptance']),
       f'\n{summary["wall_seconds"]:.1f} s in all, '
       f'{summary["round_seconds_median"]:.2f} s training a round (median), '
       f'{summary["targets_per_second"]:,.0f} targets/s, '
-      f'{summary["peak_rss_mb"]:,.0f} MB'])
+      f'{summary["peak_rss_mb"]:,.0f} MB',
+    ]
+  )

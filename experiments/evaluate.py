@@ -28,38 +28,64 @@ from fedmmr_jax.runs.checkpoint import Rounds
 
 _ROUND = flags.DEFINE_string('round', 'best', 'a number, best or last')
 _SPLIT = flags.DEFINE_enum(
-    'split', 'test', [*SPLITS, 'cold'], 'held-out item to rank; cold needs a '
-    'run with --cold_items')
+  'split',
+  'test',
+  [*SPLITS, 'cold'],
+  'held-out item to rank; cold needs a run with --cold_items',
+)
 _PROTOCOL = flags.DEFINE_enum(
-    'protocol', 'all', ['all', *PROTOCOLS], 'candidates to rank against; full: '
-    'all; sampled, popularity: 100 unseen ones drawn uniformly or by '
-    'popularity; corrected: full as estimated from sampled')
+  'protocol',
+  'all',
+  ['all', *PROTOCOLS],
+  'candidates to rank against; full: '
+  'all; sampled, popularity: 100 unseen ones drawn uniformly or by '
+  'popularity; corrected: full as estimated from sampled',
+)
 _METRICS = flags.DEFINE_enum(
-    'metrics', 'default', ['default', 'recbole'], 'names and definitions of '
-    'the metrics; recbole: hit, recall, precision, mrr, map, ndcg, all cut off')
+  'metrics',
+  'default',
+  ['default', 'recbole'],
+  'names and definitions of '
+  'the metrics; recbole: hit, recall, precision, mrr, map, ndcg, all cut off',
+)
 _SLICES = flags.DEFINE_boolean(
-    'slices', False, 'also by history length and by popularity of the target')
+  'slices', False, 'also by history length and by popularity of the target'
+)
 _PER_USER = flags.DEFINE_string(
-    'per_user', '', 'write a row for each user into this .parquet or .csv file')
+  'per_user', '', 'write a row for each user into this .parquet or .csv file'
+)
 _COMPARE = flags.DEFINE_string(
-    'compare', '', 'another run (its best round) or RUN/rounds/N: differences '
-    'paired over users, with 95 % bootstrap intervals')
+  'compare',
+  '',
+  'another run (its best round) or RUN/rounds/N: differences '
+  'paired over users, with 95 % bootstrap intervals',
+)
 _DATA_DIR = flags.DEFINE_string(
-    'data_dir', None, 'folder of the data set, if it has moved')
+  'data_dir', None, 'folder of the data set, if it has moved'
+)
 _VISUAL = flags.DEFINE_string(
-    'visual_features', None, 'the visual feature matrix, if it has moved')
+  'visual_features', None, 'the visual feature matrix, if it has moved'
+)
 _TEXT = flags.DEFINE_string(
-    'text_features', None, 'the text feature matrix, if it has moved')
+  'text_features', None, 'the text feature matrix, if it has moved'
+)
 _CLIENTS = flags.DEFINE_integer(
-    'eval_clients', None, 'rank so many clients (0 = all)')
+  'eval_clients', None, 'rank so many clients (0 = all)'
+)
 _FEATURES = flags.DEFINE_enum(
-    'features', 'trained', ['trained', 'zeroed', 'shuffled'], 'what the experts '
-    'see of the items; zeroed: nothing, shuffled: each item has another\'s. '
-    'Does the model look at them? The run of --compare keeps its own')
+  'features',
+  'trained',
+  ['trained', 'zeroed', 'shuffled'],
+  'what the experts '
+  "see of the items; zeroed: nothing, shuffled: each item has another's. "
+  'Does the model look at them? The run of --compare keeps its own',
+)
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 _WARM_MEMORY = flags.DEFINE_boolean(
-    'warm_memory', None, 'fill the memories of clients that were never '
-    'sampled; default: as the run')
+  'warm_memory',
+  None,
+  'fill the memories of clients that were never sampled; default: as the run',
+)
 
 # What the tables of slices and differences show.
 _HEADLINES = ('HR@10', 'NDCG@10', 'hit@10', 'ndcg@10')
@@ -74,15 +100,17 @@ def main() -> None:
   run = app.open_run()
   rounds = Rounds(run.path)
   number = app.find_round(rounds, _ROUND.value)
-  other = (warm_start.find(_COMPARE.value, 'compare') if _COMPARE.value
-           else None)
+  other = warm_start.find(_COMPARE.value, 'compare') if _COMPARE.value else None
   config, results = _results(run, rounds, number, _FEATURES.value)
   told = {'round': number, _SPLIT.value: _chosen(results.means(_naming()))}
   if _SLICES.value:
     told['slices'] = {
-        title: {label: {'users': len(part.users)} | _chosen(
-            part.means(_naming())) for label, part in parts.items()}
-        for title, parts in user_results.slices(results).items()}
+      title: {
+        label: {'users': len(part.users)} | _chosen(part.means(_naming()))
+        for label, part in parts.items()
+      }
+      for title, parts in user_results.slices(results).items()
+    }
   if other:
     told['difference'] = _difference(config, results, *other)
   if _PER_USER.value:
@@ -90,15 +118,18 @@ def main() -> None:
   if _JSON.value:
     print(json.dumps(told, indent=2, allow_nan=False))
   else:
-    print(f'{run.path}, round {number}, {_SPLIT.value} items of '
-          f'{len(results.users)} users, features as {_FEATURES.value}\n')
+    print(
+      f'{run.path}, round {number}, {_SPLIT.value} items of '
+      f'{len(results.users)} users, features as {_FEATURES.value}\n'
+    )
     print(_tables(told))
   if _PER_USER.value:
     print(f'\na row for each user in {_PER_USER.value}', file=sys.stderr)
 
 
-def _results(run, rounds, number, features: str, seed: int | None = None,
-             **same: Any) -> tuple[Any, UserResults]:
+def _results(
+  run, rounds, number, features: str, seed: int | None = None, **same: Any
+) -> tuple[Any, UserResults]:
   """The settings of a run and the ranks of one of its rounds.
 
   Args:
@@ -106,9 +137,11 @@ def _results(run, rounds, number, features: str, seed: int | None = None,
     seed: of the draws of negatives, if not the run's own.
     same: settings that stand for the run's own.
   """
-  given = same | {flag.name: flag.value for flag in (
-      _DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY, _CLIENTS)
-                  if flag.value is not None}
+  given = same | {
+    flag.name: flag.value
+    for flag in (_DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY, _CLIENTS)
+    if flag.value is not None
+  }
   loaded, simulation, state = app.load_round(run, rounds, number, given)
   print(console.data_report(loaded) + '\n', file=sys.stderr)
   if _SPLIT.value not in simulation.splits:
@@ -119,26 +152,37 @@ def _results(run, rounds, number, features: str, seed: int | None = None,
   if features != 'trained':
     simulation = simulation.with_features(features)
   return simulation.config, user_results.evaluate(
-      simulation, state, _SPLIT.value)
+    simulation, state, _SPLIT.value
+  )
 
 
 def _difference(config, results, run, number) -> dict[str, Any]:
   """This run minus the other, which is ranked against the same draws."""
   _, theirs = _results(
-      run, Rounds(run.path), number, 'trained', config.seed,
-      sampled_negatives=config.data.sampled_negatives,
-      eval_clients=config.evaluation.eval_clients)
+    run,
+    Rounds(run.path),
+    number,
+    'trained',
+    config.seed,
+    sampled_negatives=config.data.sampled_negatives,
+    eval_clients=config.evaluation.eval_clients,
+  )
   found = _chosen(user_results.difference(results, theirs, _naming()))
   as_trained = '' if _FEATURES.value == 'trained' else ', features as trained'
   return {'to': f'{run.path}, round {number}{as_trained}'} | {
-      protocol: {name: difference._asdict()
-                 for name, difference in by_metric.items()}
-      for protocol, by_metric in found.items()}
+    protocol: {
+      name: difference._asdict() for name, difference in by_metric.items()
+    }
+    for protocol, by_metric in found.items()
+  }
 
 
 def _naming():
-  return (metrics_lib.recbole_of_each if _METRICS.value == 'recbole'
-          else metrics_lib.ranking_of_each)
+  return (
+    metrics_lib.recbole_of_each
+    if _METRICS.value == 'recbole'
+    else metrics_lib.ranking_of_each
+  )
 
 
 def _chosen(by_protocol: dict[str, Any]) -> dict[str, Any]:
@@ -151,24 +195,47 @@ def _chosen(by_protocol: dict[str, Any]) -> dict[str, Any]:
 def _tables(told: dict[str, Any]) -> str:
   parts = [console.ranking_table({_SPLIT.value: told[_SPLIT.value]})]
   for title, by_label in told.get('slices', {}).items():
-    columns = [(protocol, metric) for protocol, found in told[
-        _SPLIT.value].items() for metric in found if metric in _HEADLINES
-               and (protocol != 'corrected' or _PROTOCOL.value != 'all')]
-    parts.append(console.table(
-        [title, 'users', *(f'{metric} {protocol}'
-                           for protocol, metric in columns)],
-        [[label, part['users'], *(f'{part[protocol][metric]:.4f}'
-                                  for protocol, metric in columns)]
-         for label, part in by_label.items()]))
+    columns = [
+      (protocol, metric)
+      for protocol, found in told[_SPLIT.value].items()
+      for metric in found
+      if metric in _HEADLINES
+      and (protocol != 'corrected' or _PROTOCOL.value != 'all')
+    ]
+    parts.append(
+      console.table(
+        [
+          title,
+          'users',
+          *(f'{metric} {protocol}' for protocol, metric in columns),
+        ],
+        [
+          [
+            label,
+            part['users'],
+            *(f'{part[protocol][metric]:.4f}' for protocol, metric in columns),
+          ]
+          for label, part in by_label.items()
+        ],
+      )
+    )
   if 'difference' in told:
     to, *by_protocol = told['difference'].items()
     parts.append(
-        f'difference to {to[1]}, paired over users, 95 % intervals\n\n'
-        + console.table(['', 'difference', 'from', 'to'], [
-            [f'{protocol}, {metric}', *(
-                f'{found[metric][key]:+.4f}' for key in ('mean', 'low', 'high'))]
-            for protocol, found in by_protocol for metric in found
-            if metric in (*_HEADLINES, 'MRR', 'mrr@10')]))
+      f'difference to {to[1]}, paired over users, 95 % intervals\n\n'
+      + console.table(
+        ['', 'difference', 'from', 'to'],
+        [
+          [
+            f'{protocol}, {metric}',
+            *(f'{found[metric][key]:+.4f}' for key in ('mean', 'low', 'high')),
+          ]
+          for protocol, found in by_protocol
+          for metric in found
+          if metric in (*_HEADLINES, 'MRR', 'mrr@10')
+        ],
+      )
+    )
   return '\n\n'.join(parts)
 
 

@@ -15,10 +15,12 @@ def pyplot() -> Any:
   try:
     import matplotlib
   except ImportError:
-    raise UserError('the figure needs matplotlib: pip install '
-                    "'fedmmr_jax[figures]'") from None
+    raise UserError(
+      "the figure needs matplotlib: pip install 'fedmmr_jax[figures]'"
+    ) from None
   matplotlib.use('Agg')
   from matplotlib import pyplot as found
+
   return found
 
 
@@ -28,7 +30,8 @@ def check_path(path: str) -> None:
   known = figure.canvas.get_supported_filetypes()
   pyplot().close(figure)
   if pathlib.Path(path).suffix[1:].lower() not in known:
-    raise UserError(f'--out={path}: no such kind of picture; end it in .png, '
-                    '.pdf or .svg')
+    raise UserError(
+      f'--out={path}: no such kind of picture; end it in .png, .pdf or .svg'
+    )
   if not pathlib.Path(path).absolute().parent.is_dir():
     raise UserError(f'--out={path}: no such folder')

@@ -34,10 +34,13 @@ from fedmmr_jax.runs.run_folder import RunFolder
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 _K = flags.DEFINE_integer('k', 10, 'how many items to list', lower_bound=1)
 _DATA_DIR = flags.DEFINE_string(
-    'data_dir', None, 'folder of the data set, if it has moved')
+  'data_dir', None, 'folder of the data set, if it has moved'
+)
 
-USAGE = ('list | show ROUND | diff ROUND ROUND | memory ROUND USER | '
-         'router ROUND | recommend ROUND USER | export ROUND FILE.npz')
+USAGE = (
+  'list | show ROUND | diff ROUND ROUND | memory ROUND USER | '
+  'router ROUND | recommend ROUND USER | export ROUND FILE.npz'
+)
 _BINS = 10  # of the router's histogram
 
 
@@ -51,22 +54,25 @@ def main(*words: str) -> None:
       content, text = show(run, rounds, app.find_round(rounds, which))
     case ['memory', which, user]:
       content, text = show_memory(
-          run, rounds, app.find_round(rounds, which), user)
+        run, rounds, app.find_round(rounds, which), user
+      )
     case ['recommend', which, user]:
       content, text = recommend(
-          run, rounds, app.find_round(rounds, which), user)
+        run, rounds, app.find_round(rounds, which), user
+      )
     case ['export', which, path]:
       content, text = export(rounds, app.find_round(rounds, which), path)
     case ['router', which]:
       content, text = router(run, rounds, app.find_round(rounds, which))
     case ['diff', first, second]:
-      content, text = diff(rounds, app.find_round(rounds, first),
-                           app.find_round(rounds, second))
+      content, text = diff(
+        rounds, app.find_round(rounds, first), app.find_round(rounds, second)
+      )
     case _:
       raise UserError(
-          f'unknown command {" ".join(words)!r}; say one of: {USAGE}')
-  print(json.dumps(content, indent=2, allow_nan=False) if _JSON.value
-        else text)
+        f'unknown command {" ".join(words)!r}; say one of: {USAGE}'
+      )
+  print(json.dumps(content, indent=2, allow_nan=False) if _JSON.value else text)
 
 
 def list_rounds(rounds: Rounds) -> tuple[Any, str]:
@@ -83,17 +89,37 @@ def list_rounds(rounds: Rounds) -> tuple[Any, str]:
     record = found[number]['record'] if number in found else {}
     val = record.get('val', {})
     figures = {'loss': record.get('train', {}).get('loss')} | {
-        f'val {protocol} {metric}': val.get(protocol, {}).get(metric)
-        for protocol in ('sampled', 'full') for metric in ('HR@10', 'NDCG@10')}
-    content.append({
-        'round': number, 'best': number == best, 'bytes': rounds.size(number),
-        'damage': damage.get(number), **figures})
-    rows.append([number, f'{content[-1]["bytes"] / 1e6:.1f} MB',
-                 *map(_number, figures.values()),
-                 'DAMAGED' if number in damage else
-                 '<- best' if number == best else ''])
-  header = ['round', 'size', 'loss', 'HR@10 sampled', 'NDCG@10 sampled',
-            'HR@10 full', 'NDCG@10 full', '']
+      f'val {protocol} {metric}': val.get(protocol, {}).get(metric)
+      for protocol in ('sampled', 'full')
+      for metric in ('HR@10', 'NDCG@10')
+    }
+    content.append(
+      {
+        'round': number,
+        'best': number == best,
+        'bytes': rounds.size(number),
+        'damage': damage.get(number),
+        **figures,
+      }
+    )
+    rows.append(
+      [
+        number,
+        f'{content[-1]["bytes"] / 1e6:.1f} MB',
+        *map(_number, figures.values()),
+        'DAMAGED' if number in damage else '<- best' if number == best else '',
+      ]
+    )
+  header = [
+    'round',
+    'size',
+    'loss',
+    'HR@10 sampled',
+    'NDCG@10 sampled',
+    'HR@10 full',
+    'NDCG@10 full',
+    '',
+  ]
   return content, '\n'.join([console.table(header, rows), *damage.values()])
 
 
@@ -105,26 +131,35 @@ def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
   content = {'round': number, 'parameters': [], 'groups': {}}
   for name, value in named_arrays(server['params']).items():
     finite = bool(np.isfinite(value).all())
-    entry = {'name': name, 'shape': list(value.shape), 'count': value.size,
-             'norm': float(np.linalg.norm(value)) if finite else None,
-             'finite': finite}
+    entry = {
+      'name': name,
+      'shape': list(value.shape),
+      'count': value.size,
+      'norm': float(np.linalg.norm(value)) if finite else None,
+      'finite': finite,
+    }
     content['parameters'].append(entry)
     group = content['groups'].setdefault(
-        name.split('/')[0], {'count': 0, 'squared': 0.0, 'finite': True})
+      name.split('/')[0], {'count': 0, 'squared': 0.0, 'finite': True}
+    )
     group['count'] += value.size
     group['finite'] &= finite
     group['squared'] += float(np.sum(np.square(value, dtype=np.float64)))
   for group in content['groups'].values():
     squared = group.pop('squared')
-    group['norm'] = squared ** 0.5 if group['finite'] else None
+    group['norm'] = squared**0.5 if group['finite'] else None
   content['memories'] = memories and _fill(memories)
   content['not_finite'] = [
-      name for name, part in (
-          ('parameters', server['params']),
-          ('prototypes', server['prototypes']),
-          ('server optimizer', server['opt_state']), ('memories', memories),
-          ('control variates', (server['control'], saved['state']['controls'])))
-      if not all(np.isfinite(x).all() for x in jax.tree.leaves(part))]
+    name
+    for name, part in (
+      ('parameters', server['params']),
+      ('prototypes', server['prototypes']),
+      ('server optimizer', server['opt_state']),
+      ('memories', memories),
+      ('control variates', (server['control'], saved['state']['controls'])),
+    )
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(part))
+  ]
   prototypes = server['prototypes']
   content['prototype_sizes'] = prototypes and prototypes['size'].tolist()
   content['record'] = rounds.metadata(number)['record']
@@ -136,70 +171,117 @@ def _fill(memories: dict[str, np.ndarray]) -> dict[str, Any]:
   """How many clients have a memory, and how full it is."""
   sampled = memories['clock'] > 0
   fill = (memories['item'] > 0).mean(axis=1)
-  return {'clients': len(sampled), 'sampled': int(sampled.sum()),
-          'mean_fill_of_sampled':
-              float(fill[sampled].mean()) if sampled.any() else None}
+  return {
+    'clients': len(sampled),
+    'sampled': int(sampled.sum()),
+    'mean_fill_of_sampled': float(fill[sampled].mean())
+    if sampled.any()
+    else None,
+  }
 
 
 def _show_text(content: dict[str, Any]) -> str:
   def row(name, shape, entry):
-    return [name, shape, f'{entry["count"]:,}', _number(entry['norm']),
-            '' if entry['finite'] else 'NOT FINITE']
+    return [
+      name,
+      shape,
+      f'{entry["count"]:,}',
+      _number(entry['norm']),
+      '' if entry['finite'] else 'NOT FINITE',
+    ]
 
   header = ['parameter', 'shape', 'count', 'norm', '']
-  parameters = [row(p['name'], ' x '.join(map(str, p['shape'])) or 'scalar', p)
-                for p in content['parameters']]
+  parameters = [
+    row(p['name'], ' x '.join(map(str, p['shape'])) or 'scalar', p)
+    for p in content['parameters']
+  ]
   groups = [row(name, '', g) for name, g in content['groups'].items()]
   total = sum(g['count'] for g in content['groups'].values())
   state = [f'{total:,} parameters; ' + _memory_text(content['memories'])]
   if content['prototype_sizes']:
-    state.append('prototypes, stored items each: ' + ', '.join(
-        f'{size:.0f}' for size in content['prototype_sizes']))
+    state.append(
+      'prototypes, stored items each: '
+      + ', '.join(f'{size:.0f}' for size in content['prototype_sizes'])
+    )
   defaults = RunConfig().as_flat_dict()
-  changed = ' '.join(f'--{name}={value}' for name, value in
-                     content['flags'].items() if value != defaults.get(name))
-  return '\n'.join([
-      f'round {content["round"]}', '', console.table(header, parameters), '',
-      console.table(['group', '', 'count', 'norm', ''], groups), '',
-      *state, '',
+  changed = ' '.join(
+    f'--{name}={value}'
+    for name, value in content['flags'].items()
+    if value != defaults.get(name)
+  )
+  return '\n'.join(
+    [
+      f'round {content["round"]}',
+      '',
+      console.table(header, parameters),
+      '',
+      console.table(['group', '', 'count', 'norm', ''], groups),
+      '',
+      *state,
+      '',
       'NOT FINITE: ' + ', '.join(content['not_finite'])
-      if content['not_finite'] else 'no NaN and no infinity in its state', '',
+      if content['not_finite']
+      else 'no NaN and no infinity in its state',
+      '',
       'settings that are not the defaults:',
-      *textwrap.wrap(changed, 79, break_on_hyphens=False)])
+      *textwrap.wrap(changed, 79, break_on_hyphens=False),
+    ]
+  )
 
 
 def _memory_text(memories: dict[str, Any] | None) -> str:
   if memories is None:
     return 'no memories, for there are no experts'
   fill = memories['mean_fill_of_sampled']
-  return (f'memories of {memories["sampled"]} of {memories["clients"]} clients '
-          'in use' + (f', {fill:.0%} full on average' if fill is not None
-                      else ''))
+  return (
+    f'memories of {memories["sampled"]} of {memories["clients"]} clients '
+    'in use' + (f', {fill:.0%} full on average' if fill is not None else '')
+  )
 
 
 def diff(rounds: Rounds, first: int, second: int) -> tuple[Any, str]:
   """How far each parameter group moved from one round to another."""
   before, after = (
-      rounds.load_as_saved(number)['state']['server']['params']
-      for number in (first, second))
+    rounds.load_as_saved(number)['state']['server']['params']
+    for number in (first, second)
+  )
   content = {'rounds': [first, second], 'groups': {}}
   for group in before:
-    a, b = (np.concatenate([np.ravel(x).astype(np.float64)
-                            for x in jax.tree.leaves(tree[group])])
-            for tree in (before, after))
+    a, b = (
+      np.concatenate(
+        [np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree[group])]
+      )
+      for tree in (before, after)
+    )
     norms = np.linalg.norm(a), np.linalg.norm(b)
     content['groups'][group] = {
-        'count': a.size, 'distance': _finite(np.linalg.norm(b - a)),
-        'relative_change': _finite(
-            np.linalg.norm(b - a) / norms[0] if norms[0] else 0.0),
-        'cosine': _finite(a @ b / (norms[0] * norms[1])
-                          if norms[0] and norms[1] else 0.0)}
-  rows = [[name, f'{g["count"]:,}', *(
-      '-' if value is None else f'{value:.{digits}g}' for value, digits in (
-          (g['distance'], 3), (g['relative_change'], 3), (g['cosine'], 7)))]
-          for name, g in content['groups'].items()]
+      'count': a.size,
+      'distance': _finite(np.linalg.norm(b - a)),
+      'relative_change': _finite(
+        np.linalg.norm(b - a) / norms[0] if norms[0] else 0.0
+      ),
+      'cosine': _finite(
+        a @ b / (norms[0] * norms[1]) if norms[0] and norms[1] else 0.0
+      ),
+    }
+  rows = [
+    [
+      name,
+      f'{g["count"]:,}',
+      *(
+        '-' if value is None else f'{value:.{digits}g}'
+        for value, digits in (
+          (g['distance'], 3),
+          (g['relative_change'], 3),
+          (g['cosine'], 7),
+        )
+      ),
+    ]
+    for name, g in content['groups'].items()
+  ]
   return content, f'round {first} -> round {second}\n\n' + console.table(
-      ['group', 'count', 'distance', 'relative change', 'cosine'], rows)
+    ['group', 'count', 'distance', 'relative change', 'cosine'], rows
+  )
 
 
 def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
@@ -217,37 +299,60 @@ def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
   order = np.argsort(-visual, kind='stable')[:has_choice.sum()]
   ids, titles = loaded.dataset.item_ids.tolist(), loaded.dataset.titles
   content = {
-      'round': number,
-      'items': len(weights), 'with_choice': int(has_choice.sum()),
-      'mean_visual': _finite(visual[has_choice].mean())
-      if has_choice.any() else None,
-      'histogram': [{'from': float(a), 'to': float(b), 'items': int(n)}
-                    for a, b, n in zip(edges, edges[1:], counts)],
-      'w_visual': {str(ids[row + 1]): float(visual[row])
-                   for row in np.flatnonzero(has_choice)}}
+    'round': number,
+    'items': len(weights),
+    'with_choice': int(has_choice.sum()),
+    'mean_visual': _finite(visual[has_choice].mean())
+    if has_choice.any()
+    else None,
+    'histogram': [
+      {'from': float(a), 'to': float(b), 'items': int(n)}
+      for a, b, n in zip(edges, edges[1:], counts)
+    ],
+    'w_visual': {
+      str(ids[row + 1]): float(visual[row])
+      for row in np.flatnonzero(has_choice)
+    },
+  }
   for name, rows in (('most_visual', order), ('most_semantic', order[::-1])):
     content[name] = [
-        {'item_id': ids[row + 1], 'w_visual': float(visual[row]),
-         'title': titles[row + 1] if titles else ''}
-        for row in rows[:_K.value]]
+      {
+        'item_id': ids[row + 1],
+        'w_visual': float(visual[row]),
+        'title': titles[row + 1] if titles else '',
+      }
+      for row in rows[: _K.value]
+    ]
   return content, _router_text(content)
 
 
 def _router_text(content: dict[str, Any]) -> str:
   most = max([b['items'] for b in content['histogram']] + [1])
-  bars = [[f'{b["from"]:.1f} to {b["to"]:.1f}', b['items'],
-           ('█' * round(40 * b['items'] / most)).ljust(1)]
-          for b in content['histogram']]
+  bars = [
+    [
+      f'{b["from"]:.1f} to {b["to"]:.1f}',
+      b['items'],
+      ('█' * round(40 * b['items'] / most)).ljust(1),
+    ]
+    for b in content['histogram']
+  ]
   lines = [
-      f'round {content["round"]}: {content["with_choice"]} of '
-      f'{content["items"]} items have an image and a text; visual weight '
-      f'{_number(content["mean_visual"])} on average, the rest is semantic',
-      '', console.table(['visual weight', 'items', ''], bars)]
+    f'round {content["round"]}: {content["with_choice"]} of '
+    f'{content["items"]} items have an image and a text; visual weight '
+    f'{_number(content["mean_visual"])} on average, the rest is semantic',
+    '',
+    console.table(['visual weight', 'items', ''], bars),
+  ]
   for name in ('most_visual', 'most_semantic'):
-    rows = [[e['item_id'], f'{e["w_visual"]:.4f}', e['title'].ljust(1)]
-            for e in content[name]]
-    lines += ['', name.replace('_', ' '),
-              console.table(['item', 'visual weight', 'title'], rows)]
+    rows = [
+      [e['item_id'], f'{e["w_visual"]:.4f}', e['title'].ljust(1)]
+      for e in content[name]
+    ]
+    lines += [
+      '',
+      name.replace('_', ' '),
+      console.table(['item', 'visual weight', 'title'], rows),
+    ]
   return '\n'.join(lines)
 
 
@@ -256,8 +361,9 @@ def _load(run: RunFolder, rounds: Rounds, number: int):
   return app.load_round(run, rounds, number, given)
 
 
-def recommend(run: RunFolder, rounds: Rounds, number: int,
-              user: str) -> tuple[Any, str]:
+def recommend(
+  run: RunFolder, rounds: Rounds, number: int, user: str
+) -> tuple[Any, str]:
   """What a user has not consumed, best first, asked after the last item.
 
   Raises:
@@ -267,15 +373,22 @@ def recommend(run: RunFolder, rounds: Rounds, number: int,
   _, simulation, state = _load(run, rounds, number)
   items, scores = simulation.recommend(state, client, _K.value)
   ids = run.ids()
-  entries = [{'item_id': ids['item_ids'][row], 'score': float(score),
-              'title': ids['titles'][row] if ids['titles'] else ''}
-             for row, score in zip(items, scores)]
-  rows = [[e['item_id'], f'{e["score"]:.4f}', e['title'].ljust(1)]
-          for e in entries]
-  return ({'round': number, 'user_id': ids['user_ids'][client],
-           'entries': entries},
-          f'round {number}, user {user}\n\n'
-          + console.table(['item', 'score', 'title'], rows))
+  entries = [
+    {
+      'item_id': ids['item_ids'][row],
+      'score': float(score),
+      'title': ids['titles'][row] if ids['titles'] else '',
+    }
+    for row, score in zip(items, scores)
+  ]
+  rows = [
+    [e['item_id'], f'{e["score"]:.4f}', e['title'].ljust(1)] for e in entries
+  ]
+  return (
+    {'round': number, 'user_id': ids['user_ids'][client], 'entries': entries},
+    f'round {number}, user {user}\n\n'
+    + console.table(['item', 'score', 'title'], rows),
+  )
 
 
 def export(rounds: Rounds, number: int, path: str) -> tuple[Any, str]:
@@ -291,8 +404,10 @@ def export(rounds: Rounds, number: int, path: str) -> tuple[Any, str]:
   params = rounds.load_as_saved(number)['state']['server']['params']
   arrays = named_arrays(params)
   np.savez(path, **arrays)
-  return ({'round': number, 'file': path, 'arrays': sorted(arrays)},
-          f'round {number}: {len(arrays)} arrays in {path}')
+  return (
+    {'round': number, 'file': path, 'arrays': sorted(arrays)},
+    f'round {number}: {len(arrays)} arrays in {path}',
+  )
 
 
 def _client(run: RunFolder, user: str) -> int:
@@ -301,13 +416,15 @@ def _client(run: RunFolder, user: str) -> int:
   users = {str(u): k for k, u in enumerate(ids['user_ids'])}
   if user not in users:
     raise UserError(
-        f'{run.path}: there is no user {user!r}; ids go from '
-        f'{ids["user_ids"][0]} to {ids["user_ids"][-1]}')
+      f'{run.path}: there is no user {user!r}; ids go from '
+      f'{ids["user_ids"][0]} to {ids["user_ids"][-1]}'
+    )
   return users[user]
 
 
-def show_memory(run: RunFolder, rounds: Rounds, number: int,
-                user: str) -> tuple[Any, str]:
+def show_memory(
+  run: RunFolder, rounds: Rounds, number: int, user: str
+) -> tuple[Any, str]:
   """One client's memory, most useful entry first.
 
   Raises:
@@ -316,36 +433,53 @@ def show_memory(run: RunFolder, rounds: Rounds, number: int,
   client, ids = _client(run, user), run.ids()
   memories = rounds.load_as_saved(number)['state']['memories']
   if memories is None:
-    raise UserError(
-        f'{run.path}: this run has no experts, and so no memories')
+    raise UserError(f'{run.path}: this run has no experts, and so no memories')
   memory = memory_lib.Memory(
-      **{name: value[client] for name, value in memories.items()})
+    **{name: value[client] for name, value in memories.items()}
+  )
   utility = np.asarray(
-      memory_lib.utility(memory, memory.clock, run.config().memory))
+    memory_lib.utility(memory, memory.clock, run.config().memory)
+  )
   entries = []
   for slot in np.lexsort((memory.inserted, -utility)):
     row = int(memory.item[slot])
     if row:
-      entries.append({
+      entries.append(
+        {
           'item_id': ids['item_ids'][row],
           'title': ids['titles'][row] if ids['titles'] else '',
           'last_update': int(memory.last_update[slot]),
           'frequency': int(memory.frequency[slot]),
           'surprise': _finite(memory.surprise[slot]),
-          'utility': _finite(utility[slot])})
-  content = {'round': number, 'user_id': ids['user_ids'][client],
-             'clock': int(memory.clock), 'entries': entries}
-  rows = [[e['item_id'], e['last_update'], e['frequency'],
-           _number(e['surprise'], 3), _number(e['utility']),
-           e['title'].ljust(1)]
-          for e in entries]
-  head = (f'round {number}, user {user}: {len(entries)} of '
-          f'{len(memory.item)} slots, clock {content["clock"]} samples')
+          'utility': _finite(utility[slot]),
+        }
+      )
+  content = {
+    'round': number,
+    'user_id': ids['user_ids'][client],
+    'clock': int(memory.clock),
+    'entries': entries,
+  }
+  rows = [
+    [
+      e['item_id'],
+      e['last_update'],
+      e['frequency'],
+      _number(e['surprise'], 3),
+      _number(e['utility']),
+      e['title'].ljust(1),
+    ]
+    for e in entries
+  ]
+  head = (
+    f'round {number}, user {user}: {len(entries)} of '
+    f'{len(memory.item)} slots, clock {content["clock"]} samples'
+  )
   if not entries:
     return content, head + ('' if content['clock'] else ', never sampled')
   return content, head + '\n\n' + console.table(
-      ['item', 'last update', 'frequency', 'surprise', 'utility', 'title'],
-      rows)
+    ['item', 'last update', 'frequency', 'surprise', 'utility', 'title'], rows
+  )
 
 
 def _finite(value: float) -> float | None:

@@ -31,44 +31,65 @@ from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
 
 # Of the data set, what says how its files are read.
-_READING = ('dataset', 'data_dir', 'user_column', 'item_column', 'time_column',
-            'item_file')
+_READING = (
+  'dataset',
+  'data_dir',
+  'user_column',
+  'item_column',
+  'time_column',
+  'item_file',
+)
 _LOCAL = 'name a local folder that holds a sentence-transformers model'
 # They decide on the numbers too.
 _PACKAGES = {TEXT: ('sentence-transformers', 'transformers', 'torch')}
 _PACKAGES[VISUAL] = (*_PACKAGES[TEXT], 'pillow')
 
 _TEXTS = flags.DEFINE_string(
-    'texts', AUTO, 'what the text model reads: a JSON file {"item id": '
-    '"text"}; auto: title, genres and abstract from the data set\'s item file; '
-    'none: make no text features')
+  'texts',
+  AUTO,
+  'what the text model reads: a JSON file {"item id": '
+  '"text"}; auto: title, genres and abstract from the data set\'s item file; '
+  'none: make no text features',
+)
 _IMAGES = flags.DEFINE_string(
-    'images', '', 'folder of <item id>' + ', '.join(extraction.IMAGE_ENDS)
-    + ' (the first of these counts); empty: make no visual features')
+  'images',
+  '',
+  'folder of <item id>'
+  + ', '.join(extraction.IMAGE_ENDS)
+  + ' (the first of these counts); empty: make no visual features',
+)
 _OUT = flags.DEFINE_string(
-    'out', '', 'folder for the matrices; empty: the data folder')
+  'out', '', 'folder for the matrices; empty: the data folder'
+)
 _MODELS = {
-    TEXT: flags.DEFINE_string(
-        'text_model', 'sentence-transformers/all-MiniLM-L6-v2',
-        'sentence-transformers model for texts: a local folder, or a name on '
-        'the Hugging Face hub'),
-    VISUAL: flags.DEFINE_string(
-        'image_model', 'sentence-transformers/clip-ViT-B-32',
-        'likewise for images')}
+  TEXT: flags.DEFINE_string(
+    'text_model',
+    'sentence-transformers/all-MiniLM-L6-v2',
+    'sentence-transformers model for texts: a local folder, or a name on '
+    'the Hugging Face hub',
+  ),
+  VISUAL: flags.DEFINE_string(
+    'image_model', 'sentence-transformers/clip-ViT-B-32', 'likewise for images'
+  ),
+}
 _BATCH_SIZE = flags.DEFINE_integer(
-    'batch_size', 32, 'texts or images the model reads at a time',
-    lower_bound=1)
+  'batch_size', 32, 'texts or images the model reads at a time', lower_bound=1
+)
 _NORMALISE = flags.DEFINE_boolean(
-    'normalise', True, 'scale each row to unit length')
+  'normalise', True, 'scale each row to unit length'
+)
 _OVERWRITE = flags.DEFINE_boolean(
-    'overwrite', False, 'replace matrices that are there')
+  'overwrite', False, 'replace matrices that are there'
+)
 
 for _, _field, _default in walk_fields(RunConfig()):
   if _field.name == 'dataset':
     flags.DEFINE_enum(
-        'dataset', AUTO, [c for c in _field.metadata['choices']
-                          if c != SYNTHETIC],
-        'format of the files in --data_dir; auto: tell it by the file')
+      'dataset',
+      AUTO,
+      [c for c in _field.metadata['choices'] if c != SYNTHETIC],
+      'format of the files in --data_dir; auto: tell it by the file',
+    )
   elif _field.name in _READING:
     flags.DEFINE_string(_field.name, _default, _field.metadata['help'])
 
@@ -85,7 +106,8 @@ def main() -> None:
 def prepare() -> None:
   """Reads, checks all there is to check, then computes."""
   config = RunConfig.from_flat_dict(
-      {name: flags.FLAGS[name].value for name in _READING}).validate()
+    {name: flags.FLAGS[name].value for name in _READING}
+  ).validate()
   items = load.read_items(config.data)
   print(f'items      {len(items.ids)}, {items.numbering}')
   wanted = _wanted(items, config.data.data_dir)
@@ -97,8 +119,9 @@ def prepare() -> None:
   out.mkdir(parents=True, exist_ok=True)
   _silence_libraries()
   # Before the first one computes, which may take hours.
-  models = {kind: find_model(_MODELS[kind].value, _MODELS[kind].name)
-            for kind in wanted}
+  models = {
+    kind: find_model(_MODELS[kind].value, _MODELS[kind].name) for kind in wanted
+  }
   for kind, inputs in wanted.items():
     _prepare_one(items, inputs, models[kind], out)
 
@@ -112,22 +135,29 @@ def _wanted(items: ItemTable, data_dir: str) -> dict[str, Inputs]:
   wanted = {}
   if _TEXTS.value not in (AUTO, NONE):
     wanted[TEXT] = extraction.text_inputs(
-        items, extraction.read_texts(pathlib.Path(_TEXTS.value)),
-        f'--texts={_TEXTS.value}')
+      items,
+      extraction.read_texts(pathlib.Path(_TEXTS.value)),
+      f'--texts={_TEXTS.value}',
+    )
   elif _TEXTS.value == AUTO and items.texts:
     wanted[TEXT] = extraction.text_inputs(items, items.texts, data_dir)
   if _IMAGES.value:
-    wanted[VISUAL] = extraction.image_inputs(
-        items, pathlib.Path(_IMAGES.value))
+    wanted[VISUAL] = extraction.image_inputs(items, pathlib.Path(_IMAGES.value))
   if not wanted:
     raise UserError(
-        ('--texts=none and no --images: nothing to do' if _TEXTS.value == NONE
-         else f'{data_dir}: its files tell no titles, genres or abstracts')
-        + '; give --texts=FILE, JSON {"item id": "text"}, or --images=FOLDER '
-        'of <item id>.jpg')
+      (
+        '--texts=none and no --images: nothing to do'
+        if _TEXTS.value == NONE
+        else f'{data_dir}: its files tell no titles, genres or abstracts'
+      )
+      + '; give --texts=FILE, JSON {"item id": "text"}, or --images=FOLDER '
+      'of <item id>.jpg'
+    )
   if TEXT not in wanted and _TEXTS.value == AUTO:
-    print('text       none: the files of the data set tell no titles, genres '
-          'or abstracts')
+    print(
+      'text       none: the files of the data set tell no titles, genres '
+      'or abstracts'
+    )
   return wanted
 
 
@@ -135,43 +165,67 @@ def _check_free(out: pathlib.Path, kind: str) -> None:
   path = extraction.matrix_path(out, kind)
   if path.exists() and not _OVERWRITE.value:
     leave = '--texts=none' if kind == TEXT else 'no --images'
-    raise UserError(f'{path} is there already; say --overwrite to replace it, '
-                    f'--out=FOLDER to write elsewhere, or {leave} to leave it')
+    raise UserError(
+      f'{path} is there already; say --overwrite to replace it, '
+      f'--out=FOLDER to write elsewhere, or {leave} to leave it'
+    )
 
 
-def _prepare_one(items: ItemTable, inputs: Inputs, model: 'Model',
-                 out: pathlib.Path) -> None:
+def _prepare_one(
+  items: ItemTable, inputs: Inputs, model: 'Model', out: pathlib.Path
+) -> None:
   """Computes and writes one matrix, and says what came of it."""
   start = time.monotonic()
   kind, path = inputs.kind, extraction.matrix_path(out, inputs.kind)
   what = 'texts' if kind == TEXT else 'images'
   print(f'{kind:6}     {len(inputs.ids)} {what} for {len(items.ids)} items')
   if inputs.unknown:
-    print(f'           {len(inputs.unknown)} more, of no item of the data set: '
-          f'{extraction.shown(inputs.unknown)}')
+    print(
+      f'           {len(inputs.unknown)} more, of no item of the data set: '
+      f'{extraction.shown(inputs.unknown)}'
+    )
   print(f'           model {model.name}, loading', flush=True)
   encode = load_model(model, kind)
   settings = {
-      'kind': kind, **model.description(kind), 'normalised': _NORMALISE.value,
-      'rows': items.num_rows,
-      'data_fingerprint': sidecar.data_fingerprint(items),
-      'inputs_fingerprint': inputs.fingerprint}
+    'kind': kind,
+    **model.description(kind),
+    'normalised': _NORMALISE.value,
+    'rows': items.num_rows,
+    'data_fingerprint': sidecar.data_fingerprint(items),
+    'inputs_fingerprint': inputs.fingerprint,
+  }
   with extraction.Partial(out, settings) as partial:
     if partial.note:
       print(f'           {partial.note}', flush=True)
-    with tqdm(total=len(inputs.ids), initial=partial.done, unit=f' {what}',
-              disable=None, file=sys.stdout) as bar:
+    with tqdm(
+      total=len(inputs.ids),
+      initial=partial.done,
+      unit=f' {what}',
+      disable=None,
+      file=sys.stdout,
+    ) as bar:
       done = extraction.extract(
-          inputs, encode, partial, path, items, _BATCH_SIZE.value,
-          _NORMALISE.value, bar.update)
+        inputs,
+        encode,
+        partial,
+        path,
+        items,
+        _BATCH_SIZE.value,
+        _NORMALISE.value,
+        bar.update,
+      )
   print(done.report)
   for broken in done.broken[:10]:
     print(f'         not read  {broken["file"]}: {broken["reason"]}')
   if done.broken:
-    print(f'         {len(done.broken)} of {len(inputs.ids)} images not read: '
-          'their rows are zero, which is missing')
-  print(f'         wrote {path} and {sidecar.path_of(path).name} in '
-        f'{time.monotonic() - start:.1f} s')
+    print(
+      f'         {len(done.broken)} of {len(inputs.ids)} images not read: '
+      'their rows are zero, which is missing'
+    )
+  print(
+    f'         wrote {path} and {sidecar.path_of(path).name} in '
+    f'{time.monotonic() - start:.1f} s'
+  )
 
 
 class Model(NamedTuple):
@@ -194,11 +248,15 @@ class Model(NamedTuple):
   def description(self, kind: str) -> dict[str, Any]:
     """What the sidecar tells of it, for 'text' or 'visual'."""
     return {
-        'model': self.name, 'model_revision': self.revision,
-        'model_fingerprint': (
-            None if self.revision else _fingerprint(pathlib.Path(self.path))),
-        'versions': {name: importlib.metadata.version(name)
-                     for name in _PACKAGES[kind]}}
+      'model': self.name,
+      'model_revision': self.revision,
+      'model_fingerprint': (
+        None if self.revision else _fingerprint(pathlib.Path(self.path))
+      ),
+      'versions': {
+        name: importlib.metadata.version(name) for name in _PACKAGES[kind]
+      },
+    }
 
 
 def find_model(name: str, flag: str) -> Model:
@@ -214,21 +272,26 @@ def find_model(name: str, flag: str) -> Model:
     raise UserError(f'--{flag}={name}: no such folder; {_LOCAL}')
   import huggingface_hub  # an extra
   from huggingface_hub import errors
+
   on_hub = name if '/' in name else f'sentence-transformers/{name}'
   try:
     info = huggingface_hub.HfApi().model_info(on_hub, timeout=10)
     return Model(name, flag, on_hub, info.sha, False)
   except (errors.RepositoryNotFoundError, errors.HFValidationError):
-    raise UserError(f'--{flag}={name}: neither a folder here nor a model on '
-                    f'the Hugging Face hub; {_LOCAL}') from None
+    raise UserError(
+      f'--{flag}={name}: neither a folder here nor a model on '
+      f'the Hugging Face hub; {_LOCAL}'
+    ) from None
   except Exception:  # of the HTTP library, which changed with the versions
     cached = huggingface_hub.try_to_load_from_cache(on_hub, 'config.json')
     cached = cached or huggingface_hub.try_to_load_from_cache(
-        on_hub, 'modules.json')
+      on_hub, 'modules.json'
+    )
   if not isinstance(cached, str):
     raise UserError(
-        f'--{flag}={name}: no such folder, not in the cache of the Hugging '
-        f'Face hub, and the hub cannot be reached; {_LOCAL}')
+      f'--{flag}={name}: no such folder, not in the cache of the Hugging '
+      f'Face hub, and the hub cannot be reached; {_LOCAL}'
+    )
   # …/snapshots/<commit>/config.json
   return Model(name, flag, on_hub, pathlib.Path(cached).parent.name, True)
 
@@ -240,22 +303,33 @@ def load_model(model: Model, kind: str) -> Encode:
     UserError: it cannot be loaded, or is none for this kind of input.
   """
   from sentence_transformers import SentenceTransformer  # an extra
+
   try:
     loaded = SentenceTransformer(
-        model.path, revision=model.revision, local_files_only=model.is_local)
+      model.path, revision=model.revision, local_files_only=model.is_local
+    )
   except Exception as error:  # whatever the files, or the network, lead to
-    raise UserError(f'--{model.flag}={model.name}: cannot be loaded '
-                    f'({_reason(error)}); {_LOCAL}') from None
+    raise UserError(
+      f'--{model.flag}={model.name}: cannot be loaded '
+      f'({_reason(error)}); {_LOCAL}'
+    ) from None
 
   def encode(inputs: list):
     try:
-      return loaded.encode(inputs, batch_size=len(inputs),
-                           show_progress_bar=False)
+      return loaded.encode(
+        inputs, batch_size=len(inputs), show_progress_bar=False
+      )
     except Exception as error:
-      mend = ('say a smaller --batch_size' if 'memory' in str(error) else
-              f'name a model for {"texts" if kind == TEXT else "images"}')
-      raise UserError(f'--{model.flag}={model.name}: fails on its inputs '
-                      f'({_reason(error)}); {mend}') from None
+      mend = (
+        'say a smaller --batch_size'
+        if 'memory' in str(error)
+        else f'name a model for {"texts" if kind == TEXT else "images"}'
+      )
+      raise UserError(
+        f'--{model.flag}={model.name}: fails on its inputs '
+        f'({_reason(error)}); {mend}'
+      ) from None
+
   return encode
 
 
@@ -264,7 +338,12 @@ def _fingerprint(folder: pathlib.Path) -> str:
   digest = hashlib.sha256()
   for path in sorted(folder.rglob('*')):
     if path.is_file() and path.suffix in (
-        '.json', '.txt', '.model', '.safetensors', '.bin'):
+      '.json',
+      '.txt',
+      '.model',
+      '.safetensors',
+      '.bin',
+    ):
       digest.update(f'{path.relative_to(folder)}\n'.encode())
       digest.update(sidecar.checksum(path).encode())
   return digest.hexdigest()
@@ -279,11 +358,15 @@ def _check_installed(images: bool) -> None:
   needed = {'sentence_transformers': 'sentence-transformers'}
   if images:
     needed['PIL'] = 'pillow'
-  missing = [name for module, name in needed.items()
-             if importlib.util.find_spec(module) is None]
+  missing = [
+    name
+    for module, name in needed.items()
+    if importlib.util.find_spec(module) is None
+  ]
   if missing:
-    raise UserError(f'this needs {" and ".join(missing)}: '
-                    "pip install -e '.[features]'")
+    raise UserError(
+      f"this needs {' and '.join(missing)}: pip install -e '.[features]'"
+    )
 
 
 def _silence_libraries() -> None:
@@ -291,6 +374,7 @@ def _silence_libraries() -> None:
   warnings.simplefilter('ignore')
   import huggingface_hub
   import transformers
+
   transformers.utils.logging.disable_progress_bar()
   huggingface_hub.utils.disable_progress_bars()
   for name in ('transformers', 'huggingface_hub', 'sentence_transformers'):

@@ -17,9 +17,11 @@ from fedmmr_jax.runs import report
 from fedmmr_jax.runs.run_folder import RunFolder
 
 _COMPARE = flags.DEFINE_boolean(
-    'compare', False, 'draw the named runs over one another')
+  'compare', False, 'draw the named runs over one another'
+)
 _OUTPUT = flags.DEFINE_string(
-    'output', 'comparison.html', 'the page of --compare')
+  'output', 'comparison.html', 'the page of --compare'
+)
 
 
 def main(*folders: str) -> None:

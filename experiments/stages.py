@@ -45,13 +45,18 @@ def read(path: pathlib.Path) -> list[tuple[str, dict[str, str]]]:
   lines = ablation.read_variants(path)
   for line in lines:
     if line.special or not re.fullmatch(r'[\w-]+', line.name):
-      raise UserError(f'{path}: {line.special or line.name!r}: a stage is a '
-                      'plain word and flags, name: --flag=value …')
+      raise UserError(
+        f'{path}: {line.special or line.name!r}: a stage is a '
+        'plain word and flags, name: --flag=value …'
+      )
   return [(line.name, line.flags) for line in lines]
 
 
-def chain(workdir: pathlib.Path, base: RunConfig,
-          stages: list[tuple[str, dict[str, str]]]) -> list[Stage]:
+def chain(
+  workdir: pathlib.Path,
+  base: RunConfig,
+  stages: list[tuple[str, dict[str, str]]],
+) -> list[Stage]:
   """The runs; each starts from the one before unless it says otherwise.
 
   Raises:
@@ -70,12 +75,18 @@ def chain(workdir: pathlib.Path, base: RunConfig,
   return found
 
 
-def save(workdir: pathlib.Path, base: RunConfig,
-         stages: list[tuple[str, dict[str, str]]]) -> None:
+def save(
+  workdir: pathlib.Path,
+  base: RunConfig,
+  stages: list[tuple[str, dict[str, str]]],
+) -> None:
   """Keeps what was asked for in the work folder."""
   workdir.mkdir(parents=True, exist_ok=True)
-  run_folder.replace(workdir / STAGES, json.dumps(
-      {'flags': base.as_flat_dict(), 'stages': stages}, indent=2) + '\n')
+  run_folder.replace(
+    workdir / STAGES,
+    json.dumps({'flags': base.as_flat_dict(), 'stages': stages}, indent=2)
+    + '\n',
+  )
 
 
 def saved(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -89,8 +100,9 @@ def saved(workdir: pathlib.Path) -> dict[str, Any] | None:
     return None
   try:
     content = json.loads(path.read_text('utf-8'))
-    return {'flags': dict(content['flags']),
-            'stages': [(name, dict(flags)) for name, flags in
-                       content['stages']]}
+    return {
+      'flags': dict(content['flags']),
+      'stages': [(name, dict(flags)) for name, flags in content['stages']],
+    }
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{path}: damaged ({error})') from None

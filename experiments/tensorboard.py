@@ -26,7 +26,8 @@ class TensorBoard:
 
   def __init__(self, workdir: pathlib.Path, first_round: int):
     self._writer = _writer_class()(
-        str(workdir / FOLDER), purge_step=first_round, flush_secs=1)
+      str(workdir / FOLDER), purge_step=first_round, flush_secs=1
+    )
 
   def __enter__(self) -> 'TensorBoard':
     return self
@@ -46,8 +47,9 @@ def check_installed() -> None:
   _writer_class()
 
 
-def scalars(record: dict[str, Any], prefix: str = ''
-            ) -> Iterator[tuple[str, float]]:
+def scalars(
+  record: dict[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, float]]:
   """('train/loss', value) of every single number in a record."""
   for name, value in record.items():
     if isinstance(value, dict):
@@ -60,6 +62,7 @@ def _writer_class():
   try:
     from tensorboardX import SummaryWriter
   except ImportError:
-    raise UserError('--tensorboard needs tensorboardX: pip install '
-                    "'fedmmr_jax[tensorboard]'") from None
+    raise UserError(
+      "--tensorboard needs tensorboardX: pip install 'fedmmr_jax[tensorboard]'"
+    ) from None
   return SummaryWriter

@@ -27,21 +27,32 @@ from fedmmr_jax.runs.checkpoint import Rounds, saved_rounds
 from fedmmr_jax.runs.run_folder import RunFolder
 
 _RESUME = flags.DEFINE_boolean(
-    'resume', False, 'continue the run in --workdir with its settings; starts '
-    'afresh where there is none')
+  'resume',
+  False,
+  'continue the run in --workdir with its settings; starts '
+  'afresh where there is none',
+)
 
 _STAGES = flags.DEFINE_string(
-    'stages', '', 'file with a run a line, name: --flag=value …, each from '
-    'the best round of the one before; see experiments/stages.py')
+  'stages',
+  '',
+  'file with a run a line, name: --flag=value …, each from '
+  'the best round of the one before; see experiments/stages.py',
+)
 
 _TENSORBOARD = flags.DEFINE_boolean(
-    'tensorboard', False, 'write the metrics as TensorBoard events too, into '
-    'WORKDIR/tensorboard')
+  'tensorboard',
+  False,
+  'write the metrics as TensorBoard events too, into WORKDIR/tensorboard',
+)
 
 _STUCK_MINUTES = flags.DEFINE_float(
-    'stuck_minutes', 30.0, 'end a run that has done nothing new for so long (a '
-    'round, a validation, a test each count anew); 0 = wait for ever',
-    lower_bound=0.0)
+  'stuck_minutes',
+  30.0,
+  'end a run that has done nothing new for so long (a '
+  'round, a validation, a test each count anew); 0 = wait for ever',
+  lower_bound=0.0,
+)
 
 app.define_config_flags()
 
@@ -58,11 +69,17 @@ def main() -> None:
     else:
       run = RunFolder(workdir)
       run.check_free(_RESUME.value)
-      train_run(run, app.config_from_flags(
-          run.flags() if run.holds_run() else None), stop)
+      train_run(
+        run,
+        app.config_from_flags(run.flags() if run.holds_run() else None),
+        stop,
+      )
   except Stopped:
-    print('stopped; continue with python -m experiments.train --resume '
-          f'--workdir={workdir}', file=sys.stderr)
+    print(
+      'stopped; continue with python -m experiments.train --resume '
+      f'--workdir={workdir}',
+      file=sys.stderr,
+    )
     sys.exit(app.INTERRUPTED)
 
 
@@ -74,8 +91,12 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   print(console.banner(simulation))
   # Only before the first round; refused before anything is written.
   if not saved_rounds(run.path) and simulation.warm_start:
-    print('\n' + console.warm_start_report(
-        simulation.warm_start, config.client.frozen_groups))
+    print(
+      '\n'
+      + console.warm_start_report(
+        simulation.warm_start, config.client.frozen_groups
+      )
+    )
   stop.check()
   run.start(config, loaded.dataset, loaded.integrity)
   print(f'\nrun folder  {run.path}')
@@ -91,18 +112,29 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   print('compiling, the first round takes longer\n', flush=True)
 
   done, figures = max(rounds.numbers(), default=0), {}
-  events = (tensorboard.TensorBoard(run.path, done)
-            if _TENSORBOARD.value else contextlib.nullcontext())
-  with events as board, supervision.Supervisor(
-      run.path, _STUCK_MINUTES.value) as supervisor, tqdm(
-      total=config.server.num_rounds, initial=done, unit='round', disable=None,
-      file=sys.stdout) as bar:
+  events = (
+    tensorboard.TensorBoard(run.path, done)
+    if _TENSORBOARD.value
+    else contextlib.nullcontext()
+  )
+  with (
+    events as board,
+    supervision.Supervisor(run.path, _STUCK_MINUTES.value) as supervisor,
+    tqdm(
+      total=config.server.num_rounds,
+      initial=done,
+      unit='round',
+      disable=None,
+      file=sys.stdout,
+    ) as bar,
+  ):
     if board and done:  # a kill may have come before its event was written
       board.log(rounds.metadata(done)['record'])
 
     def on_round(record):
-      tqdm.write(console.round_line(record, config.server.num_rounds),
-                 file=sys.stdout)
+      tqdm.write(
+        console.round_line(record, config.server.num_rounds), file=sys.stdout
+      )
       sys.stdout.flush()
       figures.update(console.progress(record))
       bar.set_postfix(figures)
@@ -110,6 +142,7 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
       if board:
         board.log(record)
       stop.check()  # leaving waits for the round to be saved
+
     stop.note = supervisor.note
     summary = training.train(simulation, run, on_round, supervisor.step)
   path = report.write(run)
@@ -117,18 +150,22 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   print(f'\nrun folder  {run.path}   report  {path}')
 
 
-def train_stages(workdir: pathlib.Path, saved: dict[str, Any] | None,
-                 stop: 'StopSignal') -> None:
+def train_stages(
+  workdir: pathlib.Path, saved: dict[str, Any] | None, stop: 'StopSignal'
+) -> None:
   """Trains the runs of `--stages`, or goes on with those in the folder."""
   if saved and not _RESUME.value:
     raise UserError(
-        f'--workdir={workdir} already holds staged runs; continue them with '
-        '--resume or name another folder')
+      f'--workdir={workdir} already holds staged runs; continue them with '
+      '--resume or name another folder'
+    )
   base = app.config_from_flags(saved['flags'] if saved else None)
   lines = stages.read(pathlib.Path(_STAGES.value)) if _STAGES.value else None
   if saved and lines not in (None, saved['stages']):
-    raise UserError(f'--workdir={workdir} holds other stages than --stages='
-                    f'{_STAGES.value}; leave the flag out to continue them')
+    raise UserError(
+      f'--workdir={workdir} holds other stages than --stages='
+      f'{_STAGES.value}; leave the flag out to continue them'
+    )
   lines = lines or saved['stages']
   chain = stages.chain(workdir, base, lines)
   if not saved:
@@ -149,8 +186,11 @@ def _continued(stage: stages.Stage) -> RunConfig:
   data and the like, if the command line names them."""
   if not stage.run.holds_run():
     return stage.config
-  given = {name: flags.FLAGS[name].value for name in run_folder.MAY_CHANGE
-           if name != 'num_rounds' and flags.FLAGS[name].present}
+  given = {
+    name: flags.FLAGS[name].value
+    for name in run_folder.MAY_CHANGE
+    if name != 'num_rounds' and flags.FLAGS[name].present
+  }
   return RunConfig.from_flat_dict(stage.run.flags() | given).validate()
 
 
@@ -186,8 +226,10 @@ class StopSignal:
     self._asked = True
     signal.signal(number, signal.SIG_DFL)
     self.note(f'asked to stop by {signal.Signals(number).name}')
-    print('\nstopping when the round is done; once more to stop at once',
-          file=sys.stderr)
+    print(
+      '\nstopping when the round is done; once more to stop at once',
+      file=sys.stderr,
+    )
 
 
 def _workdir() -> str:

@@ -41,8 +41,10 @@ def mean(value: jax.Array, weight: jax.Array) -> Mean:
 
 def over(values: jax.Array, counted: jax.Array) -> Mean:
   """The mean of an array over the entries where `counted`."""
-  return Mean(jnp.sum(jnp.where(counted, values, 0.0)),
-              jnp.sum(counted, dtype=jnp.float32))
+  return Mean(
+    jnp.sum(jnp.where(counted, values, 0.0)),
+    jnp.sum(counted, dtype=jnp.float32),
+  )
 
 
 def merge(first, second):
@@ -50,14 +52,17 @@ def merge(first, second):
   return jax.tree.map(jnp.add, first, second)
 
 
-def finish(means: dict[str, Mean]
-           ) -> dict[str, float | list[float] | None]:
+def finish(means: dict[str, Mean]) -> dict[str, float | list[float] | None]:
   """Host values; None where nothing was counted (JSON has no NaN)."""
-  return {name: (np.float64(m.total) / np.float64(m.weight)).tolist()
-          if m.weight > 0 else None for name, m in means.items()}
+  return {
+    name: (np.float64(m.total) / np.float64(m.weight)).tolist()
+    if m.weight > 0
+    else None
+    for name, m in means.items()
+  }
 
 
-def ranking(ranks: np.ndarray) -> dict[str, float]:
+def ranking(ranks: np.ndarray | jax.Array) -> dict[str, float]:
   """HR, NDCG and MRR of one relevant item per user.
 
   Args:
@@ -67,8 +72,10 @@ def ranking(ranks: np.ndarray) -> dict[str, float]:
   Returns:
     'HR@n', 'NDCG@n' for n in CUTOFFS, and 'MRR'.
   """
-  return {name: float(np.mean(values))
-          for name, values in ranking_of_each(ranks).items()}
+  return {
+    name: float(np.mean(values))
+    for name, values in ranking_of_each(ranks).items()
+  }
 
 
 def ranking_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The optimizers of a round, as optax transformations, and their learning rates.
+"""The optimizers of a round, as optax transformations, and learning rates.
 
 The client's makes a local step of a gradient; the server's makes a step of the
 round's pseudo-gradient, minus the mean delta (Reddi et al. 2021, "Adaptive
@@ -25,15 +25,19 @@ def client_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:
   """[] float32 of the round after `finished` [] int32 rounds."""
   c = config.client
   return c.client_learning_rate * _factor(
-      c.client_schedule, c.client_warmup_rounds, config.server.num_rounds,
-      finished)
+    c.client_schedule,
+    c.client_warmup_rounds,
+    config.server.num_rounds,
+    finished,
+  )
 
 
 def server_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:
   """[] float32 of the round after `finished` [] int32 rounds."""
   s = config.server
   return s.server_learning_rate * _factor(
-      s.server_schedule, s.server_warmup_rounds, s.num_rounds, finished)
+    s.server_schedule, s.server_warmup_rounds, s.num_rounds, finished
+  )
 
 
 def _factor(schedule, warmup_rounds, num_rounds, finished) -> jax.Array:
@@ -42,25 +46,29 @@ def _factor(schedule, warmup_rounds, num_rounds, finished) -> jax.Array:
   period, Loshchilov & Hutter 2017)."""
   decay_rounds = max(1, num_rounds - warmup_rounds)
   falling = {
-      'constant': lambda: optax.constant_schedule(1.0),
-      'cosine': lambda: optax.cosine_decay_schedule(1.0, decay_rounds),
-      'linear': lambda: optax.linear_schedule(1.0, 0.0, decay_rounds),
+    'constant': lambda: optax.constant_schedule(1.0),
+    'cosine': lambda: optax.cosine_decay_schedule(1.0, decay_rounds),
+    'linear': lambda: optax.linear_schedule(1.0, 0.0, decay_rounds),
   }[schedule]()
   rising = optax.linear_schedule(
-      1 / (warmup_rounds + 1), 1.0, max(1, warmup_rounds))
+    1 / (warmup_rounds + 1), 1.0, max(1, warmup_rounds)
+  )
   return optax.join_schedules([rising, falling], [warmup_rounds])(finished)
 
 
 def frozen_names(config: ClientConfig) -> tuple[str, ...]:
   """Top-level names of the parameters that `--freeze` leaves as they are."""
-  return tuple(name for group in config.frozen_groups
-               for name in PARAMETER_GROUPS[group])
+  return tuple(
+    name for group in config.frozen_groups for name in PARAMETER_GROUPS[group]
+  )
 
 
 def client_optimizer(
-    config: RunConfig, learning_rate: jax.Array | float,
-    correction: optax.GradientTransformation | None = None,
-    makes_step: bool = False) -> optax.GradientTransformation:
+  config: RunConfig,
+  learning_rate: jax.Array | float,
+  correction: optax.GradientTransformation | None = None,
+  makes_step: bool = False,
+) -> optax.GradientTransformation:
   """Local optimizer.
 
   L2 is added to the gradient, as torch.optim.Adam does.
@@ -77,8 +85,9 @@ def client_optimizer(
   def trained(params):
     return {name: name not in frozen for name in params}
 
-  links = [optax.add_decayed_weights(
-      c.weight_decay, mask=trained if frozen else None)]
+  links = [
+    optax.add_decayed_weights(c.weight_decay, mask=trained if frozen else None)
+  ]
   if correction is not None:
     links.append(correction)
   if c.client_optimizer == 'adam' and not makes_step:
@@ -88,17 +97,19 @@ def client_optimizer(
 
 def server_direction(config: ServerConfig) -> optax.GradientTransformation:
   """What the server optimizer makes of a gradient, before its learning rate."""
-  adaptive = dict(b1=config.server_momentum, b2=config.server_beta2,
-                  eps=config.server_epsilon)
+  adaptive = dict(
+    b1=config.server_momentum, b2=config.server_beta2, eps=config.server_epsilon
+  )
   return {
-      'fedavg': optax.identity,
-      'fedavgm': lambda: optax.trace(config.server_momentum),
-      'fedadam': lambda: optax.scale_by_adam(**adaptive),
-      # optax starts yogi's moments at 1e-6, which would swamp the gradients
-      # of rare items and move parameters that got none.
-      'fedyogi': lambda: optax.scale_by_yogi(
-          **adaptive, initial_accumulator_value=0.0),
-      'fedmuon': lambda: _muon(config),
+    'fedavg': optax.identity,
+    'fedavgm': lambda: optax.trace(config.server_momentum),
+    'fedadam': lambda: optax.scale_by_adam(**adaptive),
+    # optax starts yogi's moments at 1e-6, which would swamp the gradients
+    # of rare items and move parameters that got none.
+    'fedyogi': lambda: optax.scale_by_yogi(
+      **adaptive, initial_accumulator_value=0.0
+    ),
+    'fedmuon': lambda: _muon(config),
   }[config.server_optimizer]()
 
 
@@ -111,25 +122,38 @@ def _muon(config: ServerConfig) -> optax.GradientTransformation:
   one learning rate serves both.
   """
   return optax.contrib.muon(
-      -1.0,  # a learning rate would be multiplied with −1
-      beta=config.server_momentum, consistent_rms=1.0,
-      eps=config.server_epsilon, adam_b1=config.server_momentum,
-      adam_b2=config.server_beta2, muon_weight_dimension_numbers=_matrices)
+    -1.0,  # a learning rate would be multiplied with −1
+    beta=config.server_momentum,
+    consistent_rms=1.0,
+    eps=config.server_epsilon,
+    adam_b1=config.server_momentum,
+    adam_b2=config.server_beta2,
+    muon_weight_dimension_numbers=_matrices,
+  )
 
 
 def _matrices(params: Params) -> Any:
   """Which parameters are linear maps, as Muon wants to know it: the tables
   are looked up row by row, and rows are better scaled one by one."""
+
   def dimension(path, x):
     is_table = 'embedding' in path[-1].key
-    return (optax.contrib.MuonDimensionNumbers()
-            if x.ndim == 2 and not is_table else None)
+    return (
+      optax.contrib.MuonDimensionNumbers()
+      if x.ndim == 2 and not is_table
+      else None
+    )
+
   return jax.tree_util.tree_map_with_path(dimension, params)
 
 
-def server_step(config: RunConfig, params: Params, opt_state: optax.OptState,
-                delta: Params, finished: jax.Array
-                ) -> tuple[Params, optax.OptState]:
+def server_step(
+  config: RunConfig,
+  params: Params,
+  opt_state: optax.OptState,
+  delta: Params,
+  finished: jax.Array,
+) -> tuple[Params, optax.OptState]:
   """One step of the server.
 
   Args:

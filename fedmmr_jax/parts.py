@@ -34,13 +34,16 @@ def find(name: str, named: Mapping[str, Part], what: str) -> Part:
   module, colon, thing = name.partition(':')
   if not (colon and module and thing):
     raise UserError(
-        f'there is no {what} {name!r}; one of {", ".join(named)}, or your own as '
-        'my_package.module:Thing')
+      f'there is no {what} {name!r}; one of {", ".join(named)}, or your own as '
+      'my_package.module:Thing'
+    )
   try:
     found: Any = importlib.import_module(module)
   except ImportError as error:
-    raise UserError(f'{what} {name}: cannot import {module} ({error}); Python '
-                    'looks where PYTHONPATH says') from None
+    raise UserError(
+      f'{what} {name}: cannot import {module} ({error}); Python '
+      'looks where PYTHONPATH says'
+    ) from None
   try:
     return getattr(found, thing)
   except AttributeError:

@@ -24,11 +24,15 @@ def preset(name: str, **changes: Any) -> RunConfig:
   folder = importlib.resources.files('experiments') / 'presets'
   file = folder / f'{name}.flags'
   if not file.is_file():
-    names = sorted(path.name.removesuffix('.flags') for path in folder.iterdir()
-                   if path.name.endswith('.flags'))
+    names = sorted(
+      path.name.removesuffix('.flags')
+      for path in folder.iterdir()
+      if path.name.endswith('.flags')
+    )
     raise UserError(f'there is no preset {name!r}; one of {", ".join(names)}')
   texts = dict(
-      line.removeprefix('--').partition('=')[::2]
-      for line in map(str.strip, file.read_text('utf-8').splitlines())
-      if line.startswith('--'))
+    line.removeprefix('--').partition('=')[::2]
+    for line in map(str.strip, file.read_text('utf-8').splitlines())
+    if line.startswith('--')
+  )
   return RunConfig.from_texts(texts, **changes).validate()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from typing import Iterator, NamedTuple
+from typing import Any, cast, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,15 @@ class Round(NamedTuple):
   Attributes:
     number: 1-based.
     state: after it.
-    metrics: name -> mean over the cohort's steps; None where nothing counted.
+    metrics: name -> mean over the cohort's steps, of some a list of means; None
+      where nothing counted.
     cohort: [G, C/G] int32 who trained, PADDING_CLIENT where nobody.
     seconds: what it took.
   """
 
   number: int
   state: FederationState
-  metrics: dict[str, float | None]
+  metrics: dict[str, float | list[float] | None]
   cohort: np.ndarray
   seconds: float
 
@@ -97,9 +98,13 @@ class Simulation:
   drift: DriftControl = DriftControl()
 
   @classmethod
-  def of(cls, config: RunConfig, data: Dataset | Loaded,
-         aggregator: Aggregator | None = None,
-         drift: DriftControl | None = None) -> 'Simulation':
+  def of(
+    cls,
+    config: RunConfig,
+    data: Dataset | Loaded,
+    aggregator: Aggregator | None = None,
+    drift: DriftControl | None = None,
+  ) -> 'Simulation':
     """A simulation of federated learning over a data set.
 
     Args:
@@ -111,12 +116,15 @@ class Simulation:
     Raises:
       UserError: see `build`.
     """
-    loaded = (data, None) if isinstance(data, Dataset) else (
-        data.dataset, data.cold)
+    loaded = (
+      (data, None) if isinstance(data, Dataset) else (data.dataset, data.cold)
+    )
     simulation = build(config, *loaded)
-    parts = {'aggregator': aggregator, 'drift': drift}
-    return dataclasses.replace(simulation, **{
-        name: part for name, part in parts.items() if part is not None})
+    parts: dict[str, Any] = {'aggregator': aggregator, 'drift': drift}
+    return dataclasses.replace(
+      simulation,
+      **{name: part for name, part in parts.items() if part is not None},
+    )
 
   @functools.cached_property
   def num_train(self) -> np.ndarray:
@@ -136,20 +144,29 @@ class Simulation:
     if not self.config.decays:
       server = dataclasses.replace(server, num_rounds=1)
     evaluation_ = EvaluationConfig(
-        items_per_eval_block=self.config.evaluation.items_per_eval_block)
+      items_per_eval_block=self.config.evaluation.items_per_eval_block
+    )
     # The leak is in the data: what negatives avoid.
     client = dataclasses.replace(self.config.client, leaky_negatives=False)
     return dataclasses.replace(
-        self.config, seed=0, data=DataConfig(), evaluation=evaluation_,
-        client=client, server=server, start=StartConfig(),
-        checkpoints=CheckpointConfig())
+      self.config,
+      seed=0,
+      data=DataConfig(),
+      evaluation=evaluation_,
+      client=client,
+      server=server,
+      start=StartConfig(),
+      checkpoints=CheckpointConfig(),
+    )
 
   @functools.cached_property
   def program(self) -> RoundProgram:
     """What a round is made of, bound once."""
     return RoundProgram(
-        ClientProgram(self.model, self.compiled_config, self.drift),
-        self.aggregator, self.max_items)
+      ClientProgram(self.model, self.compiled_config, self.drift),
+      self.aggregator,
+      self.max_items,
+    )
 
   def init_state(self) -> FederationState:
     """State before round 1: drawn from the seed, over that the warm start.
@@ -179,8 +196,9 @@ class Simulation:
     return warm_start_lib.load(self.config, self.dataset, self.abstract_state)
 
   def _fresh_state(self) -> FederationState:
-    return round_lib.init(self.program, self.catalogue, self.config.seed,
-                          self.dataset.num_clients)
+    return round_lib.init(
+      self.program, self.catalogue, self.config.seed, self.dataset.num_clients
+    )
 
   def sample_cohort(self, round_number: int) -> np.ndarray:
     """[G, C/G] int32 clients of a round (1-based)."""
@@ -189,11 +207,17 @@ class Simulation:
   def count_targets(self, cohort: np.ndarray) -> int:
     """Positives that a round over this cohort trains on."""
     trained = self.num_train[cohort[cohort >= 0]]
-    return int(self.config.client.local_epochs
-               * num_positives(trained, self.config).sum())
+    return int(
+      self.config.client.local_epochs
+      * num_positives(trained, self.config).sum()
+    )
 
-  def rounds(self, state: FederationState | None = None, first: int = 1,
-             count: int | None = None) -> Iterator[Round]:
+  def rounds(
+    self,
+    state: FederationState | None = None,
+    first: int = 1,
+    count: int | None = None,
+  ) -> Iterator[Round]:
     """Trains round after round.
 
     Args:
@@ -215,22 +239,31 @@ class Simulation:
       cohort = self.sample_cohort(number)
       state, means = self.run_round(state, number, cohort)
       round_lib.check_finite_state(
-          state, number, f'round {number - 1} is the last good one'
-          if number > 1 else 'no round is good')
+        state,
+        number,
+        f'round {number - 1} is the last good one'
+        if number > 1
+        else 'no round is good',
+      )
       yield Round(number, state, means, cohort, time.perf_counter() - start)
 
-  def run_round(self, state: FederationState, round_number: int,
-                cohort: np.ndarray
-                ) -> tuple[FederationState, dict[str, float | None]]:
+  def run_round(
+    self, state: FederationState, round_number: int, cohort: np.ndarray
+  ) -> tuple[FederationState, dict[str, float | list[float] | None]]:
     """Trains one round; `state` is donated."""
     state, means = round_lib.run_round(
-        self.program, state, cohort,
-        round_lib.round_key(self.config.seed, round_number), self.catalogue,
-        self.data)
+      self.program,
+      state,
+      cohort,
+      round_lib.round_key(self.config.seed, round_number),
+      self.catalogue,
+      self.data,
+    )
     return state, metrics.finish(jax.device_get(means))
 
-  def evaluate(self, state: FederationState, split: str
-               ) -> tuple[dict[str, dict[str, float]], Ranks]:
+  def evaluate(
+    self, state: FederationState, split: str
+  ) -> tuple[dict[str, dict[str, float]], Ranks]:
     """Ranks the targets of 'val' or 'test' for `--eval_clients`, or of 'cold'
     for the clients that have one.
 
@@ -239,12 +272,21 @@ class Simulation:
     """
     on = self._ranked(split)
     return ranking.evaluate(
-        self.model, self.compiled_config, on.max_items, state.server,
-        self._memories(state, on.clients), on.split, on.clients,
-        self.config.evaluation.clients_per_eval_chunk, self.catalogue, on.data)
+      self.model,
+      self.compiled_config,
+      on.max_items,
+      state.server,
+      self._memories(state, on.clients),
+      on.split,
+      on.clients,
+      self.config.evaluation.clients_per_eval_chunk,
+      self.catalogue,
+      on.data,
+    )
 
-  def recommend(self, state: FederationState, client: int,
-                count: int) -> tuple[np.ndarray, np.ndarray]:
+  def recommend(
+    self, state: FederationState, client: int, count: int
+  ) -> tuple[np.ndarray, np.ndarray]:
     """What a client has not consumed, best first, asked after its last item.
 
     Returns:
@@ -257,15 +299,24 @@ class Simulation:
     history = self.dataset.sequence(client)
     length = self.config.model.max_seq_len
     padded = np.zeros(length + self.max_items, np.int32)
-    padded[len(padded) - len(history):] = history
-    scores = np.array(ranking.score_client(
-        self.model, self.compiled_config, state.server, padded,
-        jax.tree.map(lambda x: x[client],
-                     self._memories(state, np.array([client]))),
-        self.catalogue))
+    padded[len(padded) - len(history) :] = history
+    scores = np.array(
+      ranking.score_client(
+        self.model,
+        self.compiled_config,
+        state.server,
+        padded,
+        jax.tree.map(
+          lambda x: x[client], self._memories(state, np.array([client]))
+        ),
+        self.catalogue,
+      )
+    )
     if not np.isfinite(scores[1:]).all():
-      raise UserError(f'client {client} has scores that are NaN or infinite, '
-                      'the training diverged')
+      raise UserError(
+        f'client {client} has scores that are NaN or infinite, '
+        'the training diverged'
+      )
     # Consumed items that were held out of training are consumed too.
     everything = self.cold.dataset if self.cold else self.dataset
     scores[0] = scores[everything.sequence(client)] = -np.inf
@@ -282,16 +333,24 @@ class Simulation:
     """
     if self.model.is_backbone_only:
       raise UserError('this run has no experts, and so no router')
-    return np.asarray(jax.jit(
-        functools.partial(self.model.apply, method='route'))(
-            {'params': state.server.params},
-            jnp.arange(self.model.num_rows), self.catalogue))
+    return np.asarray(
+      jax.jit(functools.partial(self.model.apply, method='route'))(
+        {'params': state.server.params},
+        jnp.arange(self.model.num_rows),
+        self.catalogue,
+      )
+    )
 
   def rank_by_popularity(self, split: str) -> Ranks:
     """The popularity baseline's ranks of the same targets."""
     on = self._ranked(split)
-    return popularity.rank(popularity.training_counts(self.dataset), on.data,
-                           on.clients, on.split, on.max_items)
+    return popularity.rank(
+      popularity.training_counts(self.dataset),
+      on.data,
+      on.clients,
+      on.split,
+      on.max_items,
+    )
 
   def rank_local_only(self, state: FederationState) -> dict[str, Ranks]:
     """Split -> ranks of `--eval_clients`, each with the model that it trained
@@ -300,23 +359,33 @@ class Simulation:
     Raises:
       UserError: a score is NaN or infinite.
     """
-    program = dataclasses.replace(self.program, client=dataclasses.replace(
-        self.program.client, drift=DriftControl()))
+    program = dataclasses.replace(
+      self.program,
+      client=dataclasses.replace(self.program.client, drift=DriftControl()),
+    )
     chunks = round_lib.chunked(
-        self.evaluated_clients, self.num_train,
-        self.config.server.clients_per_chunk)
+      self.evaluated_clients,
+      self.num_train,
+      self.config.server.clients_per_chunk,
+    )
     splits = np.array(list(ranking.SPLITS.values()))
     ranks = local_only.rank_all(
-        program, state.server, chunks,
-        round_lib.round_key(self.config.seed, 1), splits, self.catalogue,
-        self.data)
+      program,
+      state.server,
+      chunks,
+      round_lib.round_key(self.config.seed, 1),
+      splits,
+      self.catalogue,
+      self.data,
+    )
     present = chunks >= 0
     order = np.argsort(chunks[present])  # back into that of the clients
     found = {}
     for i, split in enumerate(ranking.SPLITS):
       has_target = np.isin(chunks[present][order], self.targeted(split))
       found[split] = jax.tree.map(
-          lambda x: np.asarray(x)[present][order, i][has_target], ranks)
+        lambda x: np.asarray(x)[present][order, i][has_target], ranks
+      )
     for split, ranks in found.items():
       ranking.check_finite(ranks, split)
     return found
@@ -325,21 +394,32 @@ class Simulation:
     """The same data and model; cohorts, start and negatives of another seed."""
     config = dataclasses.replace(self.config, seed=seed)
     return dataclasses.replace(
-        self, config=config, data=_to_device(config, self.dataset))
+      self, config=config, data=_to_device(config, self.dataset)
+    )
 
   def with_clients(self, count: int) -> 'Simulation':
     """The same, ranking so many clients (0 = all)."""
-    return dataclasses.replace(self, config=dataclasses.replace(
-        self.config, evaluation=dataclasses.replace(
-            self.config.evaluation, eval_clients=count)))
+    return dataclasses.replace(
+      self,
+      config=dataclasses.replace(
+        self.config,
+        evaluation=dataclasses.replace(
+          self.config.evaluation, eval_clients=count
+        ),
+      ),
+    )
 
   def with_popular_negatives(self) -> 'Simulation':
     """The same, with negatives drawn by popularity for `Ranks.popular`."""
     negatives = dataset_lib.draw_popular(
-        self.dataset, popularity.training_counts(self.dataset),
-        self.config.data.sampled_negatives, self.config.seed)
-    return dataclasses.replace(self, data=self.data._replace(
-        popular_negatives=jnp.asarray(negatives)))
+      self.dataset,
+      popularity.training_counts(self.dataset),
+      self.config.data.sampled_negatives,
+      self.config.seed,
+    )
+    return dataclasses.replace(
+      self, data=self.data._replace(popular_negatives=jnp.asarray(negatives))
+    )
 
   def with_features(self, change: str) -> 'Simulation':
     """The same but for what the experts see of the items.
@@ -354,10 +434,13 @@ class Simulation:
     else:
       rng = generator(self.config.seed, Stream.SHUFFLED_FEATURES)
       order = np.concatenate(
-          [[0], 1 + rng.permutation(self.model.num_rows - 1)])
+        [[0], 1 + rng.permutation(self.model.num_rows - 1)]
+      )
       visual, text = visual[order], text[order]
-    return dataclasses.replace(self, catalogue=Catalogue.from_features(
-        visual, text, self.catalogue.content))
+    return dataclasses.replace(
+      self,
+      catalogue=Catalogue.from_features(visual, text, self.catalogue.content),
+    )
 
   @property
   def splits(self) -> tuple[str, ...]:
@@ -373,11 +456,15 @@ class Simulation:
   @functools.cached_property
   def _cold_ranked(self) -> _Ranked:
     """A cold item stands where the test item stands otherwise."""
+    cold = cast(ColdSplit, self.cold)
     return _Ranked(
-        self.cold.dataset,
-        _to_device(self.config, self.cold.dataset, trains=False)._replace(
-            popular_negatives=self.data.popular_negatives),
-        self.cold.clients, 'test')
+      cold.dataset,
+      _to_device(self.config, cold.dataset, trains=False)._replace(
+        popular_negatives=self.data.popular_negatives
+      ),
+      cold.clients,
+      'test',
+    )
 
   @property
   def evaluated_clients(self) -> np.ndarray:
@@ -391,30 +478,42 @@ class Simulation:
   def targets(self, split: str) -> tuple[np.ndarray, np.ndarray]:
     """([n] clients that have a target in one of `splits`, [n] its row)."""
     on = self._ranked(split)
-    at = (on.dataset.offsets[:-1] + on.dataset.num_train
-          + ranking.SPLITS[on.split])
+    at = (
+      on.dataset.offsets[:-1] + on.dataset.num_train + ranking.SPLITS[on.split]
+    )
     return on.clients, on.dataset.items[at[on.clients]]
 
   def targeted(self, split: str) -> np.ndarray:
     """[n] those of them that have a target in 'val' or 'test'."""
     clients = self.evaluated_clients
-    return (np.intersect1d(clients, self.dataset.tested) if split == 'test'
-            else clients)
+    return (
+      np.intersect1d(clients, self.dataset.tested)
+      if split == 'test'
+      else clients
+    )
 
-  def _memories(self, state: FederationState,
-                clients: np.ndarray) -> Memory | None:
+  def _memories(
+    self, state: FederationState, clients: np.ndarray
+  ) -> Memory | None:
     """Those of the state; of these [n] clients warm, if the config says so."""
     if state.memories is None or not self.config.memory.warm_memory:
       return state.memories
     chunks = round_lib.chunked(
-        clients, self.num_train, self.config.server.clients_per_chunk)
+      clients, self.num_train, self.config.server.clients_per_chunk
+    )
     return round_lib.warm_memories(
-        self.program, state, chunks,
-        round_lib.warm_key(self.config.seed), self.catalogue, self.data)
+      self.program,
+      state,
+      chunks,
+      round_lib.warm_key(self.config.seed),
+      self.catalogue,
+      self.data,
+    )
 
 
-def build(config: RunConfig, dataset: Dataset,
-          cold: ColdSplit | None = None) -> Simulation:
+def build(
+  config: RunConfig, dataset: Dataset, cold: ColdSplit | None = None
+) -> Simulation:
   """Puts a data set on the devices and fits the model to it.
 
   Raises:
@@ -424,51 +523,70 @@ def build(config: RunConfig, dataset: Dataset,
   """
   # The experts' features; the item table may start from the others too.
   experts = config.model.experts
-  visual = dataset.visual[:, :None if experts in ('both', 'visual') else 0]
-  text = dataset.text[:, :None if experts in ('both', 'semantic') else 0]
+  visual = dataset.visual[:, : None if experts in ('both', 'visual') else 0]
+  text = dataset.text[:, : None if experts in ('both', 'semantic') else 0]
   if config.data.feature_scaling == 'centred':
     visual, text = content_lib.centred(visual), content_lib.centred(text)
   elif config.data.feature_scaling == 'components':
-    visual, text = (content_lib.components([x], config.model.hidden_dim)
-                    for x in (visual, text))
+    visual, text = (
+      content_lib.components([x], config.model.hidden_dim)
+      for x in (visual, text)
+    )
   if config.memory.memory == 'two_tier' and not text.shape[1]:
-    raise UserError('--memory=two_tier needs the semantic expert and text '
-                    'features: novelty is measured on texts')
+    raise UserError(
+      '--memory=two_tier needs the semantic expert and text '
+      'features: novelty is measured on texts'
+    )
   if config.model.global_memory and not text.shape[1]:
-    raise UserError('--global_memory needs the semantic expert and text '
-                    'features: the prototypes are clusters of texts')
+    raise UserError(
+      '--global_memory needs the semantic expert and text '
+      'features: the prototypes are clusters of texts'
+    )
   content = None
   if config.model.item_embedding != 'id':
-    if not (dataset.visual.any() or dataset.text.any()
-            or config.model.collaborative_dim):
+    if not (
+      dataset.visual.any()
+      or dataset.text.any()
+      or config.model.collaborative_dim
+    ):
       raise UserError(
-          f'--item_embedding={config.model.item_embedding} needs item '
-          'features; give some, or say --item_embedding=id')
+        f'--item_embedding={config.model.item_embedding} needs item '
+        'features; give some, or say --item_embedding=id'
+      )
     content = content_lib.components(
-        [dataset.visual, dataset.text], config.model.hidden_dim)
+      [dataset.visual, dataset.text], config.model.hidden_dim
+    )
     content = collaborative.put_into(content, dataset, config)
   simulation = Simulation(
-      config=config,
-      model=FedDMMR(config.model, dataset.num_rows, visual.shape[1],
-                    text.shape[1]),
-      catalogue=devices.copied(
-          Catalogue.from_features(visual, text, content)),
-      data=_to_device(config, dataset),
-      dataset=dataset, cold=cold,
-      aggregator=aggregators.of(config), drift=drift_lib.of(config))
+    config=config,
+    model=FedDMMR(
+      config.model, dataset.num_rows, visual.shape[1], text.shape[1]
+    ),
+    catalogue=devices.copied(Catalogue.from_features(visual, text, content)),
+    data=_to_device(config, dataset),
+    dataset=dataset,
+    cold=cold,
+    aggregator=aggregators.of(config),
+    drift=drift_lib.of(config),
+  )
   round_lib.check_size(simulation.abstract_state)
   frozen = optimizers.frozen_names(config.client)
   if frozen and set(simulation.abstract_state.server.params) <= set(frozen):
-    raise UserError(f'--freeze={config.client.freeze} leaves nothing of this '
-                    'model to train')
+    raise UserError(
+      f'--freeze={config.client.freeze} leaves nothing of this model to train'
+    )
   return simulation
 
 
-def _to_device(config: RunConfig, dataset: Dataset,
-               trains: bool = True) -> FederatedData:
-  return devices.copied(dataset_lib.to_device(
+def _to_device(
+  config: RunConfig, dataset: Dataset, trains: bool = True
+) -> FederatedData:
+  return devices.copied(
+    dataset_lib.to_device(
       dataset,
       num_negatives=config.client.num_negatives if trains else 0,
       sampled_negatives=config.data.sampled_negatives,
       leaky_negatives=config.client.leaky_negatives,
-      seed=config.seed))
+      seed=config.seed,
+    )
+  )

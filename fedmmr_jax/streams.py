@@ -11,8 +11,7 @@ import numpy as np
 
 @enum.unique
 class Stream(enum.IntEnum):
-  """What is drawn. The numbers are part of what a seed means: never reuse one.
-  """
+  """What is drawn. The numbers are part of what a seed means: reuse none."""
 
   COHORT = 1
   NEGATIVES = 2  # of the sampled protocol

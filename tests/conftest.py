@@ -7,15 +7,17 @@ import tempfile
 
 # The tests compile much and run little: skip LLVM's optimisation passes.
 os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0')
+  os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
+)
 # Two workers on two cores: more devices would only be more to compile.
 # tests/test_devices.py has some.
 os.environ['JAX_NUM_CPU_DEVICES'] = '1'
 # What one worker has compiled serves the others, and later modules, in this run
 # of the tests: 6 % less CPU time.
 _CACHE = os.path.join(
-    tempfile.gettempdir(),
-    'fedmmr-tests-' + os.environ.setdefault('FEDMMR_TEST_RUN', str(os.getpid())))
+  tempfile.gettempdir(),
+  'fedmmr-tests-' + os.environ.setdefault('FEDMMR_TEST_RUN', str(os.getpid())),
+)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
@@ -23,7 +25,8 @@ import jax
 import numpy as np
 import pytest
 
-# Tests compare float32 numbers; recent GPUs multiply in TF32 unless told not to.
+# Tests compare float32 numbers; recent GPUs multiply in TF32 unless told
+# otherwise.
 jax.config.update('jax_default_matmul_precision', 'highest')
 
 
@@ -47,13 +50,17 @@ def ml_1m(tmp_path):
   folder = tmp_path / 'ml-1m'
   folder.mkdir()
   rng = np.random.default_rng(0)
-  lines = [f'{user}::{item}::5::{1000 + t}'
-           for user in range(1, 7)
-           for t, item in enumerate(rng.permutation(np.arange(1, 31))[:9])]
+  lines = [
+    f'{user}::{item}::5::{1000 + t}'
+    for user in range(1, 7)
+    for t, item in enumerate(rng.permutation(np.arange(1, 31))[:9])
+  ]
   (folder / 'ratings.dat').write_text('\n'.join(lines) + '\n')
-  (folder / 'movies.dat').write_bytes('\n'.join(
-      f'{i}::Amélie {i} (2001)::Drama' for i in range(1, 31)
-  ).encode('latin-1'))
+  (folder / 'movies.dat').write_bytes(
+    '\n'.join(f'{i}::Amélie {i} (2001)::Drama' for i in range(1, 31)).encode(
+      'latin-1'
+    )
+  )
   for kind, width in (('visual', 8), ('text', 6)):
     matrix = rng.normal(size=(31, width)).astype(np.float32)
     matrix[0] = 0

@@ -21,12 +21,26 @@ NUM_ITEMS = 60
 def config(**changes) -> RunConfig:
   """Flag values over a configuration small enough to compile quickly."""
   small = dict(
-      hidden_dim=16, num_blocks=1, num_heads=2, semantic_heads=2,
-      visual_projection_dim=8, router_hidden_dim=8, max_seq_len=6, dropout=0.1,
-      memory_capacity=8, retrieval_size=4, num_prototypes=2,
-      prototype_iterations=3, batch_size=4, num_negatives=5,
-      sampled_negatives=10, clients_per_chunk=2, clients_per_eval_chunk=4,
-      client_fraction=0.5, num_rounds=2)
+    hidden_dim=16,
+    num_blocks=1,
+    num_heads=2,
+    semantic_heads=2,
+    visual_projection_dim=8,
+    router_hidden_dim=8,
+    max_seq_len=6,
+    dropout=0.1,
+    memory_capacity=8,
+    retrieval_size=4,
+    num_prototypes=2,
+    prototype_iterations=3,
+    batch_size=4,
+    num_negatives=5,
+    sampled_negatives=10,
+    clients_per_chunk=2,
+    clients_per_eval_chunk=4,
+    client_fraction=0.5,
+    num_rounds=2,
+  )
   return RunConfig.from_flat_dict({**small, **changes}).validate()
 
 
@@ -57,22 +71,29 @@ def simulation(**changes) -> simulation_lib.Simulation:
 
 def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(
-          np.asarray(a), np.asarray(b), rtol=rtol, atol=atol),
-      actual, expected)
+    lambda a, b: np.testing.assert_allclose(
+      np.asarray(a), np.asarray(b), rtol=rtol, atol=atol
+    ),
+    actual,
+    expected,
+  )
 
 
 def assert_trees_equal(actual, expected):
   jax.tree.map(
-      lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
-      actual, expected)
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+    actual,
+    expected,
+  )
 
 
 def compiled_rounds() -> int:
   """How many programs of a round have been compiled so far."""
-  return (round_lib.train_shard._cache_size()
-          + devices._run_on_mesh._cache_size()
-          + round_lib.finish_round._cache_size())
+  return (
+    round_lib.train_shard._cache_size()
+    + devices._run_on_mesh._cache_size()
+    + round_lib.finish_round._cache_size()
+  )
 
 
 def copy(tree):

@@ -24,35 +24,61 @@ from typing import Iterator
 ROOT = pathlib.Path(__file__).parents[1]
 # Rounds of a few hundredths of a second, all devices busy in each.
 SMALL = [
-    '--dataset=synthetic', '--hidden_dim=16', '--num_blocks=1', '--num_heads=2',
-    '--semantic_heads=2', '--max_seq_len=20', '--objective=all_positions',
-    '--negatives=shared', '--num_negatives=50', '--batch_size=1',
-    '--client_optimizer=sgd', '--client_learning_rate=1e-3',
-    '--client_fraction=0.1', '--eval_clients=20', '--eval_every=50',
-    '--patience=0', '--compilation_cache=/tmp/fedmmr-stress-cache']
-_BURN = ('import random, time\n'
-         'while True:\n'
-         '  end = time.monotonic() + random.uniform(0, 3)\n'
-         '  while time.monotonic() < end: pass\n'
-         '  time.sleep(random.uniform(0, 1))\n')
+  '--dataset=synthetic',
+  '--hidden_dim=16',
+  '--num_blocks=1',
+  '--num_heads=2',
+  '--semantic_heads=2',
+  '--max_seq_len=20',
+  '--objective=all_positions',
+  '--negatives=shared',
+  '--num_negatives=50',
+  '--batch_size=1',
+  '--client_optimizer=sgd',
+  '--client_learning_rate=1e-3',
+  '--client_fraction=0.1',
+  '--eval_clients=20',
+  '--eval_every=50',
+  '--patience=0',
+  '--compilation_cache=/tmp/fedmmr-stress-cache',
+]
+_BURN = (
+  'import random, time\n'
+  'while True:\n'
+  '  end = time.monotonic() + random.uniform(0, 3)\n'
+  '  while time.monotonic() < end: pass\n'
+  '  time.sleep(random.uniform(0, 1))\n'
+)
 
 
-def train(workdir: str, rounds: int, workers: int,
-          flags: list[str] = ()) -> subprocess.Popen:
+def train(
+  workdir: str, rounds: int, workers: int, flags: list[str] = ()
+) -> subprocess.Popen:
   """Starts a run; its output goes to `log` in the folder above."""
   log = pathlib.Path(workdir).with_suffix('.log').open('w')
   return subprocess.Popen(
-      [sys.executable, '-m', 'experiments.train', *SMALL,
-       f'--workdir={workdir}', f'--num_rounds={rounds}',
-       f'--cpu_devices={workers}', *flags],
-      stdout=log, stderr=subprocess.STDOUT, cwd=os.getcwd())
+    [
+      sys.executable,
+      '-m',
+      'experiments.train',
+      *SMALL,
+      f'--workdir={workdir}',
+      f'--num_rounds={rounds}',
+      f'--cpu_devices={workers}',
+      *flags,
+    ],
+    stdout=log,
+    stderr=subprocess.STDOUT,
+    cwd=os.getcwd(),
+  )
 
 
 @contextlib.contextmanager
 def busy_machine(processes: int) -> Iterator[None]:
   """Other processes that want the cores now and then."""
-  others = [subprocess.Popen([sys.executable, '-c', _BURN])
-            for _ in range(processes)]
+  others = [
+    subprocess.Popen([sys.executable, '-c', _BURN]) for _ in range(processes)
+  ]
   try:
     yield
   finally:
@@ -86,8 +112,10 @@ def changing_cores(pid: int, seed: int = 0) -> Iterator[None]:
 def stress(workdir: str, rounds: int, workers: int, seed: int) -> int:
   """The exit status of one run under stress; −6 = it aborted itself."""
   run = train(workdir, rounds, workers)
-  with busy_machine(2 * len(os.sched_getaffinity(0))), changing_cores(
-      run.pid, seed):
+  with (
+    busy_machine(2 * len(os.sched_getaffinity(0))),
+    changing_cores(run.pid, seed),
+  ):
     return run.wait()
 
 
@@ -106,8 +134,11 @@ def main() -> None:
         status = stress(workdir, args.rounds, workers, seed)
         metrics = pathlib.Path(workdir, 'metrics.jsonl')
         done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-        print(f'{workers} workers: exit status {status} after {done} rounds, '
-              f'{time.monotonic() - start:.0f} s', flush=True)
+        print(
+          f'{workers} workers: exit status {status} after {done} rounds, '
+          f'{time.monotonic() - start:.0f} s',
+          flush=True,
+        )
         if status:
           failed += 1
           print(pathlib.Path(workdir).with_suffix('.log').read_text()[-600:])

@@ -23,18 +23,24 @@ def variants(tmp_path, text):
 
 
 def test_a_variants_file(tmp_path):
-  assert variants(tmp_path, '''
+  assert variants(
+    tmp_path,
+    """
       # a comment
       full:
       ids only: --item_embedding=id --experts=none  # and one more
       alone: @local_only --local_epochs=3
-  ''') == [
-      Variant('full', '', {}),
-      Variant('ids only', '', {'item_embedding': 'id', 'experts': 'none'}),
-      Variant('alone', '@local_only', {'local_epochs': '3'})]
+  """,
+  ) == [
+    Variant('full', '', {}),
+    Variant('ids only', '', {'item_embedding': 'id', 'experts': 'none'}),
+    Variant('alone', '@local_only', {'local_epochs': '3'}),
+  ]
 
 
-@pytest.mark.parametrize('text, message', [
+@pytest.mark.parametrize(
+  'text, message',
+  [
     ('', 'no variant'),
     ('full', "line 1: 'full' is not name"),
     (': --seed=1', 'is not name'),
@@ -42,7 +48,9 @@ def test_a_variants_file(tmp_path):
     ('full:\nother: @nonsense', "'@nonsense' is neither"),
     ('full:\nfull: --seed=1', "'full' comes twice"),
     ('full:\nzero: @zeroed --dropout=0', 'takes no flags'),
-    ('pop: @popularity', 'the first variant is the baseline')])
+    ('pop: @popularity', 'the first variant is the baseline'),
+  ],
+)
 def test_a_malformed_variants_file(tmp_path, text, message):
   with pytest.raises(UserError, match=message):
     variants(tmp_path, text)
@@ -66,15 +74,18 @@ def test_users_are_averaged_over_seeds_before_they_are_compared():
   # Seeds × users; hit at 10 where the rank is below 10.
   ours, baseline = outcome([[0, 20, 3], [0, 5, 20]]), outcome([[0, 20, 20]] * 2)
   np.testing.assert_allclose(
-      ours.of_each_user('sampled', 'HR@10'), [1.0, 0.5, 0.5])
+    ours.of_each_user('sampled', 'HR@10'), [1.0, 0.5, 0.5]
+  )
   assert ours.of_each_seed('sampled', 'HR@10') == [2 / 3, 2 / 3]
   difference = ours.difference(baseline, 'sampled', 'HR@10')
   assert difference.mean == pytest.approx(1 / 3)
 
 
 def test_a_figure_that_only_some_seeds_or_rounds_have():
-  means = [dict.fromkeys(ablation.TRAINING_FIGURES) | {'w_visual': v}
-           for v in (None, 0.25, 0.75)]
+  means = [
+    dict.fromkeys(ablation.TRAINING_FIGURES) | {'w_visual': v}
+    for v in (None, 0.25, 0.75)
+  ]
   assert ablation._mean(means)['w_visual'] == 0.5
   assert ablation._mean(means)['rec_loss'] is None
   assert ablate._figure(None, None) == '–'
@@ -83,25 +94,35 @@ def test_a_figure_that_only_some_seeds_or_rounds_have():
 
 def test_a_diverged_client_alone_is_an_error_and_no_hit():
   simulation = small.simulation(
-      client_optimizer='sgd', client_learning_rate=1e30)
+    client_optimizer='sgd', client_learning_rate=1e30
+  )
   with pytest.raises(UserError, match='NaN or infinite'):
     simulation.rank_local_only(simulation.init_state())
 
 
 def test_a_diverged_variant_ends_at_once():
   told = []
-  config = small.config(client_optimizer='sgd', client_learning_rate=1e30,
-                        num_rounds=9, eval_every=9)
+  config = small.config(
+    client_optimizer='sgd',
+    client_learning_rate=1e30,
+    num_rounds=9,
+    eval_every=9,
+  )
   with pytest.raises(UserError, match='round 1: .*diverged; start anew'):
-    ablation.run_trained(config, Loaded(small.dataset(), (), []), [0, 1],
-                         lambda number, text: told.append(number))
+    ablation.run_trained(
+      config,
+      Loaded(small.dataset(), (), []),
+      [0, 1],
+      lambda number, text: told.append(number),
+    )
   assert not told
 
 
 @pytest.mark.parametrize('drift_control', ['scaffold', 'mime_lite'])
 def test_a_client_alone_needs_no_drift_control(drift_control):
   simulation = small.simulation(
-      client_optimizer='sgd', drift_control=drift_control)
+    client_optimizer='sgd', drift_control=drift_control
+  )
   simulation.rank_local_only(simulation.init_state())
 
 
@@ -111,7 +132,8 @@ def trained():
   loaded = Loaded(small.dataset(), (), [])
   told = []
   found = ablation.run_trained(
-      config, loaded, [0, 1], lambda number, text: told.append(number))
+    config, loaded, [0, 1], lambda number, text: told.append(number)
+  )
   return config, loaded, told, found
 
 
@@ -122,15 +144,22 @@ def test_every_seed_is_tested_at_its_own_best_round(trained):
   for i, (simulation, state) in enumerate(zip(simulations, states)):
     assert simulation.config.seed == i
     metrics, _ = simulation.evaluate(state, 'test')
-    assert found.of_each_seed('full', 'NDCG@10')[i] == metrics['full']['NDCG@10']
+    assert (
+      found.of_each_seed('full', 'NDCG@10')[i] == metrics['full']['NDCG@10']
+    )
     assert int(state.server.round) == found.best_rounds[i]
 
 
 def test_features_that_are_taken_away_change_the_ranks(trained):
   config, loaded, _, (found, simulations, states) = trained
-  ranks = {change: ablation.run_special(
-      Variant(change, change, {}), config, loaded, [0, 1], simulations,
-      states).ranks['test'].full for change in ('@zeroed', '@shuffled')}
+  ranks = {
+    change: ablation.run_special(
+      Variant(change, change, {}), config, loaded, [0, 1], simulations, states
+    )
+    .ranks['test']
+    .full
+    for change in ('@zeroed', '@shuffled')
+  }
   assert (ranks['@zeroed'] != found.ranks['test'].full).any()
   assert (ranks['@shuffled'] != ranks['@zeroed']).any()
 
@@ -139,15 +168,17 @@ def test_baselines_rank_everybody(trained):
   config, loaded, *_ = trained
   for special in ('@popularity', '@local_only'):
     ranks = ablation.run_special(
-        Variant(special, special, {}), config, loaded, [0, 1], [], []).ranks
+      Variant(special, special, {}), config, loaded, [0, 1], [], []
+    ).ranks
     assert ranks['test'].full.shape == (2, loaded.dataset.num_clients)
     assert ranks['val'].full.shape == (2, loaded.dataset.num_clients)
 
 
 def test_a_client_alone_learns_its_own_training_items():
   # Many local epochs: its ranks beat those of the model it started from.
-  simulation = small.simulation(local_epochs=40, client_learning_rate=0.01,
-                                dropout=0.0)
+  simulation = small.simulation(
+    local_epochs=40, client_learning_rate=0.01, dropout=0.0
+  )
   state = simulation.init_state()
   before = simulation.evaluate(state, 'test')[1]
   after = simulation.rank_local_only(state)
@@ -158,9 +189,15 @@ def test_a_client_alone_learns_its_own_training_items():
 
 def test_ablate_writes_a_table_a_figure_and_goes_on(ml_1m, tmp_path):
   (tmp_path / 'v.txt').write_text(
-      'full:\nbackbone: --experts=none\npopular: @popularity\n')
-  arguments = [*TINY, f'--data_dir={ml_1m}', f'--variants={tmp_path / "v.txt"}',
-               '--seeds=0,1', f'--workdir={tmp_path / "out"}']
+    'full:\nbackbone: --experts=none\npopular: @popularity\n'
+  )
+  arguments = [
+    *TINY,
+    f'--data_dir={ml_1m}',
+    f'--variants={tmp_path / "v.txt"}',
+    '--seeds=0,1',
+    f'--workdir={tmp_path / "out"}',
+  ]
   out, _ = run('ablate', *arguments)
   assert '| backbone |' in out
   for name in ('ablation.md', 'ablation.png', 'ablation.json'):
@@ -176,13 +213,15 @@ def test_ablate_writes_a_table_a_figure_and_goes_on(ml_1m, tmp_path):
 
 
 def test_an_outcome_of_another_program_is_not_used(
-    tmp_path, monkeypatch, capsys):
+  tmp_path, monkeypatch, capsys
+):
   config, loaded = small.config(), Loaded(small.dataset(), (), [])
   trained = []
 
   def train(variant, *_):
     trained.append(variant.name)
     return outcome([[0, 1]]), None
+
   monkeypatch.setattr(ablate, '_train', train)
 
   def outcomes(**program):
@@ -217,25 +256,39 @@ def test_any_change_of_the_code_is_another_program(tmp_path):
   (tmp_path / 'note.txt').write_text('no code')
   assert len({before, changed, provenance.source_hash(tmp_path)}) == 3
   assert {'fedmmr_jax', 'source', 'jax', 'jaxlib', 'backend', 'devices'} <= set(
-      provenance.program())
+    provenance.program()
+  )
 
 
-@pytest.mark.parametrize('line, message', [
+@pytest.mark.parametrize(
+  'line, message',
+  [
     ('--nonsense=1', 'there is no setting --nonsense'),
     ('--num_rounds=few', '--num_rounds=few'),
     ('--num_rounds=0', 'below its minimum'),
     ('--eval_clients=2', 'the same for all variants'),
-    ('--top_k_users=3', 'the same for all variants')])
+    ('--top_k_users=3', 'the same for all variants'),
+  ],
+)
 def test_ablate_refuses_a_bad_variant(ml_1m, tmp_path, line, message):
   (tmp_path / 'v.txt').write_text(f'full:\nother: {line}\n')
-  error = refused(*TINY, f'--data_dir={ml_1m}',
-                  f'--variants={tmp_path / "v.txt"}',
-                  f'--workdir={tmp_path / "out"}', binary='ablate')
+  error = refused(
+    *TINY,
+    f'--data_dir={ml_1m}',
+    f'--variants={tmp_path / "v.txt"}',
+    f'--workdir={tmp_path / "out"}',
+    binary='ablate',
+  )
   assert "variant 'other'" in error and message in error
 
 
 @pytest.mark.parametrize('seeds', ['', '1,1', 'one', '-1', '4294967296'])
 def test_ablate_refuses_bad_seeds(ml_1m, tmp_path, seeds):
-  error = refused(*TINY, f'--data_dir={ml_1m}', f'--seeds={seeds}',
-                  f'--workdir={tmp_path / "out"}', binary='ablate')
+  error = refused(
+    *TINY,
+    f'--data_dir={ml_1m}',
+    f'--seeds={seeds}',
+    f'--workdir={tmp_path / "out"}',
+    binary='ablate',
+  )
   assert '--seeds' in error

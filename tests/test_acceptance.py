@@ -6,21 +6,30 @@ from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.runs import acceptance
 from tests import small
 
-REPORT = IntegrityReport('visual', 'file', (4, 2), 'float32', 0, 1, 0.5, 0.1,
-                         1, 3, 4)
+REPORT = IntegrityReport(
+  'visual', 'file', (4, 2), 'float32', 0, 1, 0.5, 0.1, 1, 3, 4
+)
 
 
 def train(**changes):
-  return dict(w_visual=0.5, w_semantic=0.5, contrastive_loss=3.0,
-              gradient_visual=0.2, gradient_semantic=0.1,
-              gradient_backbone=1.0) | changes
+  return (
+    dict(
+      w_visual=0.5,
+      w_semantic=0.5,
+      contrastive_loss=3.0,
+      gradient_visual=0.2,
+      gradient_semantic=0.1,
+      gradient_backbone=1.0,
+    )
+    | changes
+  )
 
 
 def judge(first=None, last=None, hit_rate=0.6, reports=(REPORT,), **changes):
   records = [{'train': first or train()}, {'train': last or train()}]
   points = acceptance.judge(
-      small.config(**changes), records, {'sampled': {'HR@10': hit_rate}},
-      reports)
+    small.config(**changes), records, {'sampled': {'HR@10': hit_rate}}, reports
+  )
   return {p['name']: p for p in points}
 
 
@@ -32,41 +41,64 @@ def test_everything_in_range_passes():
   assert passed(judge()) == [True] * 5
 
 
-@pytest.mark.parametrize('name, points', [
+@pytest.mark.parametrize(
+  'name, points',
+  [
     ('test HR@10, sampled', judge(hit_rate=0.55)),
     ('router weights', judge(last=train(w_visual=0.29, w_semantic=0.71))),
     ('contrastive loss', judge(last=train(contrastive_loss=4.1))),
     ('contrastive loss', judge(last=train(contrastive_loss=1.9))),
     ('gradient reaching the experts', judge(last=train(gradient_visual=0.0))),
-    ('gradient reaching the experts', judge(fusion='gated'))])
+    ('gradient reaching the experts', judge(fusion='gated')),
+  ],
+)
 def test_each_point_can_fail_alone(name, points):
   assert [n for n, p in points.items() if not p['passed']] == [name]
 
 
 def test_a_run_without_experts_has_nothing_to_say_about_them():
-  points = judge(last=train(
-      w_visual=None, w_semantic=None, contrastive_loss=None,
-      gradient_visual=None, gradient_semantic=None), reports=())
+  points = judge(
+    last=train(
+      w_visual=None,
+      w_semantic=None,
+      contrastive_loss=None,
+      gradient_visual=None,
+      gradient_semantic=None,
+    ),
+    reports=(),
+  )
   assert passed(points) == [True, None, None, None, None]
 
 
 def test_one_expert_alone_has_no_choice_but_a_gradient():
-  points = judge(last=train(w_visual=1.0, w_semantic=0.0,
-                            contrastive_loss=None, gradient_semantic=None))
+  points = judge(
+    last=train(
+      w_visual=1.0,
+      w_semantic=0.0,
+      contrastive_loss=None,
+      gradient_semantic=None,
+    )
+  )
   assert passed(points) == [True, None, None, True, True]
 
 
 def test_what_is_frozen_is_not_asked_for_a_gradient():
-  assert passed(judge(last=train(gradient_backbone=0.0),
-                      freeze='backbone')) == [True] * 5
-  assert passed(judge(last=train(gradient_visual=0.0, gradient_semantic=0.0),
-                      freeze='experts')) == [True, True, True, None, True]
+  assert (
+    passed(judge(last=train(gradient_backbone=0.0), freeze='backbone'))
+    == [True] * 5
+  )
+  assert passed(
+    judge(
+      last=train(gradient_visual=0.0, gradient_semantic=0.0), freeze='experts'
+    )
+  ) == [True, True, True, None, True]
 
 
 def test_the_router_is_told_from_start_to_end():
   points = judge(first=train(w_visual=0.9, w_semantic=0.1))
   assert points['router weights']['measured'] == (
-      'visual 0.90 -> 0.50, semantic 0.10 -> 0.50')
+    'visual 0.90 -> 0.50, semantic 0.10 -> 0.50'
+  )
 
 
 def test_a_contrastive_loss_outside_is_explained():

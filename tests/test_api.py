@@ -20,13 +20,31 @@ from tests import small
 ROOT = pathlib.Path(__file__).parents[1]
 # From below: a package may import what stands in an earlier line, or its own.
 LAYERS = [
-    ['errors', 'files', 'streams'], ['parts', 'config', 'metrics'], ['presets'],
-    ['data'], ['models'], ['optimizers'], ['client'], ['federation'],
-    ['evaluation.ranking', 'evaluation.popularity', 'evaluation.local_only',
-     'evaluation.corrected', 'evaluation.bootstrap'],
-    ['runs.checksums', 'runs.provenance', 'runs.run_folder', 'runs.checkpoint',
-     'runs.warm_start'],
-    ['simulation'], ['evaluation', 'runs']]
+  ['errors', 'files', 'streams'],
+  ['parts', 'config', 'metrics'],
+  ['presets'],
+  ['data'],
+  ['models'],
+  ['optimizers'],
+  ['client'],
+  ['federation'],
+  [
+    'evaluation.ranking',
+    'evaluation.popularity',
+    'evaluation.local_only',
+    'evaluation.corrected',
+    'evaluation.bootstrap',
+  ],
+  [
+    'runs.checksums',
+    'runs.provenance',
+    'runs.run_folder',
+    'runs.checkpoint',
+    'runs.warm_start',
+  ],
+  ['simulation'],
+  ['evaluation', 'runs'],
+]
 
 
 def layer_of(module: str) -> int:
@@ -46,18 +64,26 @@ def imports_of(path: pathlib.Path) -> set[str]:
         file = ROOT / (full.replace('.', '/') + '.py')
         is_module = file.exists() or file.with_suffix('').is_dir()
         found.add(full if is_module else node.module)
-  return {name.removeprefix('fedmmr_jax.') for name in found
-          if name.startswith('fedmmr_jax.')}
+  return {
+    name.removeprefix('fedmmr_jax.')
+    for name in found
+    if name.startswith('fedmmr_jax.')
+  }
 
 
 def test_layers_hold():
   climbs = []
   for path in (ROOT / 'fedmmr_jax').rglob('*.py'):
-    module = '.'.join(path.relative_to(ROOT / 'fedmmr_jax').with_suffix('').parts)
+    module = '.'.join(
+      path.relative_to(ROOT / 'fedmmr_jax').with_suffix('').parts
+    )
     if path.name == '__init__.py':
       continue
-    climbs += [f'{module} imports {other}' for other in imports_of(path)
-               if layer_of(other) > layer_of(module)]
+    climbs += [
+      f'{module} imports {other}'
+      for other in imports_of(path)
+      if layer_of(other) > layer_of(module)
+    ]
   assert not climbs
 
 
@@ -68,9 +94,19 @@ def test_nothing_reads_the_binaries():
 
 
 def test_a_model_loads_no_reader():
-  subprocess.run([sys.executable, '-c', (
-      'import sys; import fedmmr_jax.models.feddmmr, fedmmr_jax.client.update; '
-      'assert "pyarrow" not in sys.modules')], check=True, cwd=ROOT)
+  subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      (
+        'import sys; '
+        'import fedmmr_jax.models.feddmmr, fedmmr_jax.client.update; '
+        'assert "pyarrow" not in sys.modules'
+      ),
+    ],
+    check=True,
+    cwd=ROOT,
+  )
 
 
 def test_every_public_name_is_there_and_documented():
@@ -82,23 +118,31 @@ def test_every_public_name_is_there_and_documented():
     _ = fm.nothing
 
 
-@pytest.mark.parametrize('module', [
-    'fedmmr_jax', 'fedmmr_jax.parts', 'fedmmr_jax.presets',
-    'fedmmr_jax.data.dataset'])
+@pytest.mark.parametrize(
+  'module',
+  [
+    'fedmmr_jax',
+    'fedmmr_jax.parts',
+    'fedmmr_jax.presets',
+    'fedmmr_jax.data.dataset',
+  ],
+)
 def test_docstrings_run(module):
   result = doctest.testmod(importlib.import_module(module))
   assert result.attempted and not result.failed
 
 
-@pytest.mark.parametrize('example', [clipped, own_data, own_slice],
-                         ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+  'example', [clipped, own_data, own_slice], ids=lambda e: e.__name__
+)
 def test_an_example_runs(example, capsys):
   example.main()
   assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'examples').glob('*.py')),
-                         ids=lambda p: p.name)
+@pytest.mark.parametrize(
+  'path', sorted((ROOT / 'examples').glob('*.py')), ids=lambda p: p.name
+)
 def test_an_example_is_short_and_imports_nothing_private(path):
   text = path.read_text()
   assert len(text.splitlines()) <= 40
@@ -107,29 +151,38 @@ def test_an_example_is_short_and_imports_nothing_private(path):
 
 def one_round(aggregator=None, drift=None, **changes):
   simulation = small.simulation(
-      client_optimizer='sgd', client_learning_rate=0.1, client_fraction=1.0,
-      experts='none', dropout=0.0, **changes)
+    client_optimizer='sgd',
+    client_learning_rate=0.1,
+    client_fraction=1.0,
+    experts='none',
+    dropout=0.0,
+    **changes,
+  )
   simulation = fm.Simulation.of(
-      simulation.config, simulation.dataset, aggregator, drift)
+    simulation.config, simulation.dataset, aggregator, drift
+  )
   start = small.copy(simulation.init_state())
   step = next(simulation.rounds())
   return simulation, start, step
 
 
 def moved(start, step):
-  return jax.tree.map(jnp.subtract, step.state.server.params,
-                      start.server.params)
+  return jax.tree.map(
+    jnp.subtract, step.state.server.params, start.server.params
+  )
 
 
 def test_clipping_bounds_what_a_round_does():
   _, start, step = one_round(clipped.Clipped(max_norm=1e-3))
-  delta = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(
-      moved(start, step))))
+  delta = np.sqrt(
+    sum(np.sum(np.square(x)) for x in jax.tree.leaves(moved(start, step)))
+  )
   assert 0 < delta <= 1e-3 + 1e-6
   loose = one_round(clipped.Clipped(max_norm=1e3))
   plain = one_round()
-  small.assert_trees_close(loose[2].state.server.params,
-                           plain[2].state.server.params)
+  small.assert_trees_close(
+    loose[2].state.server.params, plain[2].state.server.params
+  )
 
 
 def test_a_median_sees_every_client():
@@ -139,9 +192,14 @@ def test_a_median_sees_every_client():
     def collect(self, updates):
       delta, weight = super().collect(updates)
       one = jnp.full(weight.shape, 0.25)
-      huge = jax.tree.map(lambda x: jnp.where(
-          (updates.weight > 20).reshape(-1, *[1] * (x.ndim - 1)), 1e9, one[0]
-          + 0 * x), delta)
+      huge = jax.tree.map(
+        lambda x: jnp.where(
+          (updates.weight > 20).reshape(-1, *[1] * (x.ndim - 1)),
+          1e9,
+          one[0] + 0 * x,
+        ),
+        delta,
+      )
       return huge, weight
 
   simulation, start, step = one_round(Attacked())
@@ -158,35 +216,54 @@ def test_feddyn_keeps_its_gradients():
   weight = np.maximum(simulation.num_train - 1, 0)
   weight = weight / weight.sum()
   expected = jax.tree.map(
-      lambda g: np.tensordot(weight, np.asarray(g), 1), kept)
+    lambda g: np.tensordot(weight, np.asarray(g), 1), kept
+  )
   small.assert_trees_close(step.state.server.control, expected, atol=1e-5)
   # The server goes twice as far: by the mean delta and by −h/α, which is it.
   small.assert_trees_close(
-      moved(start, step), jax.tree.map(lambda h: -2 * h / 0.5, expected),
-      rtol=1e-4, atol=1e-5)
+    moved(start, step),
+    jax.tree.map(lambda h: -2 * h / 0.5, expected),
+    rtol=1e-4,
+    atol=1e-5,
+  )
 
 
 def test_parts_from_outside_by_name(tmp_path):
-  config = small.config(aggregator='examples.clipped:Clipped', num_rounds=1,
-                        drift_control='examples.feddyn:FedDyn')
+  config = small.config(
+    aggregator='examples.clipped:Clipped',
+    num_rounds=1,
+    drift_control='examples.feddyn:FedDyn',
+  )
   simulation = fm.Simulation.of(config, small.dataset())
   assert simulation.aggregator == clipped.Clipped()
   assert simulation.drift == feddyn.FedDyn()
-  (tmp_path / 'x.log').write_text('\n'.join(
-      f'u{user}>i{(7 * user + t) % 30}' for user in range(9) for t in range(6)))
-  loaded = fm.load(fm.RunConfig.from_flat_dict(dict(
-      dataset='examples.own_data:LOG', data_dir=str(tmp_path))))
+  (tmp_path / 'x.log').write_text(
+    '\n'.join(
+      f'u{user}>i{(7 * user + t) % 30}' for user in range(9) for t in range(6)
+    )
+  )
+  loaded = fm.load(
+    fm.RunConfig.from_flat_dict(
+      dict(dataset='examples.own_data:LOG', data_dir=str(tmp_path))
+    )
+  )
   assert loaded.dataset.num_clients == 9
   assert loaded.dataset.item_ids[1] == 'i0'
 
 
-@pytest.mark.parametrize('name, message', [
+@pytest.mark.parametrize(
+  'name, message',
+  [
     ('nothing', "no aggregator 'nothing'; one of fedavg, fednova, or your own"),
     ('no_such_package:X', 'cannot import no_such_package'),
-    ('math:nothing', 'math has no nothing'), ('math:pi', 'is no fedmmr_jax')])
+    ('math:nothing', 'math has no nothing'),
+    ('math:pi', 'is no fedmmr_jax'),
+  ],
+)
 def test_a_part_that_is_none_is_refused(name, message):
   assert message in small.error_of(
-      fm.Simulation.of, small.config(aggregator=name), small.dataset())
+    fm.Simulation.of, small.config(aggregator=name), small.dataset()
+  )
 
 
 def test_a_part_is_found_by_name():
@@ -195,12 +272,17 @@ def test_a_part_is_found_by_name():
 
 def test_a_data_set_from_arrays():
   dataset = fm.Dataset.of(
-      ['b', 'a', 'a', 'b', 'a', 'b'], [3, 1, 2, 1, 3, 2],
-      times=[1, 5, 4, 3, 6, 2], text={1: [1, 2], 3: [3, 4]},
-      titles={2: 'Two'})
+    ['b', 'a', 'a', 'b', 'a', 'b'],
+    [3, 1, 2, 1, 3, 2],
+    times=[1, 5, 4, 3, 6, 2],
+    text={1: [1, 2], 3: [3, 4]},
+    titles={2: 'Two'},
+  )
   assert dataset.user_ids.tolist() == ['a', 'b']
   assert [dataset.sequence(k).tolist() for k in (0, 1)] == [
-      [2, 1, 3], [3, 2, 1]]
+    [2, 1, 3],
+    [3, 2, 1],
+  ]
   assert dataset.text.tolist() == [[0, 0], [1, 2], [0, 0], [3, 4]]
   assert dataset.titles == ('', '', 'Two', '')
   assert 'of one length' in small.error_of(fm.Dataset.of, [1, 2], [1])
@@ -221,9 +303,11 @@ def test_a_recommendation_compiles_once():
   simulation = small.simulation()
   state = simulation.init_state()
   from fedmmr_jax.evaluation import ranking  # pylint: disable=g-import-not-at-top
+
   first = simulation.recommend(state, 0, 5)
   compiled = ranking.score_client._cache_size()
   others = [simulation.recommend(state, client, 5) for client in range(1, 9)]
   assert ranking.score_client._cache_size() == compiled
   assert len(first[0]) == 5 and any(
-      (other[0] != first[0]).any() for other in others)
+    (other[0] != first[0]).any() for other in others
+  )

@@ -11,22 +11,34 @@ from tests.test_cli import ROOT
 
 def run(body, *flags, status=0, **environment):
   """Runs a binary of that body; returns (stdout, stderr)."""
-  program = ('import jax\nfrom experiments import app\n'
-             'from fedmmr_jax.errors import UserError\n'
-             f'def main():\n  {body}\napp.run(main)\n')
+  program = (
+    'import jax\nfrom experiments import app\n'
+    'from fedmmr_jax.errors import UserError\n'
+    f'def main():\n  {body}\napp.run(main)\n'
+  )
   environment = os.environ | environment
   done = subprocess.run(
-      [sys.executable, '-c', program, *flags], cwd=ROOT, capture_output=True,
-      text=True, check=False,
-      env={k: v for k, v in environment.items() if v is not None})
+    [sys.executable, '-c', program, *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    env={k: v for k, v in environment.items() if v is not None},
+  )
   assert done.returncode == status, done.stdout + done.stderr
   return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('raised, line', [
+@pytest.mark.parametrize(
+  'raised, line',
+  [
     ('raise UserError("the mend")', 'error: the mend'),
-    ('open("/no/such/file")',
-     'error: /no/such/file: No such file or directory')])
+    (
+      'open("/no/such/file")',
+      'error: /no/such/file: No such file or directory',
+    ),
+  ],
+)
 def test_an_error_is_one_line_and_with_debug_a_traceback(raised, line):
   assert run(raised, status=2) == ('', line + '\n')
   _, told = run(raised, '--debug', status=2)
@@ -35,15 +47,19 @@ def test_an_error_is_one_line_and_with_debug_a_traceback(raised, line):
 
 
 def test_debug_shows_the_cause_that_the_line_leaves_out():
-  body = ('try: 1 / 0\n'
-          '  except ZeroDivisionError: raise UserError("wrong") from None')
+  body = (
+    'try: 1 / 0\n  except ZeroDivisionError: raise UserError("wrong") from None'
+  )
   assert 'Zero' not in run(body, status=2)[1]
   assert 'ZeroDivisionError' in run(body, '--debug', status=2)[1]
 
 
 def cache(*flags, variable):
-  out, _ = run('print(jax.config.jax_compilation_cache_dir)', *flags,
-               JAX_COMPILATION_CACHE_DIR=variable)
+  out, _ = run(
+    'print(jax.config.jax_compilation_cache_dir)',
+    *flags,
+    JAX_COMPILATION_CACHE_DIR=variable,
+  )
   return out.strip()
 
 
@@ -51,5 +67,6 @@ def test_the_environment_names_the_cache_unless_the_flag_does():
   assert cache(variable=None).endswith('.cache/fedmmr_jax')
   assert cache(variable='/tmp/mine') == '/tmp/mine'
   assert cache('--compilation_cache=/tmp/other', variable='/tmp/mine') == (
-      '/tmp/other')
+    '/tmp/other'
+  )
   assert cache('--compilation_cache=', variable='/tmp/mine') == 'None'

@@ -17,11 +17,19 @@ from fedmmr_jax.federation import collaborative
 from tests import small
 from tests.test_cli import run, TINY
 
-CLEAN = {'training negatives', 'windows', '2 rounds', 'memory',
-         'catalogue filter', 'evaluation negatives', 'validation candidates'}
+CLEAN = {
+  'training negatives',
+  'windows',
+  '2 rounds',
+  'memory',
+  'catalogue filter',
+  'evaluation negatives',
+  'validation candidates',
+}
 # What a client's whole history enters, beside its windows.
 SKETCH_AND_PROFILE = dict(
-    item_embedding='content_plus_id', collaborative_dim=4, profile='history')
+  item_embedding='content_plus_id', collaborative_dim=4, profile='history'
+)
 
 
 def simulation(**changes):
@@ -35,10 +43,19 @@ def failed(checks):
   return {check.name for check in checks if not check.passed}
 
 
-@pytest.mark.parametrize('changes', [
-    {'experts': 'both'}, {'vocabulary': 'local', 'objective': 'all_positions',
-         'negatives': 'shared'}, SKETCH_AND_PROFILE],
-    ids=['dense', 'local', 'sketch and profile'])
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'experts': 'both'},
+    {
+      'vocabulary': 'local',
+      'objective': 'all_positions',
+      'negatives': 'shared',
+    },
+    SKETCH_AND_PROFILE,
+  ],
+  ids=['dense', 'local', 'sketch and profile'],
+)
 def test_a_clean_run_is_found_clean(changes):
   checks = audit.all_checks(simulation(**changes))
   assert {check.name for check in checks} == CLEAN
@@ -47,8 +64,11 @@ def test_a_clean_run_is_found_clean(changes):
 
 def test_the_leak_of_the_original_is_found():
   checks = audit.all_checks(simulation(leaky_negatives=True))
-  assert failed(checks) == {'training negatives', '2 rounds',
-                            'catalogue filter'}
+  assert failed(checks) == {
+    'training negatives',
+    '2 rounds',
+    'catalogue filter',
+  }
   assert ' 0 are items held out' in checks[0].found
 
 
@@ -57,6 +77,7 @@ def test_a_window_with_a_held_out_item_is_found(monkeypatch):
 
   def one_too_far(client, *rest):
     return cut(client._replace(num_train=client.num_train + 1), *rest)
+
   monkeypatch.setattr(windows, 'cut_windows', one_too_far)
   assert not audit.training_windows(simulation()).passed
 
@@ -64,8 +85,12 @@ def test_a_window_with_a_held_out_item_is_found(monkeypatch):
 def test_a_sketch_of_held_out_items_is_found(monkeypatch):
   sketch = collaborative.sketch
   monkeypatch.setattr(
-      collaborative, 'sketch', lambda dataset, *rest: sketch(
-          dataclasses.replace(dataset, held_out=0), *rest))
+    collaborative,
+    'sketch',
+    lambda dataset, *rest: sketch(
+      dataclasses.replace(dataset, held_out=0), *rest
+    ),
+  )
   checks = audit.all_checks(simulation(**SKETCH_AND_PROFILE))
   assert failed(checks) == {'2 rounds'}
 
@@ -73,10 +98,13 @@ def test_a_sketch_of_held_out_items_is_found(monkeypatch):
 def test_a_profile_of_held_out_items_is_found(monkeypatch):
   outside = profile.outside
   monkeypatch.setattr(client_lib, '_trained', lambda view: view.history)
-  monkeypatch.setattr(profile, 'outside', lambda sums, num, *rest: outside(
-      sums, num + 1, *rest))
+  monkeypatch.setattr(
+    profile, 'outside', lambda sums, num, *rest: outside(sums, num + 1, *rest)
+  )
   # Other settings, so that it is compiled anew.
-  checks = audit.all_checks(simulation(**SKETCH_AND_PROFILE, profile_weight=.5))
+  checks = audit.all_checks(
+    simulation(**SKETCH_AND_PROFILE, profile_weight=0.5)
+  )
   assert failed(checks) == {'2 rounds'}
 
 
@@ -86,6 +114,7 @@ def test_training_on_a_held_out_item_is_found(monkeypatch):
   def one_too_many(*arguments):
     found = view(*arguments)
     return found._replace(num_train=found.num_train + (found.num_train > 0))
+
   monkeypatch.setattr('fedmmr_jax.federation.round.client_view', one_too_many)
   # Other settings, so that it is compiled anew.
   other = simulation(surprise_threshold=-1.0, experts='semantic')
@@ -97,29 +126,38 @@ def test_a_seen_evaluation_negative_is_found(kind):
   some = simulation()
   negatives = np.array(getattr(some.data, kind))
   negatives[2, 0, 3] = some.dataset.sequence(2)[0]
-  broken = dataclasses.replace(some, data=some.data._replace(
-      **{kind: jnp.asarray(negatives)}))
+  broken = dataclasses.replace(
+    some, data=some.data._replace(**{kind: jnp.asarray(negatives)})
+  )
   check = audit.evaluation_negatives(broken)
   assert not check.passed and '1 consumed by it' in check.found
 
 
 def test_a_test_item_that_validation_leaves_out_is_found(monkeypatch):
   some = simulation_lib.build(  # enough clients to tell chance from rule
-      small.config(sampled_negatives=25, experts='none'),
-      small.dataset(num_users=40)).with_popular_negatives()
+    small.config(sampled_negatives=25, experts='none'),
+    small.dataset(num_users=40),
+  ).with_popular_negatives()
   assert audit.validation_candidates(some).passed
   # As it was once: what the test excludes, validation excluded too.
   negatives = some.data.sampled_negatives
-  check = audit.validation_candidates(dataclasses.replace(
-      some, data=some.data._replace(
-          sampled_negatives=negatives.at[:, 0].set(negatives[:, 1]))))
+  check = audit.validation_candidates(
+    dataclasses.replace(
+      some,
+      data=some.data._replace(
+        sampled_negatives=negatives.at[:, 0].set(negatives[:, 1])
+      ),
+    )
+  )
   assert not check.passed and ' 0 have it among the uniform' in check.found
   rank_client = ranking.rank_client
 
   def whole_history(scores, client, target_at):
     found = rank_client(scores, client, client.num_items - 1)
     return found._replace(
-        sampled=rank_client(scores, client, target_at).sampled)
+      sampled=rank_client(scores, client, target_at).sampled
+    )
+
   monkeypatch.setattr(ranking, 'rank_client', whole_history)
   check = audit.validation_candidates(some)
   assert not check.passed and ' 41 have a test item that is no' in check.found
@@ -131,7 +169,7 @@ def test_exchanging_changes_held_out_items_alone():
   same = dataset.items == other.items
   np.testing.assert_array_equal(same, dataset.is_train)
   for client in range(dataset.num_clients):
-    new = other.sequence(client)[dataset.num_train[client]:]
+    new = other.sequence(client)[dataset.num_train[client] :]
     assert not set(new) & set(dataset.sequence(client))
 
 
@@ -140,7 +178,8 @@ def test_the_canary_sings_with_the_leak_alone():
   assert clean.passed
   assert audit.hit_rate(figures.leaky) > audit.hit_rate(figures.clean) + 0.2
   leaky, _ = audit.canary(
-      simulation(sampled_negatives=25, leaky_negatives=True))
+    simulation(sampled_negatives=25, leaky_negatives=True)
+  )
   assert not leaky.passed
 
 
@@ -153,14 +192,25 @@ def test_the_first_rounds_with_and_without_the_leak():
 def test_a_diverged_run_is_an_error_and_not_clean():
   # Of NaN in both, every bit could be the same.
   with pytest.raises(UserError, match='round 1: .*diverged; start anew'):
-    audit.trained_rounds(simulation(
-        client_optimizer='sgd', client_learning_rate=1e30), 2)
+    audit.trained_rounds(
+      simulation(client_optimizer='sgd', client_learning_rate=1e30), 2
+    )
 
 
 def test_from_the_shell(ml_1m):
-  out, _ = run('audit', *TINY, f'--data_dir={ml_1m}', '--rounds=1',
-               '--experts=none', '--leaky_negatives', '--json', status=1)
+  out, _ = run(
+    'audit',
+    *TINY,
+    f'--data_dir={ml_1m}',
+    '--rounds=1',
+    '--experts=none',
+    '--leaky_negatives',
+    '--json',
+    status=1,
+  )
   told = json.loads(out)
   assert {c['name'] for c in told['checks'] if not c['passed']} >= {
-      'training negatives', 'catalogue filter'}
+    'training negatives',
+    'catalogue filter',
+  }
   assert set(told['test']['1 rounds']) == {'popularity', 'clean', 'leaky'}

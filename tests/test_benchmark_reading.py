@@ -5,12 +5,22 @@ import pytest
 from experiments import benchmark_reading
 from fedmmr_jax.data import formats
 
-FORMATS = ['ml-1m', 'ml-latest', 'ml-100k', 'recbole', 'amazon-ratings',
-           'amazon-reviews', 'sasrec', 'sequences', 'parquet']
+FORMATS = [
+  'ml-1m',
+  'ml-latest',
+  'ml-100k',
+  'recbole',
+  'amazon-ratings',
+  'amazon-reviews',
+  'sasrec',
+  'sequences',
+  'parquet',
+]
 
 
-@pytest.mark.parametrize('name, expected', list(zip(
-    benchmark_reading._WRITERS, FORMATS, strict=True)))
+@pytest.mark.parametrize(
+  'name, expected', list(zip(benchmark_reading._WRITERS, FORMATS, strict=True))
+)
 def test_every_file_is_of_its_format_and_whole(name, expected, tmp_path):
   table = benchmark_reading._interactions(2000)
   benchmark_reading._WRITERS[name](tmp_path / name, table)

@@ -17,8 +17,10 @@ def test_interval_is_that_of_the_normal_approximation():
   error = difference.std() / 20
   assert found.mean == difference.mean()
   np.testing.assert_allclose(
-      [found.low, found.high],
-      difference.mean() + np.array([-1.96, 1.96]) * error, atol=0.1 * error)
+    [found.low, found.high],
+    difference.mean() + np.array([-1.96, 1.96]) * error,
+    atol=0.1 * error,
+  )
 
 
 def test_pairing_takes_the_common_part_out():

@@ -18,20 +18,25 @@ from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
 from tests import small
 
 VARIANTS = {
-    # Moments of two types, a count among them, and nested by group.
-    'muon': dict(server_optimizer='fedmuon', server_learning_rate=0.01),
-    'scaffold': dict(drift_control='scaffold', client_optimizer='sgd'),
-    # Its prototypes have width 0, which Orbax does not save.
-    'no experts': dict(experts='none')}
+  # Moments of two types, a count among them, and nested by group.
+  'muon': dict(server_optimizer='fedmuon', server_learning_rate=0.01),
+  'scaffold': dict(drift_control='scaffold', client_optimizer='sgd'),
+  # Its prototypes have width 0, which Orbax does not save.
+  'no experts': dict(experts='none'),
+}
 
 
 def numbered(tree):
   """The tree with entries that all differ, so that a mix-up shows."""
   leaves, structure = jax.tree.flatten(tree)
   start = np.cumsum([0] + [x.size for x in leaves])
-  return jax.tree.unflatten(structure, [
+  return jax.tree.unflatten(
+    structure,
+    [
       (first + jnp.arange(x.size)).reshape(x.shape).astype(x.dtype)
-      for first, x in zip(start, leaves)])
+      for first, x in zip(start, leaves)
+    ],
+  )
 
 
 def checkpoint(**changes) -> Checkpoint:
@@ -42,7 +47,8 @@ def checkpoint(**changes) -> Checkpoint:
 def save(folder, *numbers, best_round=0, saved=None, **keep) -> Rounds:
   rounds = Rounds(folder, create=True)
   saved = saved or Checkpoint(
-      checkpoint().state, Progress(jnp.int32(best_round), jnp.float32(0.5)))
+    checkpoint().state, Progress(jnp.int32(best_round), jnp.float32(0.5))
+  )
   with Saver(rounds, CheckpointConfig(**keep)) as saver:
     for number in numbers:
       saver.save(number, saved, {'round': number, 'loss': None}, 1.5)
@@ -57,11 +63,14 @@ def test_round_trip(tmp_path, changes):
   loaded = rounds.load(3, like)
   small.assert_trees_equal(loaded, saved)
   assert jax.tree.structure(loaded) == jax.tree.structure(saved)
-  assert all(a.dtype == b.dtype for a, b in zip(
-      jax.tree.leaves(loaded), jax.tree.leaves(saved)))
+  assert all(
+    a.dtype == b.dtype
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved))
+  )
   small.assert_trees_equal(
-      rounds.load_as_saved(3)['state']['server']['params'],
-      saved.state.server.params)
+    rounds.load_as_saved(3)['state']['server']['params'],
+    saved.state.server.params,
+  )
   metadata = rounds.metadata(3)
   assert metadata['record'] == {'round': 3, 'loss': None}
   assert metadata['wall_seconds'] == 1.5 and metadata['best_round'] == 3
@@ -76,23 +85,29 @@ def test_what_is_saved_may_be_donated(tmp_path):
   saved = checkpoint()
   expected = small.copy(saved)
   rounds = Rounds(tmp_path, create=True)
-  spend = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree),
-                  donate_argnums=0)
+  spend = jax.jit(
+    lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0
+  )
   with Saver(rounds, CheckpointConfig()) as saver:
     saver.save(1, saved, {}, 0.0)
     jax.block_until_ready(spend(saved))
   small.assert_trees_equal(rounds.load(1, expected), expected)
 
 
-@pytest.mark.parametrize('keep, expected', [
+@pytest.mark.parametrize(
+  'keep, expected',
+  [
     (dict(keep_last=0), [1, 2, 3, 4, 5, 6, 7]),
     (dict(keep_last=2, keep_every=0), [1, 6, 7]),
-    (dict(keep_last=1, keep_every=3), [1, 3, 6, 7])])
+    (dict(keep_last=1, keep_every=3), [1, 3, 6, 7]),
+  ],
+)
 def test_the_last_every_mth_and_the_best_stay(tmp_path, keep, expected):
   rounds = save(tmp_path, *range(1, 8), best_round=1, **keep)
   assert rounds.numbers() == expected
   assert sorted(p.name for p in rounds.folder.iterdir()) == sorted(
-      map(str, expected))
+    map(str, expected)
+  )
 
 
 def test_the_best_of_a_round_to_go_on_from_stays_too(tmp_path):
@@ -106,21 +121,25 @@ def test_the_best_of_a_round_to_go_on_from_stays_too(tmp_path):
 
 
 def test_another_optimizer_state_is_refused(tmp_path):
-  rounds = save(tmp_path, 1, saved=checkpoint(
-      server_optimizer='fedadam', server_learning_rate=0.01))
+  rounds = save(
+    tmp_path,
+    1,
+    saved=checkpoint(server_optimizer='fedadam', server_learning_rate=0.01),
+  )
   with pytest.raises(UserError, match='server optimizer has another state'):
-    rounds.load(1, checkpoint(
-        server_optimizer='fedyogi', server_learning_rate=0.01)._replace(
-            progress=Progress.start())._replace(state=checkpoint(
-                server_optimizer='fedavgm').state))
+    rounds.load(
+      1,
+      checkpoint(server_optimizer='fedyogi', server_learning_rate=0.01)
+      ._replace(progress=Progress.start())
+      ._replace(state=checkpoint(server_optimizer='fedavgm').state),
+    )
 
 
 def test_damage_in_any_file_is_found_and_named(tmp_path):
   rounds = save(tmp_path, 1)
   like = checkpoint()
   path = rounds.path(1)
-  files = [file for file in checksums.files(path)
-           if file.stat().st_size]
+  files = [file for file in checksums.files(path) if file.stat().st_size]
   assert len(files) > 5
   for file in files:
     content = file.read_bytes()
@@ -132,9 +151,11 @@ def test_damage_in_any_file_is_found_and_named(tmp_path):
         file.unlink()
       else:
         file.write_bytes(damaged)
-      for read in (lambda: rounds.load(1, like),
-                   lambda: rounds.load_as_saved(1),
-                   lambda: rounds.metadata(1)):
+      for read in (
+        lambda: rounds.load(1, like),
+        lambda: rounds.load_as_saved(1),
+        lambda: rounds.metadata(1),
+      ):
         with pytest.raises(UserError) as error:
           read()
         named = file.name in str(error.value)
@@ -153,8 +174,10 @@ def test_another_structure_is_refused(tmp_path):
 
 def test_half_written_steps_are_passed_over(tmp_path):
   rounds = save(tmp_path, 1)
-  half = [rounds.folder / name for name in (
-      '.saving-2', '.saving-2.orbax-checkpoint-tmp')]
+  half = [
+    rounds.folder / name
+    for name in ('.saving-2', '.saving-2.orbax-checkpoint-tmp')
+  ]
   for path in half:
     shutil.copytree(rounds.path(1), path)
   shutil.copytree(rounds.path(1), rounds.folder / '.deleting-0')
@@ -167,8 +190,11 @@ def test_a_failed_save_is_told_and_loses_nothing(tmp_path):
   rounds = save(tmp_path, 1)
   saved = checkpoint()
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  with pytest.raises(UserError, match='rounds/2: cannot be saved .*; round 1 '
-                     'is whole, go on from it with --resume'):
+  with pytest.raises(
+    UserError,
+    match='rounds/2: cannot be saved .*; round 1 '
+    'is whole, go on from it with --resume',
+  ):
     with Saver(rounds, CheckpointConfig()) as saver:
       resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
       try:
@@ -181,7 +207,7 @@ def test_a_failed_save_is_told_and_loses_nothing(tmp_path):
 
 
 def test_saved_from_several_devices_opens_on_one(tmp_path):
-  code = f'''
+  code = f"""
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from tests import test_checkpoint
@@ -196,13 +222,17 @@ saved = jax.tree.map(spread, saved)
 assert len(saved.state.server.params['backbone']['position_embedding']
            .addressable_shards) == 2
 test_checkpoint.save({str(tmp_path)!r}, 1, saved=saved)
-'''
-  subprocess.run([sys.executable, '-c', code], check=True,
-                 env=os.environ | {'JAX_NUM_CPU_DEVICES': '2'})
+"""
+  subprocess.run(
+    [sys.executable, '-c', code],
+    check=True,
+    env=os.environ | {'JAX_NUM_CPU_DEVICES': '2'},
+  )
   assert len(jax.devices()) == 1
   expected = checkpoint()
   rounds = Rounds(tmp_path)
   small.assert_trees_equal(rounds.load(1, expected), expected)
   small.assert_trees_equal(
-      rounds.load_as_saved(1)['state']['memories'],
-      expected.state.memories._asdict())
+    rounds.load_as_saved(1)['state']['memories'],
+    expected.state.memories._asdict(),
+  )

@@ -12,18 +12,32 @@ from pyarrow import csv
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PRESETS = ROOT / 'experiments' / 'presets'
-TINY = ('--dataset=ml-1m', '--num_rounds=2', '--hidden_dim=16',
-        '--num_blocks=1', '--num_heads=2', '--semantic_heads=2',
-        '--max_seq_len=5', '--batch_size=4', '--num_negatives=3',
-        '--sampled_negatives=5', '--client_fraction=0.5',
-        '--memory_capacity=6', '--retrieval_size=3')
+TINY = (
+  '--dataset=ml-1m',
+  '--num_rounds=2',
+  '--hidden_dim=16',
+  '--num_blocks=1',
+  '--num_heads=2',
+  '--semantic_heads=2',
+  '--max_seq_len=5',
+  '--batch_size=4',
+  '--num_negatives=3',
+  '--sampled_negatives=5',
+  '--client_fraction=0.5',
+  '--memory_capacity=6',
+  '--retrieval_size=3',
+)
 
 
 def run(binary, *flags, status=0):
   """Runs a binary; returns (stdout, stderr)."""
   done = subprocess.run(
-      [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)],
-      cwd=ROOT, capture_output=True, text=True, check=False)
+    [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == status, done.stdout + done.stderr
   return done.stdout, done.stderr
 
@@ -42,17 +56,25 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   assert 'coverage 27 of 27' in out
   assert 'no gate stands before the experts' in out
   assert 'round 2/2' in out and 'test, full' in out
-  for name in ('config.json', 'metrics.jsonl', 'summary.json', 'report.html',
-               'rounds/1', 'rounds/2'):
+  for name in (
+    'config.json',
+    'metrics.jsonl',
+    'summary.json',
+    'report.html',
+    'rounds/1',
+    'rounds/2',
+  ):
     assert (workdir / name).exists(), name
 
   # Without --resume the folder is refused, with it nothing is left to do.
   before = {p.name: p.read_bytes() for p in workdir.glob('*.json*')}
   assert 'already holds a run' in refused(
-      *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')
+    *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}'
+  )
   assert before == {p.name: p.read_bytes() for p in workdir.glob('*.json*')}
   assert '--num_negatives=3, not 4' in refused(
-      f'--workdir={workdir}', '--resume', '--num_negatives=4')
+    f'--workdir={workdir}', '--resume', '--num_negatives=4'
+  )
   # A run is continued with its own settings: none need be repeated, and one
   # that the version which began it did not know has its default.
   started = json.loads((workdir / 'config.json').read_text())
@@ -64,36 +86,52 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   # evaluate repeats the summary's numbers.
   summary = json.loads((workdir / 'summary.json').read_text())
   table = tmp_path / 'users.csv'
-  out, _ = run('evaluate', f'--workdir={workdir}', '--json', '--slices',
-               f'--per_user={table}', f'--compare={workdir}/rounds/1')
+  out, _ = run(
+    'evaluate',
+    f'--workdir={workdir}',
+    '--json',
+    '--slices',
+    f'--per_user={table}',
+    f'--compare={workdir}/rounds/1',
+  )
   told = json.loads(out)
   assert {p: told['test'][p] for p in ('sampled', 'full')} == summary['test']
   rows = csv.read_csv(table)
   assert rows.num_rows == 6
   assert np.mean(rows['full/MRR'].to_numpy()) == pytest.approx(
-      summary['test']['full']['MRR'])
+    summary['test']['full']['MRR']
+  )
   for parts in told['slices'].values():
     assert sum(part['users'] for part in parts.values()) == 6
   difference = told['difference']['full']['MRR']
   assert difference['low'] <= difference['mean'] <= difference['high']
-  out, _ = run('evaluate', f'--workdir={workdir}', '--metrics=recbole',
-               '--protocol=full')
+  out, _ = run(
+    'evaluate', f'--workdir={workdir}', '--metrics=recbole', '--protocol=full'
+  )
   assert 'precision@10' in out and 'sampled' not in out
   assert '--per_user=x.txt: end it in' in refused(
-      f'--workdir={workdir}', '--per_user=x.txt', binary='evaluate')
-  blind, _ = run('evaluate', f'--workdir={workdir}', '--json',
-                 '--features=zeroed', f'--compare={workdir}',
-                 '--metrics=recbole')
+    f'--workdir={workdir}', '--per_user=x.txt', binary='evaluate'
+  )
+  blind, _ = run(
+    'evaluate',
+    f'--workdir={workdir}',
+    '--json',
+    '--features=zeroed',
+    f'--compare={workdir}',
+    '--metrics=recbole',
+  )
   blind = json.loads(blind)
   ndcg = summary['test']['full']['NDCG@10']
   assert blind['test']['full']['ndcg@10'] != ndcg
   # Compared with the run as it was trained, by the metrics asked for.
   assert blind['difference']['full']['ndcg@10']['mean'] == pytest.approx(
-      blind['test']['full']['ndcg@10'] - ndcg)
+    blind['test']['full']['ndcg@10'] - ndcg
+  )
   assert blind['difference']['to'].endswith(', features as trained')
   out, _ = run('evaluate', f'--workdir={workdir}', '--json', '--eval_clients=1')
   assert set(json.loads(out)['test']['full'].values()) != set(
-      summary['test']['full'].values())
+    summary['test']['full'].values()
+  )
 
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'list')
   assert '<- best' in out
@@ -101,15 +139,29 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   assert 'visual_expert/query/kernel' in out and '8 x 8' in out
   # Into a pipe that nobody reads any more, as of head or less.
   piped = subprocess.run(
-      f'{sys.executable} -m experiments.inspect_checkpoint '
-      f'--workdir={workdir} show last | true', cwd=ROOT, shell=True,
-      capture_output=True, text=True, check=True)
+    f'{sys.executable} -m experiments.inspect_checkpoint '
+    f'--workdir={workdir} show last | true',
+    cwd=ROOT,
+    shell=True,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   assert not piped.stderr
-  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--json', '--k=4',
-               'recommend', 'best', '3')
-  consumed = {line.split('::')[1] for line in
-              (ml_1m / 'ratings.dat').read_text().splitlines()
-              if line.startswith('3::')}
+  out, _ = run(
+    'inspect_checkpoint',
+    f'--workdir={workdir}',
+    '--json',
+    '--k=4',
+    'recommend',
+    'best',
+    '3',
+  )
+  consumed = {
+    line.split('::')[1]
+    for line in (ml_1m / 'ratings.dat').read_text().splitlines()
+    if line.startswith('3::')
+  }
   entries = json.loads(out)['entries']
   assert len(entries) == 4
   assert not consumed & {str(e['item_id']) for e in entries}
@@ -119,45 +171,82 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   run('inspect_checkpoint', f'--workdir={workdir}', 'export', 'last', exported)
   with np.load(exported) as arrays:
     assert arrays['visual_expert/query/kernel'].shape == (8, 8)
-  assert 'exists' in refused(f'--workdir={workdir}', 'export', 'last', exported,
-                             binary='inspect_checkpoint')
-  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--json',
-               'diff', '1', '1')
-  assert all(g['distance'] == 0 and abs(g['cosine'] - 1) < 1e-9
-             for g in json.loads(out)['groups'].values())
-  out, _ = run('inspect_checkpoint', f'--workdir={workdir}', '--k=3', 'router',
-               'last')
+  assert 'exists' in refused(
+    f'--workdir={workdir}',
+    'export',
+    'last',
+    exported,
+    binary='inspect_checkpoint',
+  )
+  out, _ = run(
+    'inspect_checkpoint', f'--workdir={workdir}', '--json', 'diff', '1', '1'
+  )
+  assert all(
+    g['distance'] == 0 and abs(g['cosine'] - 1) < 1e-9
+    for g in json.loads(out)['groups'].values()
+  )
+  out, _ = run(
+    'inspect_checkpoint', f'--workdir={workdir}', '--k=3', 'router', 'last'
+  )
   assert 'visual weight' in out and out.count('Amélie') == 6
-  routed = json.loads(run('inspect_checkpoint', f'--workdir={workdir}',
-                          '--json', 'router', 'last')[0])
-  assert sum(b['items'] for b in routed['histogram']) == 27 == len(
-      routed['w_visual'])
+  routed = json.loads(
+    run(
+      'inspect_checkpoint', f'--workdir={workdir}', '--json', 'router', 'last'
+    )[0]
+  )
+  assert (
+    sum(b['items'] for b in routed['histogram'])
+    == 27
+    == len(routed['w_visual'])
+  )
   ordered = [e['w_visual'] for e in routed['most_visual']]
   assert ordered == sorted(ordered, reverse=True)
   out, _ = run(
-      'inspect_checkpoint', f'--workdir={workdir}', '--json', 'show', '1')
+    'inspect_checkpoint', f'--workdir={workdir}', '--json', 'show', '1'
+  )
   shown = json.loads(out)
   assert shown['flags']['num_negatives'] == 3
   assert sum(g['count'] for g in shown['groups'].values()) == sum(
-      p['count'] for p in shown['parameters'])
-  user = next(u for u in range(1, 7) if json.loads(run(
-      'inspect_checkpoint', f'--workdir={workdir}', '--json', 'memory', 'last',
-      u)[0])['entries'])
+    p['count'] for p in shown['parameters']
+  )
+  user = next(
+    u
+    for u in range(1, 7)
+    if json.loads(
+      run(
+        'inspect_checkpoint',
+        f'--workdir={workdir}',
+        '--json',
+        'memory',
+        'last',
+        u,
+      )[0]
+    )['entries']
+  )
   out, _ = run(
-      'inspect_checkpoint', f'--workdir={workdir}', 'memory', 'last', user)
+    'inspect_checkpoint', f'--workdir={workdir}', 'memory', 'last', user
+  )
   assert 'Amélie' in out
-  for words, expected in ((('show', 9), 'no round 9; saved: 1, 2, 3'),
-                          (('memory', 1, 99), "no user '99'"),
-                          (('bogus',), 'unknown command')):
+  for words, expected in (
+    (('show', 9), 'no round 9; saved: 1, 2, 3'),
+    (('memory', 1, 99), "no user '99'"),
+    (('bogus',), 'unknown command'),
+  ):
     assert expected in refused(
-        f'--workdir={workdir}', *words, binary='inspect_checkpoint')
+      f'--workdir={workdir}', *words, binary='inspect_checkpoint'
+    )
 
   # The page again, and over another one.
   (workdir / 'report.html').unlink()
   run('report', workdir)
   assert (workdir / 'report.html').exists()
-  run('report', '--compare', workdir, workdir,
-      f'--output={tmp_path / "both.html"}')
+  run(
+    'report',
+    '--compare',
+    workdir,
+    workdir,
+    f'--output={tmp_path / "both.html"}',
+  )
   assert (tmp_path / 'both.html').exists()
   assert 'name one run folder' in refused(binary='report')
   assert 'no such file' in refused(tmp_path, binary='report')
@@ -168,26 +257,35 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'list')
   assert 'DAMAGED' in out and f'{metadata}: damaged' in out
   assert f'{metadata}: damaged' in refused(
-      f'--workdir={workdir}', 'show', '2', binary='inspect_checkpoint')
+    f'--workdir={workdir}', 'show', '2', binary='inspect_checkpoint'
+  )
   (workdir / 'ids.json').write_text(
-      (workdir / 'ids.json').read_text().replace('Am', 'An', 1))
+    (workdir / 'ids.json').read_text().replace('Am', 'An', 1)
+  )
   assert 'ids.json: damaged or edited' in refused(
-      f'--workdir={workdir}', 'memory', 'last', user,
-      binary='inspect_checkpoint')
+    f'--workdir={workdir}', 'memory', 'last', user, binary='inspect_checkpoint'
+  )
   config = workdir / 'config.json'
-  config.write_text(config.read_text().replace(
-      '"num_negatives": 3', '"num_negatives": 5'))
+  config.write_text(
+    config.read_text().replace('"num_negatives": 3', '"num_negatives": 5')
+  )
   assert 'config.json: damaged or edited' in refused(
-      f'--workdir={workdir}', '--resume')
+    f'--workdir={workdir}', '--resume'
+  )
 
 
 def test_stages_follow_one_another(ml_1m, tmp_path):
   stages, workdir = tmp_path / 'stages.txt', tmp_path / 'staged'
   stages.write_text(
-      'backbone: --experts=none  # alone\n'
-      'alignment: --load=embeddings,backbone --freeze=embeddings,backbone\n')
-  flags = (*TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}',
-           f'--stages={stages}')
+    'backbone: --experts=none  # alone\n'
+    'alignment: --load=embeddings,backbone --freeze=embeddings,backbone\n'
+  )
+  flags = (
+    *TINY,
+    f'--data_dir={ml_1m}',
+    f'--workdir={workdir}',
+    f'--stages={stages}',
+  )
   out, _ = run('train', *flags)
   assert 'stage 2 of 2: alignment' in out
   assert f'warm start from {workdir}/1-backbone/rounds/' in out
@@ -200,23 +298,39 @@ def test_stages_follow_one_another(ml_1m, tmp_path):
   out, _ = run('train', '--resume', f'--workdir={workdir}')
   assert f'finished, in {workdir}/1-backbone' in out
   assert 'round 2/2' not in out and 'test, full' in out
-  for line, message in (('a b: --experts=none', 'a plain word'),
-                        ('a: --expert=none', 'no setting --expert')):
+  for line, message in (
+    ('a b: --experts=none', 'a plain word'),
+    ('a: --expert=none', 'no setting --expert'),
+  ):
     stages.write_text(line)
-    assert message in refused(*TINY, f'--data_dir={ml_1m}',
-                              f'--stages={stages}',
-                              f'--workdir={tmp_path / "other"}')
+    assert message in refused(
+      *TINY,
+      f'--data_dir={ml_1m}',
+      f'--stages={stages}',
+      f'--workdir={tmp_path / "other"}',
+    )
   assert not (tmp_path / 'other').exists()
 
 
 def test_a_full_disk_is_one_line(ml_1m, tmp_path):
-  command = [sys.executable, '-m', 'experiments.train', *TINY,
-             '--num_rounds=3', f'--data_dir={ml_1m}', '--compilation_cache=',
-             f'--workdir={tmp_path / "run"}']
+  command = [
+    sys.executable,
+    '-m',
+    'experiments.train',
+    *TINY,
+    '--num_rounds=3',
+    f'--data_dir={ml_1m}',
+    '--compilation_cache=',
+    f'--workdir={tmp_path / "run"}',
+  ]
   # No file may pass 24 kB: config.json can be written, a round cannot.
   done = subprocess.run(
-      ['bash', '-c', 'ulimit -f 24; exec "$@"', 'bash', *command], cwd=ROOT,
-      capture_output=True, text=True, check=False)
+    ['bash', '-c', 'ulimit -f 24; exec "$@"', 'bash', *command],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 2, done.stdout + done.stderr
   lines = done.stderr.strip().splitlines()
   assert len(lines) == 1 and 'rounds/1: cannot be saved (' in lines[0]
@@ -225,13 +339,23 @@ def test_a_full_disk_is_one_line(ml_1m, tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_round_and_the_run_goes_on(
-    ml_1m, tmp_path, number):
+  ml_1m, tmp_path, number
+):
   workdir = tmp_path / 'run'
-  command = [sys.executable, '-m', 'experiments.train', *TINY,
-             '--num_rounds=100000', '--patience=0', '--eval_every=100000',
-             f'--data_dir={ml_1m}', f'--workdir={workdir}']
-  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE,
-                        stderr=subprocess.PIPE, text=True) as process:
+  command = [
+    sys.executable,
+    '-m',
+    'experiments.train',
+    *TINY,
+    '--num_rounds=100000',
+    '--patience=0',
+    '--eval_every=100000',
+    f'--data_dir={ml_1m}',
+    f'--workdir={workdir}',
+  ]
+  with subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  ) as process:
     for line in process.stdout:
       if line.startswith('round '):
         process.send_signal(number)
@@ -242,8 +366,9 @@ def test_a_signal_stops_after_the_round_and_the_run_goes_on(
   assert f'--resume --workdir={workdir}' in err
   saved = len((workdir / 'metrics.jsonl').read_text().splitlines())
   assert not (workdir / 'summary.json').exists()
-  out, _ = run('train', '--resume', f'--workdir={workdir}',
-               f'--num_rounds={saved + 1}')
+  out, _ = run(
+    'train', '--resume', f'--workdir={workdir}', f'--num_rounds={saved + 1}'
+  )
   assert f'round {saved + 1}/{saved + 1}' in out
 
 
@@ -261,7 +386,8 @@ def test_bad_data_is_refused_and_nothing_is_written(ml_1m, tmp_path):
   good = np.load(ml_1m / 'text_features.npy')
   np.save(ml_1m / 'text_features.npy', good[:-1])
   assert 'text_features.npy: 30 rows, but the data set needs 31' in refused(
-      *flags)
+    *flags
+  )
   bad = good.copy()
   bad[12, 3] = np.nan
   np.save(ml_1m / 'text_features.npy', bad)
@@ -269,10 +395,12 @@ def test_bad_data_is_refused_and_nothing_is_written(ml_1m, tmp_path):
   np.save(ml_1m / 'text_features.npy', good)
 
   assert '--visual_features=nowhere.npy: no such file' in refused(
-      *flags, '--visual_features=nowhere.npy')
+    *flags, '--visual_features=nowhere.npy'
+  )
   # 27 items were consumed by somebody, 9 of them by each user.
   assert 'only 18 unseen items; lower --num_negatives=19' in refused(
-      *flags, '--num_negatives=19')
+    *flags, '--num_negatives=19'
+  )
   assert not workdir.exists()
 
 
@@ -287,36 +415,61 @@ def test_bad_flags_are_refused(tmp_path):
   assert 'unexpected argument' in refused('num_rounds=3')
   assert '--resume needs --workdir' in refused('--resume')
   assert 'no such folder' in refused(
-      f'--workdir={tmp_path}', 'list', binary='inspect_checkpoint')
+    f'--workdir={tmp_path}', 'list', binary='inspect_checkpoint'
+  )
 
 
-@pytest.mark.parametrize('preset', sorted(p.name for p in PRESETS.glob('*.flags')))
+@pytest.mark.parametrize(
+  'preset', sorted(p.name for p in PRESETS.glob('*.flags'))
+)
 def test_presets_are_valid(preset):
   """Every flag of a preset exists and is within its bounds."""
-  code = ('from experiments import app, train; from absl import flags; '
-          'import sys; flags.FLAGS(sys.argv); app.config_from_flags()')
+  code = (
+    'from experiments import app, train; from absl import flags; '
+    'import sys; flags.FLAGS(sys.argv); app.config_from_flags()'
+  )
   subprocess.run(
-      [sys.executable, '-c', code, f'--flagfile={PRESETS / preset}',
-       '--data_dir=somewhere'], cwd=ROOT, check=True)
+    [
+      sys.executable,
+      '-c',
+      code,
+      f'--flagfile={PRESETS / preset}',
+      '--data_dir=somewhere',
+    ],
+    cwd=ROOT,
+    check=True,
+  )
 
 
 def test_benchmark(ml_1m):
-  flags = (*TINY, f'--data_dir={ml_1m}', '--repeats=1', '--catalogues=27,40',
-           '--cohorts=2,1000')
+  flags = (
+    *TINY,
+    f'--data_dir={ml_1m}',
+    '--repeats=1',
+    '--catalogues=27,40',
+    '--cohorts=2,1000',
+  )
   result = json.loads(run('benchmark', *flags, '--json')[0])
   assert result['gemm_gflops'] > 0 and result['peak_rss_mb'] > 0
   assert set(result['round']['seconds']) == {
-      'sampling', 'local_training', 'aggregation', 'evaluation'}
+    'sampling',
+    'local_training',
+    'aggregation',
+    'evaluation',
+  }
   assert 0 <= result['round']['masked_fraction'] < 1
   assert result['loop']['ratio'] > 0
-  assert result['saving']['bytes'] > 1000 and result['saving'][
-      'waited_seconds'] > 0
+  assert (
+    result['saving']['bytes'] > 1000 and result['saving']['waited_seconds'] > 0
+  )
   assert [r['cohort'] for r in result['cohort']] == [2]
   assert [r['items'] for r in result['catalogue']] == [27, 40]
   out, _ = run('benchmark', *flags, '--parts=round')
   assert 'local training' in out and 'items' in out
   assert 'seconds a round' not in out
   assert "--cohorts: 'ten' is not a positive number" in refused(
-      *flags, '--cohorts=10,ten', binary='benchmark')
+    *flags, '--cohorts=10,ten', binary='benchmark'
+  )
   assert '--parts=speed: no such part' in refused(
-      *flags, '--parts=speed', binary='benchmark')
+    *flags, '--parts=speed', binary='benchmark'
+  )

@@ -16,20 +16,23 @@ from tests import small
 def split():
   dataset = small.dataset()
   dataset = dataclasses.replace(
-      dataset, titles=tuple(f'item {i}' for i in dataset.item_ids))
+    dataset, titles=tuple(f'item {i}' for i in dataset.item_ids)
+  )
   return dataset, *cold_lib.hold_out(dataset, 0.2, seed=3)
 
 
 def sequences(dataset):
   """User id -> source ids of its items."""
-  return {int(user): dataset.item_ids[dataset.sequence(k)].tolist()
-          for k, user in enumerate(dataset.user_ids)}
+  return {
+    int(user): dataset.item_ids[dataset.sequence(k)].tolist()
+    for k, user in enumerate(dataset.user_ids)
+  }
 
 
 def test_training_has_no_cold_item_and_all_others(split):
   before, warm, cold, _ = split
   assert warm.num_cold == round(0.2 * before.num_items)
-  cold_ids = set(warm.item_ids[-warm.num_cold:].tolist())
+  cold_ids = set(warm.item_ids[-warm.num_cold :].tolist())
   assert not cold_ids & set(warm.item_ids[warm.items].tolist())
   for user, items in sequences(warm).items():
     kept = [i for i in sequences(before)[user] if i not in cold_ids]
@@ -38,7 +41,7 @@ def test_training_has_no_cold_item_and_all_others(split):
 
 def test_the_target_is_the_latest_cold_item_and_stands_last(split):
   before, warm, cold, _ = split
-  cold_ids = set(warm.item_ids[-warm.num_cold:].tolist())
+  cold_ids = set(warm.item_ids[-warm.num_cold :].tolist())
   evaluated = sequences(cold.dataset)
   for client in cold.clients:
     user = int(cold.dataset.user_ids[client])
@@ -52,7 +55,8 @@ def test_rows_keep_their_features_and_titles(split):
   row_before = {i: r for r, i in enumerate(before.item_ids.tolist())}
   for row, item in enumerate(warm.item_ids.tolist()):
     np.testing.assert_array_equal(
-        warm.visual[row], before.visual[row_before[item]])
+      warm.visual[row], before.visual[row_before[item]]
+    )
     assert warm.titles[row] == f'item {item}'
 
 
@@ -71,16 +75,15 @@ def test_nothing_held_out_is_refused():
 
 def test_cold_rows_are_never_trained_and_can_be_ranked(split):
   _, warm, cold, _ = split
-  config = small.config(num_negatives=10, client_fraction=1.0,
-                        weight_decay=0.0)
+  config = small.config(num_negatives=10, client_fraction=1.0, weight_decay=0.0)
   simulation = simulation_lib.build(config, warm, cold)
   start = simulation.init_state()
   before = np.asarray(start.server.params['item_embedding']).copy()
   state, _ = simulation.run_round(start, 1, simulation.sample_cohort(1))
   after = np.asarray(state.server.params['item_embedding'])
   moved = np.abs(after - before).max(axis=1) > 0
-  assert moved[1:-warm.num_cold].mean() > 0.9
-  assert not moved[-warm.num_cold:].any()
+  assert moved[1 : -warm.num_cold].mean() > 0.9
+  assert not moved[-warm.num_cold :].any()
   metrics, ranks = simulation.evaluate(state, 'cold')
   assert len(ranks.full) == len(cold.clients)
   assert 0 <= metrics['sampled']['HR@10'] <= 1
@@ -88,7 +91,8 @@ def test_cold_rows_are_never_trained_and_can_be_ranked(split):
   simulation_test = simulation.evaluate(state, 'test')[1]
   assert simulation_test.full.max() <= warm.num_items - warm.num_cold
   assert np.asarray(simulation.data.sampled_negatives).max() < (
-      warm.num_rows - warm.num_cold)
+    warm.num_rows - warm.num_cold
+  )
   # A client gets new items recommended, but not those that it consumed.
   for client in cold.clients[:3]:
     items, _ = simulation.recommend(state, client, warm.num_rows)

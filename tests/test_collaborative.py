@@ -24,8 +24,10 @@ def test_a_sketch_is_the_gram_matrix_times_the_probe():
   probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 7))
   clients = np.array([1, 4, 6])
   np.testing.assert_allclose(
-      collaborative.sketch(dataset, clients, probe),
-      gram(dataset, clients) @ probe, atol=1e-9)
+    collaborative.sketch(dataset, clients, probe),
+    gram(dataset, clients) @ probe,
+    atol=1e-9,
+  )
 
 
 def test_factors_are_the_leading_eigenvectors():
@@ -33,13 +35,13 @@ def test_factors_are_the_leading_eigenvectors():
   clients = np.arange(dataset.num_clients)
   probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 20))
   got = collaborative.factors(
-      collaborative.sketch(dataset, clients, probe), probe, 3)
+    collaborative.sketch(dataset, clients, probe), probe, 3
+  )
   values, vectors = np.linalg.eigh(gram(dataset, clients))
   assert values[-4] < values[-3]  # the first three are a subspace of their own
   cosine = (got / np.linalg.norm(got, axis=0)).T @ vectors[:, ::-1][:, :3]
   np.testing.assert_allclose(np.abs(cosine), np.eye(3), atol=1e-4)
-  used = np.unique(np.concatenate(
-      [dataset.sequence(c)[:-2] for c in clients]))
+  used = np.unique(np.concatenate([dataset.sequence(c)[:-2] for c in clients]))
   assert not np.delete(got, used, axis=0).any()
   np.testing.assert_allclose((got[used] ** 2).sum(1).mean(), 1, rtol=1e-4)
 
@@ -49,7 +51,8 @@ def test_more_directions_than_there_are_clients_are_zero():
   clients = np.arange(dataset.num_clients)  # 3: G has rank 3
   probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 12))
   got = collaborative.factors(
-      collaborative.sketch(dataset, clients, probe), probe, 6)
+    collaborative.sketch(dataset, clients, probe), probe, 6
+  )
   assert got[:, :3].any(axis=0).all() and not got[:, 3:].any()
 
 
@@ -65,15 +68,22 @@ def test_it_takes_the_last_directions_of_the_content():
 def test_seeds_share_it_and_it_needs_no_features():
   dataset = small.dataset()
   dataset = dataclasses.replace(
-      dataset, visual=dataset.visual[:, :0], text=dataset.text[:, :0])
-  contents = [simulation_lib.build(small.config(
-      item_embedding='content_plus_id', collaborative_dim=4, seed=seed),
-      dataset).catalogue.content for seed in (0, 1)]
+    dataset, visual=dataset.visual[:, :0], text=dataset.text[:, :0]
+  )
+  contents = [
+    simulation_lib.build(
+      small.config(
+        item_embedding='content_plus_id', collaborative_dim=4, seed=seed
+      ),
+      dataset,
+    ).catalogue.content
+    for seed in (0, 1)
+  ]
   np.testing.assert_array_equal(*contents)
   assert contents[0].any()
 
 
 def test_more_directions_than_an_embedding_has_are_refused():
   assert '--collaborative_dim=32 exceeds --hidden_dim=16' in small.error_of(
-      lambda: small.config(
-          collaborative_dim=32, item_embedding='content_init'))
+    lambda: small.config(collaborative_dim=32, item_embedding='content_init')
+  )

@@ -46,7 +46,12 @@ def test_field_names_are_unique_across_groups():
 def test_every_field_has_help(field):
   assert len(field.metadata['help']) >= 5
   assert set(field.metadata) <= {
-      'help', 'choices', 'names', 'minimum', 'maximum'}
+    'help',
+    'choices',
+    'names',
+    'minimum',
+    'maximum',
+  }
 
 
 @pytest.mark.parametrize('field', FIELDS, ids=lambda f: f.name)
@@ -55,14 +60,25 @@ def test_type_of_the_default_is_the_annotated_one(field):
 
 
 def test_walk_names_the_group_of_each_field():
-  groups = {f.name: (group, value)
-            for group, f, value in walk_fields(config(num_rounds=7))}
+  groups = {
+    f.name: (group, value)
+    for group, f, value in walk_fields(config(num_rounds=7))
+  }
   assert groups['seed'] == ('', 0)
   assert groups['num_rounds'] == ('server', 7)
   assert groups['dataset'] == ('data', 'synthetic')
   assert {g for g, _ in groups.values()} == {
-      '', 'data', 'model', 'loss', 'memory', 'client', 'server', 'evaluation',
-      'start', 'checkpoints'}
+    '',
+    'data',
+    'model',
+    'loss',
+    'memory',
+    'client',
+    'server',
+    'evaluation',
+    'start',
+    'checkpoints',
+  }
 
 
 def test_flat_round_trip_of_the_defaults():
@@ -75,7 +91,8 @@ def test_flat_round_trip_of_everything_changed():
   changed = config(**values)
   assert changed.as_flat_dict() == values
   for (_, field, value), (_, _, default) in zip(
-      walk_fields(changed), walk_fields(RunConfig())):
+    walk_fields(changed), walk_fields(RunConfig())
+  ):
     assert value == values[field.name] != default
   assert config(**changed.as_flat_dict()) == changed
 
@@ -111,16 +128,24 @@ def test_every_choice_is_accepted(field):
   for choice in field.metadata['choices']:
     # Of the client optimizers only sgd goes with all of drift control.
     # A date goes with one of the splits, and must.
-    config(**{'data_dir': 'folder', 'client_optimizer': 'sgd',
-              'test_from': '2000-01-01' * (choice == 'timeline'),
-              field.name: choice}).validate()
+    config(
+      **{
+        'data_dir': 'folder',
+        'client_optimizer': 'sgd',
+        'test_from': '2000-01-01' * (choice == 'timeline'),
+        field.name: choice,
+      }
+    ).validate()
 
 
 @pytest.mark.parametrize('field', having('minimum'))
 def test_below_the_minimum(field):
   minimum = field.metadata['minimum']
-  below = (minimum - 1 if isinstance(minimum, int)
-           else math.nextafter(minimum, -math.inf))
+  below = (
+    minimum - 1
+    if isinstance(minimum, int)
+    else math.nextafter(minimum, -math.inf)
+  )
   for value in (below, -math.inf):
     with refused(field.name, value, 'is below its minimum'):
       config(**{field.name: value}).validate()
@@ -134,7 +159,9 @@ def test_above_the_maximum(field):
       config(**{field.name: value}).validate()
 
 
-@pytest.mark.parametrize('name, value, side', [
+@pytest.mark.parametrize(
+  'name, value, side',
+  [
     ('seed', -1, 'below'),
     ('synthetic_items', 39, 'below'),
     ('num_blocks', 0, 'below'),
@@ -146,7 +173,8 @@ def test_above_the_maximum(field):
     ('client_fraction', 1.01, 'above'),
     ('server_momentum', 1.0, 'above'),
     ('patience', -1, 'below'),
-])
+  ],
+)
 def test_bounds_by_hand(name, value, side):
   with refused(name, value, f'is {side} its m'):
     config(**{name: value}).validate()
@@ -154,10 +182,16 @@ def test_bounds_by_hand(name, value, side):
 
 def test_every_number_but_these_is_bounded():
   unbounded = {
-      f.name for f in FIELDS if type(f.default) in (int, float)
-      and 'minimum' not in f.metadata}
-  assert unbounded == {'gating_init', 'surprise_threshold', 'recency_weight',
-                       'frequency_weight'}
+    f.name
+    for f in FIELDS
+    if type(f.default) in (int, float) and 'minimum' not in f.metadata
+  }
+  assert unbounded == {
+    'gating_init',
+    'surprise_threshold',
+    'recency_weight',
+    'frequency_weight',
+  }
 
 
 @pytest.mark.parametrize('key', ['minimum', 'maximum'])
@@ -170,8 +204,9 @@ def test_the_bounds_themselves_are_accepted(key):
 
 
 @pytest.mark.parametrize(
-    'field', [pytest.param(f, id=f.name) for f in FIELDS
-              if isinstance(f.default, float)])
+  'field',
+  [pytest.param(f, id=f.name) for f in FIELDS if isinstance(f.default, float)],
+)
 def test_nan_is_refused(field):
   with refused(field.name, 'nan'):
     config(**{field.name: math.nan}).validate()
@@ -180,7 +215,8 @@ def test_nan_is_refused(field):
 @pytest.mark.parametrize('heads', ['num_heads', 'semantic_heads'])
 def test_heads_must_divide_the_width(heads):
   with pytest.raises(
-      UserError, match=f'^--hidden_dim=128 is not a multiple of --{heads}=3'):
+    UserError, match=f'^--hidden_dim=128 is not a multiple of --{heads}=3'
+  ):
     config(**{heads: 3}).validate()
   config(**{heads: 3}, hidden_dim=24).validate()
 
@@ -188,7 +224,8 @@ def test_heads_must_divide_the_width(heads):
 def test_retrieval_must_fit_the_memory():
   config(retrieval_size=20, memory_capacity=20).validate()
   with pytest.raises(
-      UserError, match='^--retrieval_size=20 exceeds --memory_capacity=19'):
+    UserError, match='^--retrieval_size=20 exceeds --memory_capacity=19'
+  ):
     config(retrieval_size=20, memory_capacity=19).validate()
 
 

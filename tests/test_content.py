@@ -27,7 +27,7 @@ def features(rows=40, seed=0):
 def test_components_by_hand():
   # One direction, centred at 2: -1, 1 -> length 1 each; the sign is chosen so
   # that the largest entry is positive.
-  visual = np.array([[0.], [1.], [3.]], np.float32)
+  visual = np.array([[0.0], [1.0], [3.0]], np.float32)
   got = content.components([visual, np.zeros((3, 0), np.float32)], 2)
   np.testing.assert_allclose(got[:, 1], 0)
   np.testing.assert_allclose(np.abs(got[:, 0]), [0, 1, 1])
@@ -39,33 +39,44 @@ def test_components_keep_the_geometry_of_the_features():
   got = content.components([visual, text], 16)
   assert got.shape == (40, 16) and got.dtype == np.float32
   assert not got[0].any()
-  np.testing.assert_allclose(
-      np.mean((got[1:] ** 2).sum(1)), 1, rtol=1e-5)
+  np.testing.assert_allclose(np.mean((got[1:] ** 2).sum(1)), 1, rtol=1e-5)
   # All of the variance is in the shared directions and the two that tell
   # which modality is missing.
   assert not got[:, 9:].any() or np.abs(got[:, 9:]).max() < 1e-4
   # Scale and offset of a modality do not matter.
   moved = np.where(visual.any(1, keepdims=True), visual * 7 + 3, 0)
   np.testing.assert_allclose(
-      np.abs(content.components([moved, text], 16)), np.abs(got),
-      rtol=1e-3, atol=1e-4)
+    np.abs(content.components([moved, text], 16)),
+    np.abs(got),
+    rtol=1e-3,
+    atol=1e-4,
+  )
 
 
 @pytest.mark.parametrize('kind', ['visual', 'text'])
 def test_one_modality_is_enough(kind):
   visual, text = features()
   empty = np.zeros((40, 0), np.float32)
-  got = content.components([visual if kind == 'visual' else empty,
-                            text if kind == 'text' else empty], 4)
+  got = content.components(
+    [visual if kind == 'visual' else empty, text if kind == 'text' else empty],
+    4,
+  )
   assert got[1:].any() and np.isfinite(got).all()
 
 
 def embeddings(**changes):
   simulation = small.simulation(**changes)
   state = simulation.init_state()
-  return simulation, state, simulation.model.apply(
-      {'params': state.server.params}, jnp.arange(simulation.model.num_rows),
-      simulation.catalogue, method='embed')
+  return (
+    simulation,
+    state,
+    simulation.model.apply(
+      {'params': state.server.params},
+      jnp.arange(simulation.model.num_rows),
+      simulation.catalogue,
+      method='embed',
+    ),
+  )
 
 
 def test_both_forms_start_from_the_same_embeddings():
@@ -76,8 +87,9 @@ def test_both_forms_start_from_the_same_embeddings():
   std = simulation.config.model.embedding_init_std
   np.testing.assert_allclose(jnp.std(init[1:]), std, rtol=0.1)
   cosine = jnp.sum(init * simulation.catalogue.content, -1) / (
-      jnp.linalg.norm(init, axis=-1)
-      * jnp.linalg.norm(simulation.catalogue.content, axis=-1))
+    jnp.linalg.norm(init, axis=-1)
+    * jnp.linalg.norm(simulation.catalogue.content, axis=-1)
+  )
   assert jnp.nanmedian(cosine) > 0.9
 
 
@@ -88,20 +100,30 @@ def test_id_looks_at_no_content():
 
 @pytest.mark.parametrize('vocabulary', ['dense', 'local'])
 def test_items_nobody_looked_at_move_with_their_content(vocabulary):
-  changes = dict(item_embedding='content_plus_id', vocabulary=vocabulary,
-                 objective='all_positions', negatives='shared',
-                 num_negatives=2, batch_size=1, client_fraction=0.1,
-                 weight_decay=0.0, client_optimizer='sgd')
+  changes = dict(
+    item_embedding='content_plus_id',
+    vocabulary=vocabulary,
+    objective='all_positions',
+    negatives='shared',
+    num_negatives=2,
+    batch_size=1,
+    client_fraction=0.1,
+    weight_decay=0.0,
+    client_optimizer='sgd',
+  )
   simulation, before, old = embeddings(**changes)
   start = np.asarray(before.server.params['item_embedding'])
-  after, means = simulation.run_round(
-      before, 1, simulation.sample_cohort(1))
+  after, means = simulation.run_round(before, 1, simulation.sample_cohort(1))
   assert np.isfinite(means['loss'])
   new = simulation.model.apply(
-      {'params': after.server.params}, jnp.arange(simulation.model.num_rows),
-      simulation.catalogue, method='embed')
+    {'params': after.server.params},
+    jnp.arange(simulation.model.num_rows),
+    simulation.catalogue,
+    method='embed',
+  )
   same_row = np.all(
-      np.asarray(after.server.params['item_embedding']) == start, axis=1)
+    np.asarray(after.server.params['item_embedding']) == start, axis=1
+  )
   assert same_row[1:].any()
   cold = same_row & np.asarray(simulation.catalogue.content).any(1)
   assert np.any(np.asarray(new)[cold] != np.asarray(old)[cold], axis=1).all()
@@ -111,7 +133,8 @@ def test_items_nobody_looked_at_move_with_their_content(vocabulary):
 def test_content_needs_features():
   dataset = small.dataset()
   dataset = dataclasses.replace(
-      dataset, visual=dataset.visual[:, :0], text=dataset.text[:, :0])
+    dataset, visual=dataset.visual[:, :0], text=dataset.text[:, :0]
+  )
   with pytest.raises(UserError, match='content_init needs item features'):
     simulation_lib.build(small.config(item_embedding='content_init'), dataset)
 
@@ -122,8 +145,9 @@ def test_the_noise_of_the_table_is_nobody_elses():
   simulation = small.simulation()
   table = simulation.init_state().server.params['item_embedding']
   std = simulation.config.model.embedding_init_std
-  noise = np.asarray(content.initial_table(
-      key, jnp.zeros(table.shape), std, plus_id=True))
+  noise = np.asarray(
+    content.initial_table(key, jnp.zeros(table.shape), std, plus_id=True)
+  )
   assert noise[1:].std() == pytest.approx(std, rel=0.1)
   # 57 x 16 numbers: the correlation of independent ones is about 0.03.
   assert abs(np.corrcoef(noise[1:].ravel(), table[1:].ravel())[0, 1]) < 0.15

@@ -9,10 +9,14 @@ from fedmmr_jax.evaluation import corrected
 def test_probabilities_by_hand():
   # 3 candidates, 2 drawn: of the r that are as good as the target …
   ranks = np.arange(4)
-  np.testing.assert_allclose(corrected.hypergeometric(ranks, 3, 2), [
-      [1, 0, 0], [1 / 3, 2 / 3, 0], [0, 2 / 3, 1 / 3], [0, 0, 1]], atol=1e-12)
   np.testing.assert_allclose(
-      corrected.hypergeometric(np.arange(501), 500, 100).sum(axis=1), 1)
+    corrected.hypergeometric(ranks, 3, 2),
+    [[1, 0, 0], [1 / 3, 2 / 3, 0], [0, 2 / 3, 1 / 3], [0, 0, 1]],
+    atol=1e-12,
+  )
+  np.testing.assert_allclose(
+    corrected.hypergeometric(np.arange(501), 500, 100).sum(axis=1), 1
+  )
 
 
 def test_a_solution_by_hand():
@@ -20,13 +24,15 @@ def test_a_solution_by_hand():
   # MRR, (1, 1/2, 1/3). Without regard to the variance f solves
   # PᵀP f = Pᵀ M with PᵀP = [[5/4, 1/4], [1/4, 5/4]], Pᵀ M = (5/4, 7/12).
   found = corrected.estimate_of_each(
-      np.array([0, 1]), np.array([2, 2]), 1, gamma=0.0)
+    np.array([0, 1]), np.array([2, 2]), 1, gamma=0.0
+  )
   np.testing.assert_allclose(
-      found['MRR'], np.linalg.solve([[1.25, 0.25], [0.25, 1.25]],
-                                    [1.25, 7 / 12]))
+    found['MRR'], np.linalg.solve([[1.25, 0.25], [0.25, 1.25]], [1.25, 7 / 12])
+  )
   # With the variance alone: the mean of M over the ranks that lead to x.
   found = corrected.estimate_of_each(
-      np.array([0, 1]), np.array([2, 2]), 1, gamma=1.0)
+    np.array([0, 1]), np.array([2, 2]), 1, gamma=1.0
+  )
   np.testing.assert_allclose(found['MRR'], [1.25 / 1.5, 7 / 12 / 1.5])
 
 
@@ -60,4 +66,8 @@ def test_it_comes_closer_than_the_sampled_metric():
 
 def test_rounding_keeps_three_digits():
   assert corrected._round(np.array([7, 123, 1234, 98_765])).tolist() == [
-      7, 123, 1230, 98_800]
+    7,
+    123,
+    1230,
+    98_800,
+  ]

@@ -19,24 +19,31 @@ def toy(sequences, num_items=20):
   lengths = [len(s) for s in sequences.values()]
   features = np.arange(2.0 * (num_items + 1), dtype=np.float32)
   return Dataset(
-      name='toy', items=np.concatenate([*sequences.values()]).astype(np.int32),
-      offsets=np.concatenate([[0], np.cumsum(lengths)]),
-      user_ids=np.array([*sequences]), item_ids=np.arange(num_items + 1),
-      visual=features.reshape(-1, 2), text=features.reshape(-1, 2) + 1)
+    name='toy',
+    items=np.concatenate([*sequences.values()]).astype(np.int32),
+    offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    user_ids=np.array([*sequences]),
+    item_ids=np.arange(num_items + 1),
+    visual=features.reshape(-1, 2),
+    text=features.reshape(-1, 2) + 1,
+  )
 
 
 SEQUENCES = {7: [5, 3, 9, 1], 8: [2, 20, 4], 12: [10, 9, 8, 7, 6, 5]}
 
 
 def to_device(dataset, **changes):
-  arguments = dict(num_negatives=5, sampled_negatives=6,
-                   leaky_negatives=False, seed=0)
+  arguments = dict(
+    num_negatives=5, sampled_negatives=6, leaky_negatives=False, seed=0
+  )
   return dataset_lib.to_device(dataset, **{**arguments, **changes})
 
 
 def avoided(data):
-  return [np.asarray(data.avoided[o:o + n]).tolist()
-          for o, n in zip(data.avoided_offset, data.avoided_length)]
+  return [
+    np.asarray(data.avoided[o : o + n]).tolist()
+    for o, n in zip(data.avoided_offset, data.avoided_length)
+  ]
 
 
 def test_training_negatives_avoid_the_training_items_alone():
@@ -46,7 +53,10 @@ def test_training_negatives_avoid_the_training_items_alone():
 
 def test_leaky_negatives_avoid_the_held_out_items_too():
   assert avoided(to_device(toy(SEQUENCES), leaky_negatives=True)) == [
-      [1, 3, 5, 9], [2, 4, 20], [5, 6, 7, 8, 9, 10]]
+    [1, 3, 5, 9],
+    [2, 4, 20],
+    [5, 6, 7, 8, 9, 10],
+  ]
 
 
 def test_a_repeated_item_is_avoided_once():
@@ -68,10 +78,16 @@ def test_evaluation_negatives_are_unseen_and_distinct():
 
 def test_all_unseen_items_can_be_asked_for():
   # User 12 consumed 6 of 20.
-  data = to_device(toy({12: SEQUENCES[12]}), sampled_negatives=14,
-                   num_negatives=14)
+  data = to_device(
+    toy({12: SEQUENCES[12]}), sampled_negatives=14, num_negatives=14
+  )
   assert sorted(data.sampled_negatives[0, 1].tolist()) == [
-      1, 2, 3, 4, *range(11, 21)]
+    1,
+    2,
+    3,
+    4,
+    *range(11, 21),
+  ]
 
 
 def test_evaluation_negatives_are_drawn_uniformly():
@@ -103,8 +119,11 @@ def test_at_validation_the_test_item_is_drawn_like_any_other():
   assert np.abs(count[unseen] - 140).max() < 61
 
 
-@pytest.mark.parametrize('sequence', [[5, 3, 9, 5], [5, 3, 9, 9]],
-                         ids=['trained on', 'twice the target'])
+@pytest.mark.parametrize(
+  'sequence',
+  [[5, 3, 9, 5], [5, 3, 9, 9]],
+  ids=['trained on', 'twice the target'],
+)
 def test_a_test_item_consumed_before_is_no_negative(sequence):
   for seed in range(20):
     data = to_device(toy({7: sequence}), seed=seed, sampled_negatives=15)
@@ -113,8 +132,9 @@ def test_a_test_item_consumed_before_is_no_negative(sequence):
 
 def test_evaluation_negatives_follow_the_seed():
   first, again, other = (
-      np.asarray(to_device(toy(SEQUENCES), seed=seed).sampled_negatives)
-      for seed in (3, 3, 4))
+    np.asarray(to_device(toy(SEQUENCES), seed=seed).sampled_negatives)
+    for seed in (3, 3, 4)
+  )
   np.testing.assert_array_equal(first, again)
   assert (first != other).any(axis=-1).all()
 
@@ -135,7 +155,8 @@ def test_evaluation_negatives_do_not_depend_on_the_training_ones():
   expected = to_device(toy(SEQUENCES)).sampled_negatives
   for changes in (dict(leaky_negatives=True), dict(num_negatives=9)):
     np.testing.assert_array_equal(
-        to_device(toy(SEQUENCES), **changes).sampled_negatives, expected)
+      to_device(toy(SEQUENCES), **changes).sampled_negatives, expected
+    )
 
 
 @pytest.mark.parametrize('flag', ['num_negatives', 'sampled_negatives'])
@@ -143,8 +164,10 @@ def test_too_many_negatives_name_the_user_and_the_flag(flag):
   # User 12 has 20 − 6 = 14 unseen items, the others have more.
   to_device(toy(SEQUENCES), **{flag: 14})
   with pytest.raises(
-      UserError, match=rf'^toy: user 12 has only 14 unseen items; '
-      rf'lower --{flag}=15$'):
+    UserError,
+    match=rf'^toy: user 12 has only 14 unseen items; '
+    rf'lower --{flag}=15$',
+  ):
     to_device(toy(SEQUENCES), **{flag: 15})
 
 
@@ -163,7 +186,8 @@ def test_a_view_cuts_exactly_one_client():
     assert view.avoided[a:].tolist() == [0] * (6 - a)
     assert int(view.num_train) == n - 2
     np.testing.assert_array_equal(
-        view.sampled_negatives, data.sampled_negatives[client])
+      view.sampled_negatives, data.sampled_negatives[client]
+    )
 
 
 def test_the_padding_client_is_empty():
@@ -189,8 +213,10 @@ def test_a_larger_view_only_adds_padding():
 def test_a_view_does_not_see_the_other_clients():
   changed = {**SEQUENCES, 7: [15, 16, 17, 18], 12: [1, 2, 11, 12, 13, 14]}
   jax.tree.map(
-      np.testing.assert_array_equal, cut(to_device(toy(SEQUENCES)), 1, 9),
-      cut(to_device(toy(changed)), 1, 9))
+    np.testing.assert_array_equal,
+    cut(to_device(toy(SEQUENCES)), 1, 9),
+    cut(to_device(toy(changed)), 1, 9),
+  )
 
 
 def test_vmapped_views_are_the_views_one_by_one():
@@ -198,14 +224,19 @@ def test_vmapped_views_are_the_views_one_by_one():
   clients = jnp.array([2, -1, 0])
   together = jax.vmap(lambda c: dataset_lib.client_view(data, c, 6))(clients)
   for i, client in enumerate(clients):
-    jax.tree.map(np.testing.assert_array_equal,
-                 jax.tree.map(lambda x: x[i], together), cut(data, client, 6))
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      jax.tree.map(lambda x: x[i], together),
+      cut(data, client, 6),
+    )
 
 
 def test_data_sets_and_simulations_are_themselves_and_nothing_else():
   # By value, == and hash would raise: arrays have no truth value.
-  for thing, twin in ((toy(SEQUENCES), toy(SEQUENCES)),
-                      (small.simulation(), small.simulation())):
+  for thing, twin in (
+    (toy(SEQUENCES), toy(SEQUENCES)),
+    (small.simulation(), small.simulation()),
+  ):
     assert thing == thing and thing != twin
     assert len({thing, thing, twin}) == 2
 
@@ -214,8 +245,9 @@ def test_the_fingerprint_is_the_same_for_the_same_data():
   assert toy(SEQUENCES).fingerprint() == toy(SEQUENCES).fingerprint()
 
 
-@pytest.mark.parametrize('name', [
-    'items', 'offsets', 'user_ids', 'item_ids', 'visual', 'text'])
+@pytest.mark.parametrize(
+  'name', ['items', 'offsets', 'user_ids', 'item_ids', 'visual', 'text']
+)
 def test_the_fingerprint_changes_with_any_array(name):
   dataset = toy(SEQUENCES)
   array = getattr(dataset, name).copy()
@@ -227,7 +259,8 @@ def test_the_fingerprint_changes_with_any_array(name):
 def test_the_fingerprint_knows_which_features_are_which():
   dataset = toy(SEQUENCES)
   swapped = dataclasses.replace(
-      dataset, visual=dataset.text, text=dataset.visual)
+    dataset, visual=dataset.text, text=dataset.visual
+  )
   assert swapped.fingerprint() != dataset.fingerprint()
 
 

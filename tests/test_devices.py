@@ -25,9 +25,13 @@ def outcomes(folder: pathlib.Path) -> dict[str, np.ndarray]:
   """What all that runs over clients gives, as flat names."""
   # SGD without momentum: another order of a sum moves no sign.
   simulation = small.simulation(
-      experts='semantic', client_optimizer='sgd', client_learning_rate=0.1,
-      warm_memory=True, drift_control='scaffold',
-      client_fraction=0.55)  # 5 clients, 3 chunks
+    experts='semantic',
+    client_optimizer='sgd',
+    client_learning_rate=0.1,
+    warm_memory=True,
+    drift_control='scaffold',
+    client_fraction=0.55,
+  )  # 5 clients, 3 chunks
   state = simulation.init_state()
   before = small.compiled_rounds()
   for number in (1, 2):
@@ -45,18 +49,29 @@ def outcomes(folder: pathlib.Path) -> dict[str, np.ndarray]:
   small.assert_trees_equal(again, state)
   compiled = small.compiled_rounds()
   found['resumed'] = simulation.run_round(
-      again, 3, simulation.sample_cohort(3))[0]
+    again, 3, simulation.sample_cohort(3)
+  )[0]
   assert small.compiled_rounds() == compiled
   found['seeds'] = _seeds()
-  return {jax.tree_util.keystr(path): np.asarray(x)
-          for path, x in jax.tree_util.tree_leaves_with_path(found)}
+  return {
+    jax.tree_util.keystr(path): np.asarray(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(found)
+  }
 
 
 def _seeds() -> round_lib.FederationState:
-  runs = [small.simulation(seed=seed, client_optimizer='sgd', experts='none',
-                           client_learning_rate=0.1) for seed in (0, 1)]
+  runs = [
+    small.simulation(
+      seed=seed,
+      client_optimizer='sgd',
+      experts='none',
+      client_learning_rate=0.1,
+    )
+    for seed in (0, 1)
+  ]
   states = jax.tree.map(
-      lambda *x: jnp.stack(x), *[run.init_state() for run in runs])
+    lambda *x: jnp.stack(x), *[run.init_state() for run in runs]
+  )
   return ablation.run_round(runs, states, 1)[0]
 
 
@@ -74,10 +89,17 @@ def test_another_number_of_workers_changes_no_bit(workers):
     state = simulation.init_state()
     for number in (1, 2):
       state, means = simulation.run_round(
-          state, number, simulation.sample_cohort(number))
-    ends.append((state, means, simulation.evaluate(state, 'val')[1],
-                 simulation.rank_local_only(state), simulation.recommend(
-                     state, 0, 5)))
+        state, number, simulation.sample_cohort(number)
+      )
+    ends.append(
+      (
+        state,
+        means,
+        simulation.evaluate(state, 'val')[1],
+        simulation.rank_local_only(state),
+        simulation.recommend(state, 0, 5),
+      )
+    )
   for end in ends[1:]:
     small.assert_trees_equal(end, ends[0])
 
@@ -102,8 +124,9 @@ def test_at_most_so_many_workers_as_were_asked_for(workers, monkeypatch):
   results = devices.run(program, (), shards)
   assert most == 3
   np.testing.assert_array_equal(
-      devices.undealt([each for _, each in results], 16),
-      np.arange(32).reshape(16, 2))
+    devices.undealt([each for _, each in results], 16),
+    np.arange(32).reshape(16, 2),
+  )
 
 
 def test_a_shard_that_fails_fails_the_round(workers):
@@ -132,25 +155,41 @@ def test_a_mesh_of_two_devices_changes_rounding_only(tmp_path):
   # What is tested are a GPU's collectives. Those of a CPU need more threads
   # than there are devices and cores, or may wait for ever: see devices.py.
   subprocess.run(
-      [sys.executable, '-m', 'tests.test_devices', tmp_path], check=True,
-      cwd=ROOT, env=os.environ | {'JAX_NUM_CPU_DEVICES': '2', 'NPROC': '16'})
+    [sys.executable, '-m', 'tests.test_devices', tmp_path],
+    check=True,
+    cwd=ROOT,
+    env=os.environ | {'JAX_NUM_CPU_DEVICES': '2', 'NPROC': '16'},
+  )
   with np.load(tmp_path / 'outcomes.npz') as saved:
     assert int(saved['devices']) == 2
     assert set(saved) == {*on_one, 'devices'}
     for name, expected in on_one.items():
       np.testing.assert_allclose(
-          saved[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+        saved[name], expected, rtol=1e-4, atol=1e-5, err_msg=name
+      )
 
 
-@pytest.mark.parametrize('flags, count', [
-    (['--workers=3'], 3), (['--cpu_devices=1'], 1), (['--workers=50'], 8),
-    ([], min(8, len(os.sched_getaffinity(0))))])
+@pytest.mark.parametrize(
+  'flags, count',
+  [
+    (['--workers=3'], 3),
+    (['--cpu_devices=1'], 1),
+    (['--workers=50'], 8),
+    ([], min(8, len(os.sched_getaffinity(0)))),
+  ],
+)
 def test_a_binary_sets_the_workers(flags, count):
-  code = ('from experiments import app; from fedmmr_jax.federation import devices; '
-          'app.run(lambda: print(devices.workers()))')
+  code = (
+    'from experiments import app; from fedmmr_jax.federation import devices; '
+    'app.run(lambda: print(devices.workers()))'
+  )
   out = subprocess.run(
-      [sys.executable, '-c', code, *flags], cwd=ROOT, check=True,
-      capture_output=True, text=True).stdout
+    [sys.executable, '-c', code, *flags],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
   assert int(out) == count
 
 
@@ -164,5 +203,8 @@ def test_a_cohort_feeds_all_shards(monkeypatch):
 if __name__ == '__main__':
   devices.count = devices.num_shards = jax.device_count
   _folder = pathlib.Path(sys.argv[1])
-  np.savez(_folder / 'outcomes.npz', **outcomes(_folder / 'rounds'),
-           devices=devices.count())
+  np.savez(
+    _folder / 'outcomes.npz',
+    **outcomes(_folder / 'rounds'),
+    devices=devices.count(),
+  )

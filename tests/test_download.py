@@ -34,9 +34,12 @@ def zipped(*members) -> bytes:
 
 
 BODY = zipped(
-    ('ml-tiny/', b''), ('ml-tiny/ratings.dat', RATINGS),
-    ('ml-tiny/movies.dat', np.random.default_rng(0).bytes(100_000)),
-    ('ml-tiny/README', b'terms'), ('__MACOSX/ml-tiny/._README', b''))
+  ('ml-tiny/', b''),
+  ('ml-tiny/ratings.dat', RATINGS),
+  ('ml-tiny/movies.dat', np.random.default_rng(0).bytes(100_000)),
+  ('ml-tiny/README', b'terms'),
+  ('__MACOSX/ml-tiny/._README', b''),
+)
 FILES = ['README', 'movies.dat', 'ratings.dat']
 
 
@@ -63,17 +66,17 @@ class Server(http.server.ThreadingHTTPServer):
     """What it offers; None: without a hash, '': with the right one."""
     if known_hash == '':
       known_hash = 'md5:' + hashlib.md5(BODY).hexdigest()
-    return Archive('ml-tiny', self.url(), known_hash, 'ml-1m', 'ratings.dat',
-                   'movies.dat')
+    return Archive(
+      'ml-tiny', self.url(), known_hash, 'ml-1m', 'ratings.dat', 'movies.dat'
+    )
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-
   def do_GET(self):
     server = self.server
     wanted = self.headers['Range']
     server.requests.append((self.path, wanted))
-    start = int(wanted[len('bytes='):-1]) if wanted and server.ranges else 0
+    start = int(wanted[len('bytes=') : -1]) if wanted and server.ranges else 0
     if len(server.requests) > MOST_REQUESTS:
       return self.send_error(500)
     if server.status:
@@ -86,7 +89,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.send_header('Content-Range', f'bytes {start}-{end - 1}/{end}')
     self.send_header('Content-Length', str(len(server.body) - start))
     self.end_headers()
-    self.wfile.write(server.body[start:server.cut])
+    self.wfile.write(server.body[start : server.cut])
 
   def log_message(self, *_):
     pass
@@ -153,7 +156,9 @@ def test_a_part_beyond_the_end_starts_over(server, tmp_path):
   (tmp_path / 'ml-tiny.zip.part').write_bytes(b'x' * (len(BODY) + 1))
   download.fetch(server.archive(), tmp_path)
   assert [wanted for _, wanted in server.requests] == [
-      f'bytes={len(BODY) + 1}-', None]
+    f'bytes={len(BODY) + 1}-',
+    None,
+  ]
 
 
 def test_an_unreachable_server_keeps_the_part(server, tmp_path):
@@ -177,10 +182,20 @@ def _link(name):
   return info
 
 
-@pytest.mark.parametrize('member', [
-    '../evil', 'ml-tiny/../../evil', '/evil', 'C:/evil', 'ml-tiny/C:evil',
-    '..\\evil', '\\\\host\\share\\evil', _link('ml-tiny/evil')],
-                         ids=lambda m: getattr(m, 'filename', m))
+@pytest.mark.parametrize(
+  'member',
+  [
+    '../evil',
+    'ml-tiny/../../evil',
+    '/evil',
+    'C:/evil',
+    'ml-tiny/C:evil',
+    '..\\evil',
+    '\\\\host\\share\\evil',
+    _link('ml-tiny/evil'),
+  ],
+  ids=lambda m: getattr(m, 'filename', m),
+)
 def test_a_member_that_escapes(server, tmp_path, member):
   server.body = zipped(('ml-tiny/ratings.dat', RATINGS), (member, b'/etc'))
   folder = tmp_path / 'data'
@@ -195,11 +210,17 @@ def _damaged():
   return bytes(content)
 
 
-@pytest.mark.parametrize('body, said', [
+@pytest.mark.parametrize(
+  'body, said',
+  [
     (zipped(('ml-tiny/movies.dat', b'')), 'no ratings.dat'),
-    (BODY[:-30], 'no whole zip archive'), (_damaged(), 'no whole zip archive'),
-    (b'<html>', 'no whole zip archive'), (b'', 'no whole zip archive')],
-                         ids=['missing', 'cut', 'damaged', 'page', 'empty'])
+    (BODY[:-30], 'no whole zip archive'),
+    (_damaged(), 'no whole zip archive'),
+    (b'<html>', 'no whole zip archive'),
+    (b'', 'no whole zip archive'),
+  ],
+  ids=['missing', 'cut', 'damaged', 'page', 'empty'],
+)
 def test_useless_archives(server, tmp_path, body, said):
   server.body = body
   # What was fetched is removed, so that the next call starts over; what the
@@ -216,8 +237,9 @@ def test_http_errors_say_what_to_do_by_hand(server, tmp_path):
   server.status = 404
   mirror = server.url('mirror/any.zip')
   assert refused(server.archive(), tmp_path, url=mirror) == (
-      f'{mirror}: cannot be fetched (HTTP 404 Not Found); put ml-tiny.zip into '
-      f'{tmp_path}, or its ratings.dat and movies.dat, and call again')
+    f'{mirror}: cannot be fetched (HTTP 404 Not Found); put ml-tiny.zip into '
+    f'{tmp_path}, or its ratings.dat and movies.dat, and call again'
+  )
   assert server.requests == [('/mirror/any.zip', None)]
 
 
@@ -242,7 +264,8 @@ def test_placed_by_hand(server, tmp_path):
 def test_no_file_is_overwritten(server, tmp_path):
   (tmp_path / 'README').write_text('mine!')  # as long as the one in it
   assert 'README is not the one in ml-tiny.zip' in refused(
-      server.archive(), tmp_path)
+    server.archive(), tmp_path
+  )
   assert listing(tmp_path) == ['README', 'ml-tiny.zip']
   assert (tmp_path / 'README').read_text() == 'mine!'
   assert 'is a file' in refused(server.archive(), tmp_path / 'README')
@@ -257,6 +280,7 @@ def test_interrupted_unpacking(server, tmp_path, monkeypatch):
       raise KeyboardInterrupt
     moved.append(target)
     replace(source, target)
+
   with monkeypatch.context() as patch:
     patch.setattr(os, 'replace', interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -268,13 +292,19 @@ def test_interrupted_unpacking(server, tmp_path, monkeypatch):
 
 def _run(*flags):
   return subprocess.run(
-      [sys.executable, '-m', 'experiments.download', *flags],
-      cwd=ROOT, capture_output=True, text=True, check=False)
+    [sys.executable, '-m', 'experiments.download', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
 
 def test_command_line(server, tmp_path):
-  server.body = zipped(('ml-latest-small/ratings.csv', b'a,b\n'),
-                       ('ml-latest-small/movies.csv', b''))
+  server.body = zipped(
+    ('ml-latest-small/ratings.csv', b'a,b\n'),
+    ('ml-latest-small/movies.csv', b''),
+  )
   flags = '--dataset=ml-latest-small', f'--data_dir={tmp_path / "a b"}'
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -282,13 +312,15 @@ def test_command_line(server, tmp_path):
   done = _run(*flags, f'--url={refusing}')
   assert done.returncode == 2 and not done.stdout
   assert done.stderr == (
-      f'error: {refusing}: cannot be fetched (Connection refused); put '
-      f'ml-latest-small.zip into {tmp_path / "a b"}, or its ratings.csv and '
-      'movies.csv, and call again\n')
+    f'error: {refusing}: cannot be fetched (Connection refused); put '
+    f'ml-latest-small.zip into {tmp_path / "a b"}, or its ratings.csv and '
+    'movies.csv, and call again\n'
+  )
 
   done = _run(*flags, f'--url={server.url()}')
   assert done.returncode == 0 and not done.stderr
   assert hashlib.sha256(server.body).hexdigest() in done.stdout
   assert done.stdout.endswith(
-      'python -m experiments.train --dataset=ml-latest '
-      f"--data_dir='{tmp_path / 'a b'}'\n")
+    'python -m experiments.train --dataset=ml-latest '
+    f"--data_dir='{tmp_path / 'a b'}'\n"
+  )

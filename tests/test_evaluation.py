@@ -14,10 +14,15 @@ from tests import small
 
 
 def client(history, num_items, negatives) -> ClientData:
-  return ClientData(jnp.array(history), jnp.int32(num_items),
-                    jnp.int32(num_items - 2),
-                    jnp.zeros(1, int), jnp.int32(0), jnp.array(negatives),
-                    jnp.int32(8))
+  return ClientData(
+    jnp.array(history),
+    jnp.int32(num_items),
+    jnp.int32(num_items - 2),
+    jnp.zeros(1, int),
+    jnp.int32(0),
+    jnp.array(negatives),
+    jnp.int32(8),
+  )
 
 
 # Items 1..7; the client consumed 1, 2, 3 (2 is the validation target, 3 that of
@@ -26,8 +31,11 @@ CLIENT = client([1, 2, 3, 0], 3, [[3, 5], [4, 5]])
 
 
 def rank(scores, split='test'):
-  return ranking.rank_client(jnp.array(scores, jnp.float32), CLIENT,
-                             CLIENT.num_train + ranking.SPLITS[split])
+  return ranking.rank_client(
+    jnp.array(scores, jnp.float32),
+    CLIENT,
+    CLIENT.num_train + ranking.SPLITS[split],
+  )
 
 
 def test_rank_by_hand():
@@ -81,7 +89,8 @@ def test_nan_parameters_are_an_error_not_a_hit(simulation):
   broken = jax.tree.map(lambda x: x * np.nan, state.server.params)
   with pytest.raises(UserError, match='val: 9 of 9 clients.*NaN'):
     simulation.evaluate(
-        state._replace(server=state.server._replace(params=broken)), 'val')
+      state._replace(server=state.server._replace(params=broken)), 'val'
+    )
 
 
 def test_chunks_change_nothing(simulation):
@@ -95,19 +104,28 @@ def test_chunks_change_nothing(simulation):
 def changed(simulation, **changes):
   """The simulation with other evaluation settings."""
   settings = dataclasses.replace(simulation.config.evaluation, **changes)
-  return dataclasses.replace(simulation, config=dataclasses.replace(
-      simulation.config, evaluation=settings))
+  return dataclasses.replace(
+    simulation,
+    config=dataclasses.replace(simulation.config, evaluation=settings),
+  )
 
 
 def test_blocks_of_the_catalogue_change_nothing(simulation):
   # 57 rows in 8 blocks of 8: the last one reaches past the end.
   state = simulation.init_state()
-  args = (state.server.broadcast(simulation.catalogue, simulation.config),
-          jnp.array([0, 0, 4, 9, 2, 7]),
-          jax.tree.map(lambda x: x[0], state.memories))
-  scores = [ranking.score_catalogue(
-      simulation.model, changed(simulation, items_per_eval_block=size).config,
-      *args) for size in (8, 57)]
+  args = (
+    state.server.broadcast(simulation.catalogue, simulation.config),
+    jnp.array([0, 0, 4, 9, 2, 7]),
+    jax.tree.map(lambda x: x[0], state.memories),
+  )
+  scores = [
+    ranking.score_catalogue(
+      simulation.model,
+      changed(simulation, items_per_eval_block=size).config,
+      *args,
+    )
+    for size in (8, 57)
+  ]
   assert scores[0].shape == (57,)
   np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
 
@@ -118,7 +136,8 @@ def test_chosen_clients_have_the_ranks_they_have_among_all(simulation):
   clients = ranking.evaluated_clients(some.config, 9)
   assert len(set(clients)) == 4
   np.testing.assert_array_equal(
-      clients, ranking.evaluated_clients(some.config, 9))
+    clients, ranking.evaluated_clients(some.config, 9)
+  )
   _, ranks = some.evaluate(state, 'test')
   _, everyone = simulation.evaluate(state, 'test')
   np.testing.assert_array_equal(ranks.full, everyone.full[clients])
@@ -135,10 +154,16 @@ def test_scores_use_the_items_before_the_target(simulation):
     history = data.sequence(index)
     window = np.zeros(6, np.int32)
     known = history[:-2][-6:]
-    window[-len(known):] = known
-    scores = np.asarray(ranking.score_catalogue(
-        simulation.model, simulation.config, broadcast, jnp.asarray(window),
-        jax.tree.map(lambda x: x[index], state.memories)))
+    window[-len(known) :] = known
+    scores = np.asarray(
+      ranking.score_catalogue(
+        simulation.model,
+        simulation.config,
+        broadcast,
+        jnp.asarray(window),
+        jax.tree.map(lambda x: x[index], state.memories),
+      )
+    )
     unseen = np.setdiff1d(np.arange(1, data.num_rows), history[:-1])
     margin = scores[unseen] - scores[history[-2]]
     assert abs(int((margin >= 0).sum()) - int(ranks.full[index])) <= 1
@@ -148,7 +173,8 @@ def test_warm_memory_fills_every_client_without_touching_the_state():
   simulation = small.simulation(warm_memory=True)
   state = simulation.init_state()
   warmed, _ = simulation.evaluate(state, 'val')
-  cold, _ = dataclasses.replace(
-      simulation, config=small.config()).evaluate(state, 'val')
+  cold, _ = dataclasses.replace(simulation, config=small.config()).evaluate(
+    state, 'val'
+  )
   assert not np.asarray(state.memories.clock).any()
   assert warmed != cold

@@ -22,8 +22,9 @@ from tests.small import error_of
 from tests.test_cli import ROOT, run
 
 # Ids as no row number: what belongs where must come from `rows`.
-ITEMS = ItemTable(np.array(['a', 'b', 'c', 'd', 'e']),
-                  np.array([1, 2, 4, 5, 6]), 7, {}, {})
+ITEMS = ItemTable(
+  np.array(['a', 'b', 'c', 'd', 'e']), np.array([1, 2, 4, 5, 6]), 7, {}, {}
+)
 TEXTS = {'a': 'xx', 'b': 'yyyy', 'd': 'z', 'e': 'uuu'}
 
 
@@ -33,18 +34,24 @@ def vectors(texts):
 
 
 def settings(inputs, **changes):
-  return {'kind': inputs.kind, 'rows': ITEMS.num_rows, 'model': 'a/model',
-          'data_fingerprint': sidecar.data_fingerprint(ITEMS),
-          'inputs_fingerprint': inputs.fingerprint} | changes
+  return {
+    'kind': inputs.kind,
+    'rows': ITEMS.num_rows,
+    'model': 'a/model',
+    'data_fingerprint': sidecar.data_fingerprint(ITEMS),
+    'inputs_fingerprint': inputs.fingerprint,
+  } | changes
 
 
-def extract(folder, inputs, encode=vectors, batch_size=2, normalise=False,
-            **changes):
+def extract(
+  folder, inputs, encode=vectors, batch_size=2, normalise=False, **changes
+):
   """Returns (what `extract` does, the note about an unfinished call)."""
   path = extraction.matrix_path(folder, inputs.kind)
   with extraction.Partial(folder, settings(inputs, **changes)) as partial:
-    done = extraction.extract(inputs, encode, partial, path, ITEMS, batch_size,
-                              normalise)
+    done = extraction.extract(
+      inputs, encode, partial, path, ITEMS, batch_size, normalise
+    )
   return done, partial.note
 
 
@@ -64,13 +71,14 @@ def test_a_matrix_by_hand(tmp_path):
   matrix = np.load(tmp_path / 'text_features.npy')
   assert matrix.dtype == np.float32
   assert matrix.tolist() == [
-      [0, 0],              # padding
-      [2, ord('x')],       # a
-      [4, ord('y')],       # b
-      [0, 0],              # nobody's
-      [0, 0],              # c has no text
-      [1, ord('z')],       # d
-      [3, ord('u')]]       # e
+    [0, 0],  # padding
+    [2, ord('x')],  # a
+    [4, ord('y')],  # b
+    [0, 0],  # nobody's
+    [0, 0],  # c has no text
+    [1, ord('z')],  # d
+    [3, ord('u')],
+  ]  # e
   assert done.report.shape == (7, 2)
   assert (done.report.covered, done.report.catalogue) == (4, 5)
   assert note == ''
@@ -82,20 +90,29 @@ def test_the_sidecar_describes_it_and_loading_agrees(tmp_path):
   path = tmp_path / 'text_features.npy'
   described = json.loads((tmp_path / 'text_features.json').read_text())
   for name, value in {
-      'format': sidecar.FORMAT, 'kind': 'text', 'rows': 7, 'width': 2,
-      'covered': 4, 'items': 5, 'broken': [],
-      'item_rows': {'a': 1, 'b': 2, 'c': 4, 'd': 5, 'e': 6},
-      'checksum': sidecar.checksum(path)}.items():
+    'format': sidecar.FORMAT,
+    'kind': 'text',
+    'rows': 7,
+    'width': 2,
+    'covered': 4,
+    'items': 5,
+    'broken': [],
+    'item_rows': {'a': 1, 'b': 2, 'c': 4, 'd': 5, 'e': 6},
+    'checksum': sidecar.checksum(path),
+  }.items():
     assert described[name] == value, name
-  rows, report = features.load(
-      path, 'text', 7, np.array([0, 2, 4]), ITEMS)
+  rows, report = features.load(path, 'text', 7, np.array([0, 2, 4]), ITEMS)
   assert rows.tolist() == [[0, 0], [4, ord('y')], [0, 0]]
   assert report.source == f'{path} (model)'
 
 
 def test_rows_are_scaled_to_unit_length_if_asked(tmp_path):
-  extract(tmp_path, text_inputs({'a': '3', 'b': '0'}), normalise=True,
-          encode=lambda texts: [[float(t), 4 * float(t) / 3] for t in texts])
+  extract(
+    tmp_path,
+    text_inputs({'a': '3', 'b': '0'}),
+    normalise=True,
+    encode=lambda texts: [[float(t), 4 * float(t) / 3] for t in texts],
+  )
   matrix = np.load(tmp_path / 'text_features.npy')
   np.testing.assert_allclose(matrix[1], [0.6, 0.8], rtol=1e-6)
   assert not matrix[2].any()  # no direction, and no NaN
@@ -103,8 +120,11 @@ def test_rows_are_scaled_to_unit_length_if_asked(tmp_path):
 
 def test_batches_hold_texts_of_like_length_the_longest_first(tmp_path):
   seen = []
-  extract(tmp_path, text_inputs(),
-          encode=lambda texts: seen.append(texts) or vectors(texts))
+  extract(
+    tmp_path,
+    text_inputs(),
+    encode=lambda texts: seen.append(texts) or vectors(texts),
+  )
   assert seen == [['yyyy', 'uuu'], ['xx', 'z']]
 
 
@@ -115,8 +135,9 @@ def test_the_order_of_the_texts_counts_for_nothing(tmp_path):
   reverse = text_inputs(dict(reversed(TEXTS.items())))
   assert reverse.fingerprint == text_inputs().fingerprint
   extract(two, reverse, batch_size=1)
-  assert ((one / 'text_features.npy').read_bytes()
-          == (two / 'text_features.npy').read_bytes())
+  assert (one / 'text_features.npy').read_bytes() == (
+    two / 'text_features.npy'
+  ).read_bytes()
 
 
 def test_ids_that_are_numbers_are_found_by_their_text():
@@ -143,12 +164,21 @@ def test_texts_without_an_item_in_common_are_refused():
   assert 'texts.json: no text in it' in error_of(text_inputs, {'a': ' '})
 
 
-@pytest.mark.parametrize('content, said', [
-    (b'{"a": ', 'not JSON'), (b'\xff{}', 'not JSON in UTF-8'),
-    (b'', 'not JSON'), (b'[' * 100_000, 'not JSON'), (b'["a"]', 'found a list'),
-    (b'{"a": "x", "b": {"title": "y"}}',
-     "the text of item 'b' is no string but {\"title\": \"y\"}"),
-    (b'{"a": null}', 'is no string but null')])
+@pytest.mark.parametrize(
+  'content, said',
+  [
+    (b'{"a": ', 'not JSON'),
+    (b'\xff{}', 'not JSON in UTF-8'),
+    (b'', 'not JSON'),
+    (b'[' * 100_000, 'not JSON'),
+    (b'["a"]', 'found a list'),
+    (
+      b'{"a": "x", "b": {"title": "y"}}',
+      'the text of item \'b\' is no string but {"title": "y"}',
+    ),
+    (b'{"a": null}', 'is no string but null'),
+  ],
+)
 def test_a_texts_file_that_is_none_is_refused(tmp_path, content, said):
   path = tmp_path / 'texts.json'
   path.write_bytes(content)
@@ -158,14 +188,19 @@ def test_a_texts_file_that_is_none_is_refused(tmp_path, content, said):
 
 def test_a_missing_texts_file_is_refused(tmp_path):
   assert 'No such file' in error_of(
-      extraction.read_texts, tmp_path / 'absent.json')
+    extraction.read_texts, tmp_path / 'absent.json'
+  )
 
 
 def test_a_value_that_is_not_finite_names_its_item(tmp_path):
   def encode(texts):
     return np.where(vectors(texts) == ord('x'), np.nan, 1.0)
-  with pytest.raises(UserError, match='item a: the model gives values that are '
-                     'not finite; name another --text_model'):
+
+  with pytest.raises(
+    UserError,
+    match='item a: the model gives values that are '
+    'not finite; name another --text_model',
+  ):
     extract(tmp_path, text_inputs(), encode)
   assert not extraction.matrix_path(tmp_path, 'text').exists()
 
@@ -174,8 +209,9 @@ def test_a_matrix_that_fails_its_check_replaces_nothing(tmp_path):
   path = tmp_path / 'text_features.npy'
   path.write_bytes(b'what was there')
   with pytest.raises(UserError, match='every row is the same'):
-    extract(tmp_path, text_inputs(), lambda texts: np.ones((len(texts), 2))
-            * [1, 2])
+    extract(
+      tmp_path, text_inputs(), lambda texts: np.ones((len(texts), 2)) * [1, 2]
+    )
   assert path.read_bytes() == b'what was there'
   assert 'text_features.json' not in names(tmp_path)
 
@@ -212,18 +248,22 @@ def test_a_call_goes_on_where_one_was_cut_off(tmp_path):
   extract(straight, text_inputs())
   cut_off(cut, text_inputs())
   assert names(cut) == [
-      '.text_features.partial.json', '.text_features.partial.npy']
+    '.text_features.partial.json',
+    '.text_features.partial.npy',
+  ]
   encoder = Encoder()
   _, note = extract(cut, text_inputs(), encoder)
   assert encoder.texts == ['xx', 'z']  # the first batch is not done again
   assert note == 'going on after 2, where a call was cut off'
   assert names(cut) == ['text_features.json', 'text_features.npy']
-  assert ((cut / 'text_features.npy').read_bytes()
-          == (straight / 'text_features.npy').read_bytes())
+  assert (cut / 'text_features.npy').read_bytes() == (
+    straight / 'text_features.npy'
+  ).read_bytes()
 
 
 def test_a_call_may_be_cut_off_several_times_and_go_on_in_other_batches(
-    tmp_path):
+  tmp_path,
+):
   extract(tmp_path, text_inputs())
   expected = np.load(tmp_path / 'text_features.npy')
   cut_off(tmp_path, text_inputs(), batch_size=1)
@@ -232,7 +272,8 @@ def test_a_call_may_be_cut_off_several_times_and_go_on_in_other_batches(
   extract(tmp_path, text_inputs(), encoder, batch_size=8)
   assert encoder.texts == ['z']
   np.testing.assert_array_equal(
-      np.load(tmp_path / 'text_features.npy'), expected)
+    np.load(tmp_path / 'text_features.npy'), expected
+  )
 
 
 def test_nothing_is_left_of_a_call_that_computed_nothing(tmp_path):
@@ -242,7 +283,7 @@ def test_nothing_is_left_of_a_call_that_computed_nothing(tmp_path):
 
 def test_what_a_process_had_saved_outlives_its_sudden_end(tmp_path):
   """os._exit, as a kill, runs no `finally` and flushes nothing."""
-  code = f'''
+  code = f"""
 import os, pathlib
 from fedmmr_jax.data import extraction
 from tests import test_extraction as t
@@ -252,21 +293,34 @@ def encode(texts):
     os._exit(9)
   return t.vectors(texts)
 t.extract(pathlib.Path({str(tmp_path)!r}), t.text_inputs(), encode, 1)
-'''
+"""
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False)
   assert done.returncode == 9
   encoder = Encoder()
   extract(tmp_path, text_inputs(), encoder)
   assert encoder.texts == ['z']
   assert np.load(tmp_path / 'text_features.npy')[:, 0].tolist() == [
-      0, 2, 4, 0, 0, 1, 3]
+    0,
+    2,
+    4,
+    0,
+    0,
+    1,
+    3,
+  ]
   assert '.text_features.partial.lock' not in names(tmp_path)
 
 
-@pytest.mark.parametrize('changes, named', [
+@pytest.mark.parametrize(
+  'changes, named',
+  [
     ({'model': 'another/model'}, 'model'),
-    ({'data_fingerprint': '0', 'versions': {'torch': '9'}},
-     'data_fingerprint, versions')])
+    (
+      {'data_fingerprint': '0', 'versions': {'torch': '9'}},
+      'data_fingerprint, versions',
+    ),
+  ],
+)
 def test_a_call_with_other_settings_starts_over(tmp_path, changes, named):
   cut_off(tmp_path, text_inputs())
   encoder = Encoder()
@@ -285,25 +339,34 @@ def test_a_call_with_other_texts_starts_over(tmp_path):
 
 def test_a_start_over_in_another_width_leaves_nothing_of_the_first(tmp_path):
   cut_off(tmp_path, text_inputs(), after=1)
-  wide = lambda texts: np.tile(vectors(texts), 3)
+
+  def wide(texts):
+    return np.tile(vectors(texts), 3)
+
   extract(tmp_path, text_inputs({'a': 'xx', 'd': 'z'}), wide)
   matrix = np.load(tmp_path / 'text_features.npy')
   assert matrix.shape == (7, 6)
   assert np.flatnonzero(matrix.any(axis=1)).tolist() == [1, 5]
 
 
-@pytest.mark.parametrize('spoil', [
+@pytest.mark.parametrize(
+  'spoil',
+  [
     lambda npy, state: npy.unlink(),
     lambda npy, state: npy.write_bytes(npy.read_bytes()[:-8]),
     lambda npy, state: npy.write_bytes(b'x' * npy.stat().st_size),
     lambda npy, state: state.write_text(''),
     lambda npy, state: state.write_text('[]'),
     lambda npy, state: state.write_text('{}'),
-], ids=['gone', 'short', 'no_header', 'empty', 'list', 'object'])
+  ],
+  ids=['gone', 'short', 'no_header', 'empty', 'list', 'object'],
+)
 def test_a_damaged_beginning_is_started_over(tmp_path, spoil):
   cut_off(tmp_path, text_inputs())
-  spoil(tmp_path / '.text_features.partial.npy',
-        tmp_path / '.text_features.partial.json')
+  spoil(
+    tmp_path / '.text_features.partial.npy',
+    tmp_path / '.text_features.partial.json',
+  )
   encoder = Encoder()
   _, note = extract(tmp_path, text_inputs(), encoder)
   assert len(encoder.texts) == 4
@@ -326,8 +389,9 @@ def test_a_damaged_beginning_is_not_believed_after_the_next_kill(tmp_path):
 def test_two_processes_do_not_prepare_the_same(tmp_path):
   inputs = text_inputs()
   with extraction.Partial(tmp_path, settings(inputs)):
-    with pytest.raises(UserError, match='another process is preparing its text '
-                       'features'):
+    with pytest.raises(
+      UserError, match='another process is preparing its text features'
+    ):
       extract(tmp_path, inputs)
     with extraction.Partial(tmp_path, settings(inputs, kind='visual')):
       pass  # another kind is no hindrance
@@ -352,13 +416,27 @@ def brightness(images):
 
 
 def test_images_are_those_named_by_an_item(tmp_path):
-  for name in ('e.png', 'a.jpg', 'b.JPEG', 'b.png', 'd.webp', 'zz.jpg', 'c.gif',
-               'c.txt', 'README', '.c.jpg'):
+  for name in (
+    'e.png',
+    'a.jpg',
+    'b.JPEG',
+    'b.png',
+    'd.webp',
+    'zz.jpg',
+    'c.gif',
+    'c.txt',
+    'README',
+    '.c.jpg',
+  ):
     (tmp_path / name).write_bytes(b'')
   (tmp_path / 'c.jpg').mkdir()
   inputs = image_inputs(tmp_path)
   assert [path.name for path in inputs.sources] == [
-      'a.jpg', 'b.JPEG', 'd.webp', 'e.png']
+    'a.jpg',
+    'b.JPEG',
+    'd.webp',
+    'e.png',
+  ]
   assert (inputs.kind, inputs.rows.tolist()) == ('visual', [1, 2, 5, 6])
   assert sorted(inputs.unknown) == ['.c', 'zz']
 
@@ -376,8 +454,10 @@ def test_a_folder_without_an_image_of_an_item_is_refused(tmp_path):
   assert 'no such folder' in error_of(image_inputs, tmp_path / 'absent')
   assert "named by its item's id, a say" in error_of(image_inputs, tmp_path)
   (tmp_path / '12.jpg').write_bytes(b'')
-  assert ("no image of an item of the data set; there are 1 for '12', but the "
-          "items are 'a', 'b', 'c', …") in error_of(image_inputs, tmp_path)
+  assert (
+    "no image of an item of the data set; there are 1 for '12', but the "
+    "items are 'a', 'b', 'c', …"
+  ) in error_of(image_inputs, tmp_path)
 
 
 def test_broken_images_are_missing_rows_and_listed(pillow, tmp_path):
@@ -405,26 +485,38 @@ def test_broken_images_before_a_kill_are_listed_after_it(pillow, tmp_path):
   out = tmp_path / 'out'
   out.mkdir()
   calls = []
+
   def encode(images):
     calls.append(len(images))
     if len(calls) == 2:
       raise Killed
     return brightness(images)
+
   with pytest.raises(Killed):
     extract(out, image_inputs(tmp_path), encode)
   done, _ = extract(out, image_inputs(tmp_path), encode)
   assert calls == [1, 2, 2]  # a, then d and e twice
   assert done.broken == [{'file': 'b.jpg', 'reason': 'not an image'}]
   assert np.load(done.path)[:, 0].tolist() == [
-      0, ord('a'), 0, 0, 0, ord('d'), ord('e')]
+    0,
+    ord('a'),
+    0,
+    0,
+    0,
+    ord('d'),
+    ord('e'),
+  ]
 
 
 def test_a_folder_of_broken_images_only_is_refused(pillow, tmp_path):
   del pillow
   for name in 'abc':
     (tmp_path / f'{name}.jpg').write_text('no image')
-  with pytest.raises(UserError, match='none of the 3 images can be read '
-                     r'\(a.jpg: not an image\)'):
+  with pytest.raises(
+    UserError,
+    match='none of the 3 images can be read '
+    r'\(a.jpg: not an image\)',
+  ):
     extract(tmp_path, image_inputs(tmp_path), brightness)
   assert names(tmp_path) == ['a.jpg', 'b.jpg', 'c.jpg']
 
@@ -436,7 +528,9 @@ def opened(path) -> list:
   return np.asarray(image)
 
 
-@pytest.mark.parametrize('mode, colour, end, expected', [
+@pytest.mark.parametrize(
+  'mode, colour, end, expected',
+  [
     ('RGB', (10, 20, 30), 'png', (10, 20, 30)),
     ('L', 77, 'png', (77, 77, 77)),
     ('1', 1, 'png', (255, 255, 255)),
@@ -452,12 +546,16 @@ def opened(path) -> list:
     ('CMYK', (0, 0, 0, 0), 'jpg', (255, 255, 255)),
     ('CMYK', (0, 0, 0, 255), 'jpg', (0, 0, 0)),
     ('RGB', (10, 20, 30), 'bmp', (10, 20, 30)),
-    ('RGB', (255, 255, 255), 'gif', (255, 255, 255))])
-def test_every_mode_is_read_as_rgb(pillow, tmp_path, mode, colour, end,
-                                   expected):
+    ('RGB', (255, 255, 255), 'gif', (255, 255, 255)),
+  ],
+)
+def test_every_mode_is_read_as_rgb(
+  pillow, tmp_path, mode, colour, end, expected
+):
   # Whatever the name says: the content decides.
   pillow.new(mode, (16, 24), colour).save(
-      tmp_path / f'x.{end}', **({'lossless': True} if end == 'webp' else {}))
+    tmp_path / f'x.{end}', **({'lossless': True} if end == 'webp' else {})
+  )
   path = (tmp_path / f'x.{end}').rename(tmp_path / 'x.jpg')
   values = opened(path)
   assert values.shape == (24, 16, 3)
@@ -503,11 +601,12 @@ def test_what_is_no_whole_image_is_broken(pillow, tmp_path, monkeypatch):
     with pytest.raises(extraction.BrokenImage) as caught:
       extraction.open_image(path)
     return str(caught.value)
+
   assert reason(b'') == 'empty'
   assert reason(b'<html>not found</html>') == 'not an image'
   pillow.new('RGB', (16, 16)).save(path, 'TIFF')
   assert reason(path.read_bytes()) == 'not an image'  # to us
-  assert 'truncated' in reason(whole[:len(whole) // 2])
+  assert 'truncated' in reason(whole[: len(whole) // 2])
   assert reason(whole[:4])
   assert reason(whole[:100] + b'\xff' * 300)
   pillow.new('RGB', (1, 1)).save(path, 'GIF')
@@ -562,29 +661,62 @@ def clip(tmp_path_factory):
   folder = tmp_path_factory.mktemp('clip')
   inner = folder / '0_CLIPModel'
   config = transformers.CLIPConfig(
-      projection_dim=16,
-      text_config={
-          'vocab_size': 4, 'hidden_size': 16, 'intermediate_size': 16,
-          'num_hidden_layers': 1, 'num_attention_heads': 2,
-          'max_position_embeddings': 8, 'bos_token_id': 0, 'eos_token_id': 1,
-          'pad_token_id': 1},
-      vision_config={
-          'hidden_size': 32, 'intermediate_size': 32, 'num_hidden_layers': 1,
-          'num_attention_heads': 2, 'image_size': 32, 'patch_size': 8})
+    projection_dim=16,
+    text_config={
+      'vocab_size': 4,
+      'hidden_size': 16,
+      'intermediate_size': 16,
+      'num_hidden_layers': 1,
+      'num_attention_heads': 2,
+      'max_position_embeddings': 8,
+      'bos_token_id': 0,
+      'eos_token_id': 1,
+      'pad_token_id': 1,
+    },
+    vision_config={
+      'hidden_size': 32,
+      'intermediate_size': 32,
+      'num_hidden_layers': 1,
+      'num_attention_heads': 2,
+      'image_size': 32,
+      'patch_size': 8,
+    },
+  )
   transformers.CLIPModel(config).save_pretrained(inner)
-  inner.joinpath('vocab.json').write_text(json.dumps(
-      {'<|startoftext|>': 0, '<|endoftext|>': 1, 'a</w>': 2, 'a': 3}))
+  inner.joinpath('vocab.json').write_text(
+    json.dumps({'<|startoftext|>': 0, '<|endoftext|>': 1, 'a</w>': 2, 'a': 3})
+  )
   inner.joinpath('merges.txt').write_text('#version: 0.2\n')
-  inner.joinpath('tokenizer_config.json').write_text(json.dumps(
-      {'tokenizer_class': 'CLIPTokenizer', 'model_max_length': 8}))
-  inner.joinpath('preprocessor_config.json').write_text(json.dumps({
-      'image_processor_type': 'CLIPImageProcessor', 'do_resize': True,
-      'size': {'shortest_edge': 32}, 'do_center_crop': True,
-      'crop_size': {'height': 32, 'width': 32}, 'do_normalize': True,
-      'image_mean': [0.5] * 3, 'image_std': [0.3] * 3, 'resample': 3}))
-  folder.joinpath('modules.json').write_text(json.dumps([{
-      'idx': 0, 'name': '0', 'path': '0_CLIPModel',
-      'type': 'sentence_transformers.models.CLIPModel'}]))
+  inner.joinpath('tokenizer_config.json').write_text(
+    json.dumps({'tokenizer_class': 'CLIPTokenizer', 'model_max_length': 8})
+  )
+  inner.joinpath('preprocessor_config.json').write_text(
+    json.dumps(
+      {
+        'image_processor_type': 'CLIPImageProcessor',
+        'do_resize': True,
+        'size': {'shortest_edge': 32},
+        'do_center_crop': True,
+        'crop_size': {'height': 32, 'width': 32},
+        'do_normalize': True,
+        'image_mean': [0.5] * 3,
+        'image_std': [0.3] * 3,
+        'resample': 3,
+      }
+    )
+  )
+  folder.joinpath('modules.json').write_text(
+    json.dumps(
+      [
+        {
+          'idx': 0,
+          'name': '0',
+          'path': '0_CLIPModel',
+          'type': 'sentence_transformers.models.CLIPModel',
+        }
+      ]
+    )
+  )
   return folder
 
 
@@ -600,7 +732,8 @@ def test_a_matrix_that_is_there_is_not_replaced(ml_1m):
 def test_a_model_that_is_nowhere_is_named(ml_1m):
   pytest.importorskip('sentence_transformers')  # else that is what is missing
   assert '--text_model=/absent: no such folder; name a local' in refused(
-      f'--data_dir={ml_1m}', '--text_model=/absent', '--overwrite')
+    f'--data_dir={ml_1m}', '--text_model=/absent', '--overwrite'
+  )
 
 
 def test_a_data_set_without_texts_needs_some(ml_1m):
@@ -609,13 +742,15 @@ def test_a_data_set_without_texts_needs_some(ml_1m):
   assert 'its files tell no titles, genres or abstracts' in message
   assert '--texts=FILE' in message and '--images=FOLDER' in message
   assert '--texts=none and no --images' in refused(
-      f'--data_dir={ml_1m}', '--texts=none')
+    f'--data_dir={ml_1m}', '--texts=none'
+  )
 
 
 def test_what_is_not_installed_is_named(ml_1m, monkeypatch, tmp_path):
   # A sitecustomize that hides the library, as if the extra were missing.
   (tmp_path / 'sitecustomize.py').write_text(
-      'import sys\nsys.modules["sentence_transformers"] = None\n')
+    'import sys\nsys.modules["sentence_transformers"] = None\n'
+  )
   monkeypatch.setenv('PYTHONPATH', str(tmp_path))
   message = refused(f'--data_dir={ml_1m}', '--overwrite')
   assert "sentence-transformers: pip install -e '.[features]'" in message
@@ -625,9 +760,11 @@ def test_a_hub_out_of_reach_asks_for_a_folder(ml_1m, no_hub):
   del no_hub
   pytest.importorskip('sentence_transformers')
   message = refused(f'--data_dir={ml_1m}', '--overwrite')
-  assert ('--text_model=sentence-transformers/all-MiniLM-L6-v2: no such '
-          'folder, not in the cache of the Hugging Face hub, and the hub cannot '
-          'be reached; name a local folder') in message
+  assert (
+    '--text_model=sentence-transformers/all-MiniLM-L6-v2: no such '
+    'folder, not in the cache of the Hugging Face hub, and the hub cannot '
+    'be reached; name a local folder'
+  ) in message
 
 
 def test_a_model_in_the_hub_s_cache_needs_no_hub(ml_1m, no_hub, minilm):
@@ -656,8 +793,13 @@ def test_real_weights_give_the_reference_features(ml_1m, minilm, tmp_path):
   path = tmp_path / 'texts.json'
   path.write_text(json.dumps(chosen | {'999': 'of no item'}))
   out, stderr = run(
-      BINARY, f'--data_dir={ml_1m}', f'--texts={path}', f'--out={tmp_path}/new',
-      f'--text_model={minilm}', '--batch_size=8')
+    BINARY,
+    f'--data_dir={ml_1m}',
+    f'--texts={path}',
+    f'--out={tmp_path}/new',
+    f'--text_model={minilm}',
+    '--batch_size=8',
+  )
   assert stderr == ''
   assert "1 more, of no item of the data set: '999'" in out
   assert 'shape 31 x 384' in out and 'coverage 30 of 30' in out
@@ -665,12 +807,14 @@ def test_real_weights_give_the_reference_features(ml_1m, minilm, tmp_path):
   expected = reference[[int(movie) for movie in movies[:30]]]
   cosines = (matrix[1:] * expected).sum(axis=1)  # all of unit length
   assert cosines.min() > 0.999
-  described = json.loads(
-      (tmp_path / 'new' / 'text_features.json').read_text())
+  described = json.loads((tmp_path / 'new' / 'text_features.json').read_text())
   assert len(described['model_fingerprint']) == 64
   assert described['model_revision'] is None
   assert set(described['versions']) == {
-      'sentence-transformers', 'transformers', 'torch'}
+    'sentence-transformers',
+    'transformers',
+    'torch',
+  }
 
 
 def posters(folder, pillow):
@@ -681,16 +825,22 @@ def posters(folder, pillow):
       (folder / f'{i}.jpg').write_bytes((real / f'{i}.jpg').read_bytes())
     else:
       pillow.new('RGB', (40, 60), (20 * i, 255 - 20 * i, 90)).save(
-          folder / f'{i}.jpg')
+        folder / f'{i}.jpg'
+      )
   whole = (folder / '5.jpg').read_bytes()
-  (folder / '5.jpg').write_bytes(whole[:len(whole) // 2])
+  (folder / '5.jpg').write_bytes(whole[: len(whole) // 2])
   (folder / '4711.jpg').write_bytes(whole)
 
 
 def test_images_go_through_a_clip_model(ml_1m, clip, pillow, tmp_path):
   posters(tmp_path, pillow)
-  flags = (f'--data_dir={ml_1m}', '--texts=none', f'--images={tmp_path}',
-           '--overwrite', '--batch_size=5')
+  flags = (
+    f'--data_dir={ml_1m}',
+    '--texts=none',
+    f'--images={tmp_path}',
+    '--overwrite',
+    '--batch_size=5',
+  )
   out, stderr = run(BINARY, *flags, f'--image_model={clip}')
   assert stderr == ''
   assert "1 more, of no item of the data set: '4711'" in out
@@ -699,8 +849,8 @@ def test_images_go_through_a_clip_model(ml_1m, clip, pillow, tmp_path):
   assert '1 of 12 images not read' in out
   matrix = np.load(ml_1m / 'visual_features.npy')
   np.testing.assert_allclose(
-      np.linalg.norm(matrix[[1, 2, 3, 4, *range(6, 13)]], axis=1), 1,
-      rtol=1e-5)
+    np.linalg.norm(matrix[[1, 2, 3, 4, *range(6, 13)]], axis=1), 1, rtol=1e-5
+  )
   assert not matrix[[0, 5, *range(13, 31)]].any()
   assert len(np.unique(matrix[1:5].round(4), axis=0)) == 4
   described = json.loads((ml_1m / 'visual_features.json').read_text())
@@ -711,15 +861,20 @@ def test_images_go_through_a_clip_model(ml_1m, clip, pillow, tmp_path):
 def test_a_model_for_texts_reads_no_images(ml_1m, minilm, pillow, tmp_path):
   posters(tmp_path, pillow)
   message = refused(
-      f'--data_dir={ml_1m}', '--texts=none', f'--images={tmp_path}',
-      '--overwrite', f'--image_model={minilm}')
+    f'--data_dir={ml_1m}',
+    '--texts=none',
+    f'--images={tmp_path}',
+    '--overwrite',
+    f'--image_model={minilm}',
+  )
   assert f'--image_model={minilm}: fails on its inputs' in message
   assert message.endswith('name a model for images')
 
 
 def test_a_folder_that_holds_no_model_is_refused(ml_1m, tmp_path):
   pytest.importorskip('sentence_transformers')
-  message = refused(f'--data_dir={ml_1m}', '--overwrite',
-                    f'--text_model={tmp_path}')
+  message = refused(
+    f'--data_dir={ml_1m}', '--overwrite', f'--text_model={tmp_path}'
+  )
   assert f'--text_model={tmp_path}: cannot be loaded' in message
   assert message.endswith('holds a sentence-transformers model')

@@ -25,9 +25,12 @@ def walks(aligned=True, seed=0):
   """
   rng = np.random.default_rng(seed)
   users = np.repeat(np.arange(400), 10)
-  items = np.concatenate([
+  items = np.concatenate(
+    [
       1 + user % CLUSTERS * PER_CLUSTER + rng.permutation(PER_CLUSTER)[:10]
-      for user in range(400)])
+      for user in range(400)
+    ]
+  )
   found = select('walks', Interactions.of(users, items)).dataset
   features = rng.normal(size=(found.num_rows, 16))
   if aligned:
@@ -45,29 +48,39 @@ def pairs_of(items, offsets, features, seed=0):
   """Co-consumption of some clients; the last two items are held out."""
   ids = np.arange(len(features))
   dataset = dataclasses.replace(
-      small.dataset(), items=np.array(items, np.int32),
-      offsets=np.array(offsets), user_ids=np.arange(len(offsets) - 1),
-      item_ids=ids, titles=(), text=features)
+    small.dataset(),
+    items=np.array(items, np.int32),
+    offsets=np.array(offsets),
+    user_ids=np.arange(len(offsets) - 1),
+    item_ids=ids,
+    titles=(),
+    text=features,
+  )
   return measure(dataset, seed=seed).co_consumption
 
 
 def test_spectrum_by_hand():
   # Around (10, 0): ±2 along one axis and ±1 along the other.
   features = np.array(
-      [[0, 0], [12, 0], [8, 0], [0, 0], [10, 1], [10, -1]], np.float32)
+    [[0, 0], [12, 0], [8, 0], [0, 0], [10, 1], [10, -1]], np.float32
+  )
   present = features.any(axis=1)
   got = feature_quality.spectrum(
-      features, feature_quality._centred(features, present), present)
+    features, feature_quality._centred(features, present), present
+  )
   np.testing.assert_allclose(got.explained, [0.8, 0.2])
   assert [got.components(s) for s in (0.5, 0.8, 0.9)] == [1, 1, 2]
   assert got.effective_rank == pytest.approx(
-      math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2)))
+    math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2))
+  )
   assert got.mean_share == pytest.approx(100 / 102.5)
   rows = features[present] / np.linalg.norm(
-      features[present], axis=1, keepdims=True)
+    features[present], axis=1, keepdims=True
+  )
   cosines = rows @ rows.T
   assert got.mean_cosine == pytest.approx(
-      cosines[~np.eye(4, dtype=bool)].mean())
+    cosines[~np.eye(4, dtype=bool)].mean()
+  )
 
 
 def test_equal_rows_have_no_spectrum_and_no_closeness():
@@ -84,8 +97,10 @@ def test_equal_rows_have_no_spectrum_and_no_closeness():
 
 
 def test_duplicates_by_hand():
-  features = np.array([[0, 0], [1, 2], [3, 0], [0, 0], [1, 2], [3, -0.0],
-                       [5, 5], [1, 2], [0, 0]], np.float32)
+  features = np.array(
+    [[0, 0], [1, 2], [3, 0], [0, 0], [1, 2], [3, -0.0], [5, 5], [1, 2], [0, 0]],
+    np.float32,
+  )
   got = feature_quality.duplicates(features, features.any(axis=1))
   assert (got.items, got.rows) == (5, 2)  # missing rows are none
   assert got.most.tolist() == [1, 4, 7]
@@ -99,17 +114,20 @@ def test_coverage_weighs_items_by_their_interactions():
   got = feature_quality.coverage(present, counts)
   assert (got.items, got.interactions) == (0.8, 0.5)
   np.testing.assert_allclose(
-      got.quintile_interactions, [0.5, 0.2, 0.19, 0.1, 0.01])
+    got.quintile_interactions, [0.5, 0.2, 0.19, 0.1, 0.01]
+  )
   assert got.quintile_coverage.tolist() == [0, 1, 1, 1, 1]
   assert got.quintile_items.tolist() == [1] * 5
-  assert len(feature_quality.coverage(
-      present[:3], counts[:3]).quintile_items) == 2
+  assert (
+    len(feature_quality.coverage(present[:3], counts[:3]).quintile_items) == 2
+  )
 
 
 def test_consecutive_cosines_by_hand():
   # Centred: 1 east, 2 north, 3 west, 4 south; 5 is missing.
   features = np.array(
-      [[0, 0], [9, 7], [8, 8], [7, 7], [8, 6], [0, 0]], np.float32)
+    [[0, 0], [9, 7], [8, 8], [7, 7], [8, 6], [0, 0]], np.float32
+  )
   # 1-3, 2-4 and 4-1 of the first client, 2-1 of the second one: none with the
   # missing one, none of an item with itself, none with the last two.
   items, offsets = [1, 3, 5, 2, 4, 4, 1, 2, 2] + [2, 1, 4, 4], [0, 9, 13]
@@ -129,7 +147,8 @@ def test_consecutive_cosines_by_hand():
 
 def test_auc_and_effect_by_hand():
   got = feature_quality.compare(
-      np.array([3., 1., 2.]), np.array([0., 2., 1.]), np.array([0, 0, 1]))
+    np.array([3.0, 1.0, 2.0]), np.array([0.0, 2.0, 1.0]), np.array([0, 0, 1])
+  )
   # Weights ¼ ¼ ½. Below 3: all; below 1: ¼ and half of ½; below 2: ¾ and half
   # of ¼.
   assert got.auc == pytest.approx(0.25 * 1 + 0.25 * 0.5 + 0.5 * 0.875)
@@ -142,7 +161,8 @@ def test_planted_taste_is_found_and_noise_is_not():
   found = measure(walks())
   # A random pair is in one cluster, too, once in 20 times: then it is a draw.
   assert found.co_consumption.to_matched.auc == pytest.approx(
-      1 - 0.5 / CLUSTERS, abs=0.01)
+    1 - 0.5 / CLUSTERS, abs=0.01
+  )
   assert found.co_consumption.to_matched.effect > 1
   assert 'carries something about taste' in feature_quality.verdict(found)
   noise = measure(walks(aligned=False))
@@ -190,26 +210,38 @@ def test_held_out_items_change_nothing(kind):
   items[~dataset.is_train] = 9
   assert (items != dataset.items).any()
   changed = dataclasses.replace(dataset, items=items)
-  small.assert_trees_equal(measure(dataset, kind)._replace(kind=0),
-                           measure(changed, kind)._replace(kind=0))
+  small.assert_trees_equal(
+    measure(dataset, kind)._replace(kind=0),
+    measure(changed, kind)._replace(kind=0),
+  )
   # Another seed draws other pairs; a training item counts.
   pairs = measure(dataset, kind).co_consumption
   assert not np.array_equal(
-      pairs.uniform, measure(dataset, kind, seed=1).co_consumption.uniform)
+    pairs.uniform, measure(dataset, kind, seed=1).co_consumption.uniform
+  )
   items[0] = 9
   assert not np.array_equal(
-      pairs.consecutive, measure(changed, kind).co_consumption.consecutive)
+    pairs.consecutive, measure(changed, kind).co_consumption.consecutive
+  )
 
 
 def test_items_by_id_title_and_part():
-  dataset = dataclasses.replace(small.dataset(), titles=(
-      '', 'Matrix, The (1999)', 'Alien (1979)', 'Aliens (1986)',
-      *[''] * (small.dataset().num_rows - 4)))
+  dataset = dataclasses.replace(
+    small.dataset(),
+    titles=(
+      '',
+      'Matrix, The (1999)',
+      'Alien (1979)',
+      'Aliens (1986)',
+      *[''] * (small.dataset().num_rows - 4),
+    ),
+  )
   counts = dataset.items[dataset.is_train]
   more = max((2, 3), key=lambda row: (counts == row).sum())
 
   def find(text):
     return feature_quality.find_items(dataset, text).tolist()
+
   assert find('matrix, the') == [1]
   assert find('Matrix, The (1999); alien (1979)') == [1, 2]
   assert find('3, 2,3') == [3, 2]
@@ -221,17 +253,24 @@ def test_items_by_id_title_and_part():
 def test_from_the_shell(ml_1m, tmp_path):
   data = ('--dataset=ml-1m', f'--data_dir={ml_1m}')
   out, _ = test_cli.run(
-      'inspect_features', *data, '--items=Amélie 7 (2001); 3',
-      f'--out={tmp_path / "q.png"}')
+    'inspect_features',
+    *data,
+    '--items=Amélie 7 (2001); 3',
+    f'--out={tmp_path / "q.png"}',
+  )
   assert 'Amélie 7 (2001)\ncosine' in out and 'effective rank' in out
   assert 'text: covers 100.0% of the training interactions; ' in out
   assert (tmp_path / 'q.png').read_bytes().startswith(b'\x89PNG')
   out, _ = test_cli.run(
-      'inspect_features', *data, '--json', '--visual_features=none')
+    'inspect_features', *data, '--json', '--visual_features=none'
+  )
   found = json.loads(out)
   assert found['text']['coverage']['interactions'] == 1
   assert len(found['text']['neighbours'][0]['nearest']) == 5
   assert 'visual' not in found
   assert 'ml-1m: no features' in test_cli.refused(
-      *data, '--visual_features=none', '--text_features=none',
-      binary='inspect_features')
+    *data,
+    '--visual_features=none',
+    '--text_features=none',
+    binary='inspect_features',
+  )

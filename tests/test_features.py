@@ -20,8 +20,9 @@ def matrix(dtype=np.float32):
 
 
 def check(array, **changes):
-  arguments = dict(kind='visual', source='v.npy', num_rows=NUM_ROWS,
-                   item_ids=ITEM_IDS)
+  arguments = dict(
+    kind='visual', source='v.npy', num_rows=NUM_ROWS, item_ids=ITEM_IDS
+  )
   return features.check(array, **{**arguments, **changes})
 
 
@@ -39,15 +40,34 @@ def test_the_report_by_hand():
   # Values of the three rows that are not zero: 1 −2 3 0 4 6.
   # Mean 12/6 = 2, mean square (1 + 4 + 9 + 0 + 16 + 36) / 6 = 11.
   assert report == features.IntegrityReport(
-      kind='visual', source='v.npy', shape=(5, 2), dtype='float32',
-      minimum=-2.0, maximum=6.0, mean=2.0, std=pytest.approx(np.sqrt(11 - 4)),
-      zero_rows=2, covered=2, catalogue=3)
+    kind='visual',
+    source='v.npy',
+    shape=(5, 2),
+    dtype='float32',
+    minimum=-2.0,
+    maximum=6.0,
+    mean=2.0,
+    std=pytest.approx(np.sqrt(11 - 4)),
+    zero_rows=2,
+    covered=2,
+    catalogue=3,
+  )
 
 
 def test_the_report_says_all_of_it():
   text = str(check(matrix()))
-  for part in ('visual', 'v.npy', '5 x 2', 'float32', 'min -2', 'max 6',
-               'mean 2', 'std 2.646', 'zero rows 2', '2 of 3 items (66.7%)'):
+  for part in (
+    'visual',
+    'v.npy',
+    '5 x 2',
+    'float32',
+    'min -2',
+    'max 6',
+    'mean 2',
+    'std 2.646',
+    'zero rows 2',
+    '2 of 3 items (66.7%)',
+  ):
     assert part in text
 
 
@@ -65,8 +85,9 @@ def test_items_outside_the_catalogue_do_not_count_as_covered():
     check(matrix(), item_ids=np.array([0, 3]))
 
 
-@pytest.mark.parametrize('dtype', [
-    np.float16, np.float32, np.float64, np.int32, np.int8])
+@pytest.mark.parametrize(
+  'dtype', [np.float16, np.float32, np.float64, np.int32, np.int8]
+)
 def test_every_kind_of_number_is_read_as_float32(dtype, tmp_path):
   rows, report = load_visual(saved(tmp_path, matrix(dtype)))
   assert rows.dtype == np.float32
@@ -88,7 +109,7 @@ def test_a_report_on_half_precision_is_computed_in_double():
   # (299·60000 + 59904) / 300, which float16 would round to 60000; the spread
   # is that of one value 96 below 299 others: 96·√299/300.
   assert report.mean == pytest.approx(59999.68, rel=1e-9)
-  assert report.std == pytest.approx(96 * 299 ** 0.5 / 300, rel=1e-9)
+  assert report.std == pytest.approx(96 * 299**0.5 / 300, rel=1e-9)
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
@@ -118,7 +139,8 @@ def test_a_wrong_number_of_rows_is_refused(rows, tmp_path):
 
 def test_an_all_zero_matrix_is_refused():
   assert 'v.npy: every value is 0, a constant matrix' in error_of(
-      check, np.zeros((5, 2)))
+    check, np.zeros((5, 2))
+  )
 
 
 @pytest.mark.parametrize('value', [0.5, -1.0])
@@ -150,7 +172,9 @@ def test_a_padding_row_that_is_not_zero_is_refused(tmp_path):
   assert 'shifted by one row' in message
 
 
-@pytest.mark.parametrize('array, found', [
+@pytest.mark.parametrize(
+  'array, found',
+  [
     (np.zeros(5), 'float64 of shape (5,)'),
     (np.zeros((5, 2, 2)), 'float64 of shape (5, 2, 2)'),
     (np.float64(3.0), 'float64 of shape ()'),
@@ -158,7 +182,9 @@ def test_a_padding_row_that_is_not_zero_is_refused(tmp_path):
     (matrix().astype(bool), 'bool of shape (5, 2)'),
     (matrix().astype(complex), 'complex128 of shape (5, 2)'),
     (matrix().astype(str), '<U32 of shape (5, 2)'),
-], ids=lambda x: x if isinstance(x, str) else '')
+  ],
+  ids=lambda x: x if isinstance(x, str) else '',
+)
 def test_what_is_not_a_matrix_of_numbers_is_refused(array, found, tmp_path):
   path = saved(tmp_path, array)
   message = error_of(load_visual, path)
@@ -170,20 +196,31 @@ def npy_bytes(folder):
   return saved(folder, matrix()).read_bytes()
 
 
-@pytest.mark.parametrize('spoil', [
+@pytest.mark.parametrize(
+  'spoil',
+  [
     lambda content: b'',
     lambda content: b'these are no features',
     lambda content: content[:20],
     lambda content: content[:-3],
     lambda content: content.replace(b"{'descr'", b"x'descr'"),
     lambda content: b'PK\x03\x04' + content,
-], ids=['empty', 'text', 'half_a_header', 'half_the_data', 'broken_header',
-        'broken_zip'])
+  ],
+  ids=[
+    'empty',
+    'text',
+    'half_a_header',
+    'half_the_data',
+    'broken_header',
+    'broken_zip',
+  ],
+)
 def test_a_file_that_is_no_npy_is_refused(spoil, tmp_path):
   path = tmp_path / 'broken.npy'
   path.write_bytes(spoil(npy_bytes(tmp_path)))
   assert error_of(load_visual, path).startswith(
-      f'{path}: not a readable .npy matrix')
+    f'{path}: not a readable .npy matrix'
+  )
 
 
 def test_an_archive_of_several_arrays_is_refused(tmp_path):
@@ -195,12 +232,14 @@ def test_an_archive_of_several_arrays_is_refused(tmp_path):
 def test_pickled_objects_are_refused(tmp_path):
   path = saved(tmp_path, np.array([[None]], object))
   assert error_of(load_visual, path).startswith(
-      f'{path}: not a readable .npy matrix')
+    f'{path}: not a readable .npy matrix'
+  )
 
 
 def test_a_folder_is_refused(tmp_path):
   assert error_of(load_visual, tmp_path).startswith(
-      f'{tmp_path}: not a readable .npy matrix')
+    f'{tmp_path}: not a readable .npy matrix'
+  )
 
 
 def test_a_matrix_is_not_changed_by_its_check():
@@ -230,8 +269,9 @@ def test_a_path_is_that_path_whatever_the_folder_holds(tmp_path):
 @pytest.mark.parametrize('kind', ['visual', 'text'])
 def test_a_path_that_does_not_exist_is_an_error(kind, tmp_path):
   path = tmp_path / 'absent.npy'
-  with pytest.raises(UserError, match=re.escape(
-      f'--{kind}_features={path}: no such file')) as caught:
+  with pytest.raises(
+    UserError, match=re.escape(f'--{kind}_features={path}: no such file')
+  ) as caught:
     features.resolve(str(path), kind, tmp_path)
   assert f'--{kind}_features=none' in str(caught.value)
 
@@ -239,9 +279,13 @@ def test_a_path_that_does_not_exist_is_an_error(kind, tmp_path):
 @pytest.fixture
 def movielens_folder(tmp_path):
   """Items 2, 4 and 5 rated by two users, the movies up to 6, text features."""
-  (tmp_path / 'ratings.dat').write_text(''.join(
-      f'{user}::{item}::5::{time}\n' for user in (1, 2)
-      for time, item in enumerate((4, 2, 5))))
+  (tmp_path / 'ratings.dat').write_text(
+    ''.join(
+      f'{user}::{item}::5::{time}\n'
+      for user in (1, 2)
+      for time, item in enumerate((4, 2, 5))
+    )
+  )
   (tmp_path / 'movies.dat').write_text('2::Two::Drama\n6::Six::Drama\n')
   np.save(tmp_path / 'text_features.npy', numbered(7, 3))
   return tmp_path
@@ -256,11 +300,11 @@ def numbered(rows, width):
 
 def load_movielens(folder, **flags):
   return load.load(
-      DataConfig(dataset='ml-1m', data_dir=str(folder), **flags), 0)
+    DataConfig(dataset='ml-1m', data_dir=str(folder), **flags), 0
+  )
 
 
-def test_a_data_set_takes_the_features_that_lie_in_its_folder(
-    movielens_folder):
+def test_a_data_set_takes_the_features_that_lie_in_its_folder(movielens_folder):
   loaded = load_movielens(movielens_folder)
   assert loaded.dataset.item_ids.tolist() == [0, 2, 4, 5]
   assert loaded.dataset.text[:, 0].tolist() == [0, 2, 4, 5]
@@ -270,8 +314,9 @@ def test_a_data_set_takes_the_features_that_lie_in_its_folder(
 
 def test_a_data_set_takes_the_features_that_are_named(movielens_folder):
   path = saved(movielens_folder, numbered(7, 4) * 10, 'mine.npy')
-  loaded = load_movielens(movielens_folder, visual_features=str(path),
-                          text_features='none')
+  loaded = load_movielens(
+    movielens_folder, visual_features=str(path), text_features='none'
+  )
   assert loaded.dataset.visual[:, 0].tolist() == [0, 20, 40, 50]
   assert loaded.dataset.text.shape == (4, 0)
   (report,) = loaded.integrity
@@ -296,8 +341,9 @@ SYNTHETIC = dict(synthetic_users=20, synthetic_items=40)
 def test_the_synthetic_set_brings_its_own_features():
   loaded = load.load(DataConfig(**SYNTHETIC), 0)
   assert [r.kind for r in loaded.integrity] == ['visual', 'text']
-  for report, rows in zip(loaded.integrity, (loaded.dataset.visual,
-                                             loaded.dataset.text)):
+  for report, rows in zip(
+    loaded.integrity, (loaded.dataset.visual, loaded.dataset.text)
+  ):
     assert report.source == 'generated from seed 0'
     assert report.covered == np.any(rows != 0, axis=1).sum()
     assert rows.shape[0] == loaded.dataset.num_rows
@@ -306,7 +352,8 @@ def test_the_synthetic_set_brings_its_own_features():
 def test_generated_features_are_those_of_the_catalogue_s_rows():
   # One user consumes at most 30 of 60 items: many are not in the catalogue.
   dataset = load.load(
-      DataConfig(synthetic_users=1, synthetic_items=60), 0).dataset
+    DataConfig(synthetic_users=1, synthetic_items=60), 0
+  ).dataset
   _, matrices = synthetic.generate(1, 60, seed=0)
   assert dataset.num_items <= 30
   for kind, rows in (('visual', dataset.visual), ('text', dataset.text)):
@@ -316,10 +363,11 @@ def test_generated_features_are_those_of_the_catalogue_s_rows():
 def test_the_synthetic_set_takes_the_features_that_are_named(tmp_path):
   path = saved(tmp_path, numbered(41, 3))
   loaded = load.load(
-      DataConfig(visual_features=str(path), text_features='none', **SYNTHETIC),
-      0)
+    DataConfig(visual_features=str(path), text_features='none', **SYNTHETIC), 0
+  )
   np.testing.assert_array_equal(
-      loaded.dataset.visual[:, 0], loaded.dataset.item_ids)
+    loaded.dataset.visual[:, 0], loaded.dataset.item_ids
+  )
   assert loaded.dataset.text.shape == (loaded.dataset.num_rows, 0)
   assert [r.source for r in loaded.integrity] == [str(path)]
 

@@ -39,11 +39,15 @@ def update_alone(simulation):
   def update(index):
     view = client_view(simulation.data, index, simulation.max_items)
     return client_lib.local_update(
-        simulation.program.client,
-        start.server.broadcast(simulation.catalogue, simulation.config), view,
-        jax.tree.map(lambda x: x[index], start.memories), None,
-        jax.random.fold_in(key, index),
-        windows.num_steps(view.num_train, simulation.config))
+      simulation.program.client,
+      start.server.broadcast(simulation.catalogue, simulation.config),
+      view,
+      jax.tree.map(lambda x: x[index], start.memories),
+      None,
+      jax.random.fold_in(key, index),
+      windows.num_steps(view.num_train, simulation.config),
+    )
+
   return update
 
 
@@ -58,11 +62,15 @@ def test_vmapped_round_equals_a_loop_over_clients(simulation, update_alone):
   updates = [update_alone(index) for index in COHORT.ravel()]
   weights = [float(u.weight) for u in updates]
   mean = jax.tree.map(
-      lambda *d: sum(w * x for w, x in zip(weights, d)) / sum(weights),
-      *(u.delta for u in updates))
+    lambda *d: sum(w * x for w, x in zip(weights, d)) / sum(weights),
+    *(u.delta for u in updates),
+  )
   small.assert_trees_close(
-      jax.tree.map(jnp.subtract, got.server.params, start.server.params),
-      mean, rtol=1e-3, atol=2e-6)
+    jax.tree.map(jnp.subtract, got.server.params, start.server.params),
+    mean,
+    rtol=1e-3,
+    atol=2e-6,
+  )
   for index, update in zip(COHORT.ravel(), updates):
     memory = jax.tree.map(lambda x: x[index], got.memories)
     np.testing.assert_array_equal(memory.item, update.memory.item)
@@ -74,24 +82,33 @@ def test_vmapped_round_equals_a_loop_over_clients(simulation, update_alone):
 def test_fednova_averages_mean_steps(simulation, update_alone):
   """Σ p_i Δ_i / τ_i times Σ p_i τ_i, clients of 1 to several steps."""
   updates = [update_alone(index) for index in COHORT.ravel()]
-  steps = [int(windows.num_steps(simulation.num_train[index],
-                                 simulation.config))
-           for index in COHORT.ravel()]
+  steps = [
+    int(windows.num_steps(simulation.num_train[index], simulation.config))
+    for index in COHORT.ravel()
+  ]
   assert len(set(steps)) > 1
   shares = np.array([float(u.weight) for u in updates])
   shares /= shares.sum()
   effective = shares @ steps
   mean = jax.tree.map(
-      lambda *deltas: sum(p * effective / n * d for p, n, d in zip(
-          shares, steps, deltas)),
-      *(u.delta for u in updates))
-  got, _ = run(small.simulation(
-      client_optimizer='sgd', client_learning_rate=0.1, aggregator='fednova'),
-               COHORT)
+    lambda *deltas: sum(
+      p * effective / n * d for p, n, d in zip(shares, steps, deltas)
+    ),
+    *(u.delta for u in updates),
+  )
+  got, _ = run(
+    small.simulation(
+      client_optimizer='sgd', client_learning_rate=0.1, aggregator='fednova'
+    ),
+    COHORT,
+  )
   start = simulation.init_state()
   small.assert_trees_close(
-      jax.tree.map(jnp.subtract, got.server.params, start.server.params),
-      mean, rtol=1e-3, atol=2e-6)
+    jax.tree.map(jnp.subtract, got.server.params, start.server.params),
+    mean,
+    rtol=1e-3,
+    atol=2e-6,
+  )
 
 
 def test_order_of_the_cohort_changes_nothing(simulation):
@@ -104,9 +121,11 @@ def test_order_of_the_cohort_changes_nothing(simulation):
 
 def test_chunking_changes_only_rounding(simulation):
   small.assert_trees_close(
-      run(simulation, COHORT)[0].server.params,
-      run(simulation, COHORT.reshape(1, 4))[0].server.params,
-      rtol=1e-3, atol=2e-6)
+    run(simulation, COHORT)[0].server.params,
+    run(simulation, COHORT.reshape(1, 4))[0].server.params,
+    rtol=1e-3,
+    atol=2e-6,
+  )
 
 
 def test_padding_clients_change_nothing(simulation):
@@ -127,19 +146,22 @@ def test_clients_outside_the_cohort_keep_their_memory(simulation):
   after, _ = run(simulation, COHORT)
   outside = [1, 3, 4, 6, 7]
   small.assert_trees_equal(
-      jax.tree.map(lambda x: x[np.array(outside)], start.memories),
-      jax.tree.map(lambda x: x[np.array(outside)], after.memories))
+    jax.tree.map(lambda x: x[np.array(outside)], start.memories),
+    jax.tree.map(lambda x: x[np.array(outside)], after.memories),
+  )
   assert (np.asarray(after.memories.clock)[COHORT.ravel()] > 0).all()
 
 
 def test_a_lone_client_makes_fedavg_take_its_parameters(
-    simulation, update_alone):
+  simulation, update_alone
+):
   start = simulation.init_state()
   after, _ = run(simulation, [[3]])
   small.assert_trees_close(
-      after.server.params,
-      jax.tree.map(jnp.add, start.server.params, update_alone(3).delta),
-      atol=2e-6)
+    after.server.params,
+    jax.tree.map(jnp.add, start.server.params, update_alone(3).delta),
+    atol=2e-6,
+  )
 
 
 def test_the_second_round_compiles_nothing(simulation):
@@ -164,7 +186,8 @@ def test_cohort_sampling():
   assert cohort.shape == (5, 2) and len(set(chosen)) == len(chosen) == 10
   assert (np.diff(lengths[chosen]) <= 0).all()  # longest first
   np.testing.assert_array_equal(
-      cohort, round_lib.sample_cohort(config, 1, lengths))
+    cohort, round_lib.sample_cohort(config, 1, lengths)
+  )
   assert (cohort != round_lib.sample_cohort(config, 2, lengths)).any()
 
 
@@ -172,8 +195,7 @@ def test_masked_fraction_by_hand():
   # 10 and 6 training items -> 9 and 5 positives, batch 4:
   # 3 steps for both, 24 slots executed, 14 used.
   config = small.config(batch_size=4)
-  got = round_lib.masked_fraction(
-      np.array([[0, 1]]), np.array([10, 6]), config)
+  got = round_lib.masked_fraction(np.array([[0, 1]]), np.array([10, 6]), config)
   assert got == pytest.approx(1 - 14 / 24)
 
 
@@ -181,7 +203,8 @@ def test_of_a_round_without_positives_nothing_is_masked():
   # A single training item has nothing before it: no client makes a step, and a
   # NaN would end the run where its record is written.
   got = round_lib.masked_fraction(
-      np.array([[0, 1]]), np.array([1, 1]), small.config())
+    np.array([[0, 1]]), np.array([1, 1]), small.config()
+  )
   assert got == 0.0
 
 
@@ -190,21 +213,35 @@ def test_little_is_masked_on_the_real_lengths(preset):
   """Below 15 % of the executed work, in each round (MovieLens-1M)."""
   ratings = parity.require(parity.SHARED / 'data' / 'ml-1m' / 'ratings.dat')
   flags = dict(
-      line[2:].split('=') for line in (
-          PRESETS / f'{preset}.flags').read_text().splitlines()
-      if line.startswith('--'))
+    line[2:].split('=')
+    for line in (PRESETS / f'{preset}.flags').read_text().splitlines()
+    if line.startswith('--')
+  )
   config = small.config(
-      max_seq_len=50, objective=flags['objective'],
-      batch_size=int(flags['batch_size']), client_fraction=0.1,
-      clients_per_chunk=int(flags['clients_per_chunk']))
-  num_train = np.sort(np.unique(
-      [int(line.split(b'::')[0]) for line in ratings.open('rb')],
-      return_counts=True)[1])[-1000:] - 2
-  assert max(
+    max_seq_len=50,
+    objective=flags['objective'],
+    batch_size=int(flags['batch_size']),
+    client_fraction=0.1,
+    clients_per_chunk=int(flags['clients_per_chunk']),
+  )
+  num_train = (
+    np.sort(
+      np.unique(
+        [int(line.split(b'::')[0]) for line in ratings.open('rb')],
+        return_counts=True,
+      )[1]
+    )[-1000:]
+    - 2
+  )
+  assert (
+    max(
       round_lib.masked_fraction(
-          round_lib.sample_cohort(config, number, num_train), num_train,
-          config)
-      for number in range(1, 21)) < 0.15
+        round_lib.sample_cohort(config, number, num_train), num_train, config
+      )
+      for number in range(1, 21)
+    )
+    < 0.15
+  )
 
 
 @pytest.mark.parametrize('kind', ['text', 'visual', 'both'])
@@ -212,26 +249,31 @@ def test_a_round_without_features(kind):
   """Width 0, and with it prototypes and experts of width 0."""
   dataset = small.dataset()
   kinds = ('text', 'visual') if kind == 'both' else (kind,)
-  dataset = dataclasses.replace(dataset, **{
-      k: np.zeros((dataset.num_rows, 0), np.float32) for k in kinds})
+  dataset = dataclasses.replace(
+    dataset, **{k: np.zeros((dataset.num_rows, 0), np.float32) for k in kinds}
+  )
   state, means = run(simulation_lib.build(small.config(), dataset), COHORT)
   assert np.isfinite(means['loss'])
   assert state.server.round == 1
 
 
-@pytest.mark.parametrize('name, expected', [
+@pytest.mark.parametrize(
+  'name, expected',
+  [
     # Adam's first step is lr · sign(g); yogi likewise. Delta is 0.5.
-    ('fedavg', 0.1 * 0.5), ('fedavgm', 0.1 * 0.5), ('fedadam', 0.1),
-    ('fedyogi', 0.1)])
+    ('fedavg', 0.1 * 0.5),
+    ('fedavgm', 0.1 * 0.5),
+    ('fedadam', 0.1),
+    ('fedyogi', 0.1),
+  ],
+)
 def test_server_optimizers_first_step(name, expected):
   config = small.config(server_optimizer=name, server_learning_rate=0.1)
   params = {'item_embedding': jnp.zeros(3), 'router': jnp.zeros(3)}
-  state = server_lib.init(
-      params, config, 4, FedAvg(), DriftControl())
+  state = server_lib.init(params, config, 4, FedAvg(), DriftControl())
   delta_sum = jax.tree.map(lambda x: x + 2.0, params)  # Σ w·d with Σ w = 4
   after = aggregate(state, delta_sum, 4.0, config)
-  np.testing.assert_allclose(
-      after.params['router'], expected, rtol=5e-3)
+  np.testing.assert_allclose(after.params['router'], expected, rtol=5e-3)
   assert after.round == 1
 
 
@@ -239,22 +281,24 @@ def test_server_optimizers_first_step(name, expected):
 def test_what_got_no_update_does_not_move(name):
   config = small.config(server_optimizer=name, server_learning_rate=0.1)
   params = {'item_embedding': jnp.ones(3), 'router': jnp.ones(3)}
-  state = server_lib.init(
-      params, config, 4, FedAvg(), DriftControl())
+  state = server_lib.init(params, config, 4, FedAvg(), DriftControl())
   for _ in range(3):
-    state = aggregate(
-        state, jax.tree.map(jnp.zeros_like, params), 4.0, config)
+    state = aggregate(state, jax.tree.map(jnp.zeros_like, params), 4.0, config)
   small.assert_trees_equal(state.params, params)
-
 
 
 def test_masked_fraction_under_a_step_limit():
   num_train = np.array([30, 11])  # 5 and 2 windows of 6
-  config = small.config(objective='all_positions', negatives='shared',
-                        batch_size=1, max_local_steps=3)
+  config = small.config(
+    objective='all_positions',
+    negatives='shared',
+    batch_size=1,
+    max_local_steps=3,
+  )
   # Chunks run 3 steps; 3 and 2 of them train something.
   assert round_lib.masked_fraction(
-      np.array([[0, 1]]), num_train, config) == pytest.approx(1 - 5 / 6)
+    np.array([[0, 1]]), num_train, config
+  ) == pytest.approx(1 - 5 / 6)
 
 
 def test_nobody_trained_leaves_the_parameters(simulation):
@@ -266,10 +310,12 @@ def test_nobody_trained_leaves_the_parameters(simulation):
 
 def test_partial_aggregation_holds_the_experts_back():
   config = small.config(partial_aggregation_warmup_rounds=1)
-  params = {'item_embedding': jnp.zeros(3), 'backbone': {'w': jnp.zeros(3)},
-            'router': jnp.zeros(3)}
-  state = server_lib.init(
-      params, config, 4, FedAvg(), DriftControl())
+  params = {
+    'item_embedding': jnp.zeros(3),
+    'backbone': {'w': jnp.zeros(3)},
+    'router': jnp.zeros(3),
+  }
+  state = server_lib.init(params, config, 4, FedAvg(), DriftControl())
   delta = jax.tree.map(lambda x: x + 1.0, params)
   first = aggregate(state, delta, 1.0, config)
   assert first.params['item_embedding'].all()
@@ -283,10 +329,12 @@ def aggregate(state, delta_sum, weight, config):
   """A server step on Σ weight · delta, without prototypes."""
   weight = jnp.float32(weight)
   upload = server_lib.Upload(
-      WeightedSum(delta_sum, weight, weight), None, weight, jnp.float32(1.0))
+    WeightedSum(delta_sum, weight, weight), None, weight, jnp.float32(1.0)
+  )
   everybody = Cohort(weight, *[jnp.float32(100.0)] * 3)
   return server_lib.aggregate(
-      state, upload, None, None, everybody, config, FedAvg(), DriftControl())
+    state, upload, None, None, everybody, config, FedAvg(), DriftControl()
+  )
 
 
 def test_prototypes_reach_the_server():
@@ -305,9 +353,17 @@ def test_nothing_is_kept_that_nobody_reads(simulation):
   assert after.memories is None and after.server.prototypes is None
   assert means['memory_fill'] is None
   assert means['contrastive_loss'] is None
-  one, many = (round_lib.train_shard.lower(
-      s.program, np.array(COHORT, np.int32), s.init_state(), jax.random.key(0), s.catalogue, s.data).as_text()
-               for s in (alone, simulation))
+  one, many = (
+    round_lib.train_shard.lower(
+      s.program,
+      np.array(COHORT, np.int32),
+      s.init_state(),
+      jax.random.key(0),
+      s.catalogue,
+      s.data,
+    ).as_text()
+    for s in (alone, simulation)
+  )
   targets = simulation.config.client.batch_size
   # No two representations of the targets are held against each other.
   assert f'tensor<2x{targets}x{targets}xf32>' in many
@@ -315,15 +371,22 @@ def test_nothing_is_kept_that_nobody_reads(simulation):
 
 
 # Each combination is a compilation, so the variants share a few.
-@pytest.mark.parametrize('changes', [
-    dict(fusion='gated', drift='adaptive_temperature', proximal_mu=0.1,
-         server_optimizer='fedyogi'),
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(
+      fusion='gated',
+      drift='adaptive_temperature',
+      proximal_mu=0.1,
+      server_optimizer='fedyogi',
+    ),
     dict(global_memory=True, drift='none', local_epochs=2),
     dict(objective='all_positions', negatives='shared'),
-    dict(objective='all_positions', negatives='per_sample')])
+    dict(objective='all_positions', negatives='per_sample'),
+  ],
+)
 def test_every_variant_trains(changes):
   simulation = small.simulation(**changes)
   state, means = run(simulation, COHORT)
   assert all(np.isfinite(mean).all() for mean in means.values())
-  assert all(np.isfinite(x).all()
-             for x in jax.tree.leaves(state.server.params))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.server.params))

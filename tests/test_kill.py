@@ -21,18 +21,39 @@ ROUNDS = 8 * KILLS
 # while one is removed; the end, behind the last round, comes once.
 KINDS = ('start', 'any', 'saving', 'deleting')
 # Retention is on, so that a kill may also meet the removal of a round.
-FLAGS = ('--synthetic_users=40', '--synthetic_items=60', '--hidden_dim=16',
-         '--num_blocks=1', '--num_heads=2', '--semantic_heads=2',
-         '--max_seq_len=8', '--num_negatives=5', '--sampled_negatives=10',
-         '--memory_capacity=8', '--retrieval_size=4', '--client_fraction=0.2',
-         '--server_optimizer=fedadam', '--server_learning_rate=0.01',
-         '--client_optimizer=sgd', '--eval_every=2', '--patience=0',
-         '--keep_last=2', '--keep_every=0', f'--num_rounds={ROUNDS}')
+FLAGS = (
+  '--synthetic_users=40',
+  '--synthetic_items=60',
+  '--hidden_dim=16',
+  '--num_blocks=1',
+  '--num_heads=2',
+  '--semantic_heads=2',
+  '--max_seq_len=8',
+  '--num_negatives=5',
+  '--sampled_negatives=10',
+  '--memory_capacity=8',
+  '--retrieval_size=4',
+  '--client_fraction=0.2',
+  '--server_optimizer=fedadam',
+  '--server_learning_rate=0.01',
+  '--client_optimizer=sgd',
+  '--eval_every=2',
+  '--patience=0',
+  '--keep_last=2',
+  '--keep_every=0',
+  f'--num_rounds={ROUNDS}',
+)
 
 
 def command(workdir) -> list[str]:
-  return [sys.executable, '-m', 'experiments.train', '--resume', *FLAGS,
-          f'--workdir={workdir}']
+  return [
+    sys.executable,
+    '-m',
+    'experiments.train',
+    '--resume',
+    *FLAGS,
+    f'--workdir={workdir}',
+  ]
 
 
 def numbers(rounds: pathlib.Path) -> list[int]:
@@ -54,8 +75,10 @@ def run_until_killed(workdir, kind: str, rng: random.Random) -> str:
 
   def saved(number):
     return lambda: max(numbers(rounds), default=0) >= number
-  with subprocess.Popen(command(workdir), cwd=ROOT, stdout=subprocess.PIPE,
-                        stderr=subprocess.STDOUT) as process:
+
+  with subprocess.Popen(
+    command(workdir), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+  ) as process:
     if kind == 'start':
       wait_for(process, (workdir / 'config.json').exists)
       time.sleep(rng.uniform(0, 2))
@@ -71,14 +94,17 @@ def run_until_killed(workdir, kind: str, rng: random.Random) -> str:
     process.kill()
     output = process.communicate()[0].decode()
   assert process.returncode == -9 or kind == 'end', output
-  print(f'{kind}: round {max(numbers(rounds), default=0)} was saved, left',
-        [path.name for path in rounds.glob('.*')])
+  print(
+    f'{kind}: round {max(numbers(rounds), default=0)} was saved, left',
+    [path.name for path in rounds.glob('.*')],
+  )
   return output
 
 
 def finish(workdir) -> str:
-  done = subprocess.run(command(workdir), cwd=ROOT, capture_output=True,
-                        text=True, check=False)
+  done = subprocess.run(
+    command(workdir), cwd=ROOT, capture_output=True, text=True, check=False
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   return done.stdout
 
@@ -102,15 +128,21 @@ def test_killed_anywhere_a_resumed_run_equals_the_straight_one(tmp_path):
 
   for folder in (killed, tmp_path / 'straight'):
     assert not list((folder / 'rounds').glob('.*'))
-  first, second = ([json.loads(line) for line in (
-      folder / 'metrics.jsonl').read_text().splitlines()]
-                   for folder in (killed, tmp_path / 'straight'))
+  first, second = (
+    [
+      json.loads(line)
+      for line in (folder / 'metrics.jsonl').read_text().splitlines()
+    ]
+    for folder in (killed, tmp_path / 'straight')
+  )
   assert [r['round'] for r in first] == list(range(1, ROUNDS + 1))
   assert list(map(without_times, first)) == list(map(without_times, second))
   a, b = Rounds(killed), Rounds(tmp_path / 'straight')
   assert a.numbers() == b.numbers() and a.best() == b.best()
   for number in a.numbers():
     small.assert_trees_equal(a.load_as_saved(number), b.load_as_saved(number))
-  summaries = [json.loads((folder / 'summary.json').read_text())
-               for folder in (killed, tmp_path / 'straight')]
+  summaries = [
+    json.loads((folder / 'summary.json').read_text())
+    for folder in (killed, tmp_path / 'straight')
+  ]
   assert summaries[0]['test'] == summaries[1]['test']

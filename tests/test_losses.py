@@ -50,8 +50,7 @@ def test_weighted_mean_broadcasts_its_weights():
 
 
 def recommendation_loss(positive, negatives):
-  return losses.cross_entropy(
-      positive, jax.nn.logsumexp(negatives, axis=-1))
+  return losses.cross_entropy(positive, jax.nn.logsumexp(negatives, axis=-1))
 
 
 def test_recommendation_loss_by_hand():
@@ -62,15 +61,15 @@ def test_recommendation_loss_by_hand():
 
 
 def test_recommendation_loss_of_large_scores_is_finite():
-  loss = recommendation_loss(
-      jnp.array([-1e3, 1e3]), jnp.array([[1e3], [-1e3]]))
+  loss = recommendation_loss(jnp.array([-1e3, 1e3]), jnp.array([[1e3], [-1e3]]))
   assert loss == close([2e3, 0])
 
 
 def test_pairwise_surprise_by_hand():
   # −ln σ(0) = ln 2; −ln σ(ln 3) = ln(4/3); the mean over the negatives.
   surprise = losses.pairwise_surprise(
-      jnp.asarray([0.0, LN3]), jnp.asarray([[0.0, 0.0], [0.0, LN3]]))
+    jnp.asarray([0.0, LN3]), jnp.asarray([[0.0, 0.0], [0.0, LN3]])
+  )
   assert surprise == close([LN2, (np.log(4 / 3) + LN2) / 2])
 
 
@@ -83,8 +82,8 @@ def test_surprise_carries_no_gradient():
   gradient = jax.grad(lambda x: jnp.sum(losses.surprise_of(x)))(rec)
   assert gradient.tolist() == [0, 0]
   gradient = jax.grad(
-      lambda p, n: jnp.sum(losses.pairwise_surprise(p, n)), (0, 1))(
-          rec, jnp.ones((2, 3)))
+    lambda p, n: jnp.sum(losses.pairwise_surprise(p, n)), (0, 1)
+  )(rec, jnp.ones((2, 3)))
   assert all((g == 0).all() for g in gradient)
 
 
@@ -117,13 +116,15 @@ def test_infonce_temperature_divides_the_similarity():
 
 def test_infonce_takes_a_temperature_for_each_sample():
   loss = losses.symmetric_infonce(
-      jnp.eye(2), jnp.eye(2), BOTH, jnp.array([1.0, 0.5]))
+    jnp.eye(2), jnp.eye(2), BOTH, jnp.array([1.0, 0.5])
+  )
   assert loss == close([SOFT, np.log1p(np.exp(-2))])
 
 
 def test_infonce_of_one_sample_is_0():
   assert losses.symmetric_infonce(
-      jnp.eye(2), jnp.eye(2), jnp.array([True, False]), 1.0)[0] == close(0)
+    jnp.eye(2), jnp.eye(2), jnp.array([True, False]), 1.0
+  )[0] == close(0)
 
 
 def views(seed, size, width=8):
@@ -137,7 +138,8 @@ def test_infonce_of_invalid_samples_changes_nothing(garbage):
   valid = jnp.array([True, False, True, True])
   rest = np.array([0, 2, 3])
   expected = losses.symmetric_infonce(
-      visual[rest], semantic[rest], valid[rest], 0.07)
+    visual[rest], semantic[rest], valid[rest], 0.07
+  )
   spoilt = (x.at[1].set(garbage) for x in (visual, semantic))
   loss = losses.symmetric_infonce(*spoilt, valid, 0.07)
   assert loss[rest] == close(np.asarray(expected))
@@ -162,7 +164,8 @@ def test_load_balance_counts_what_is_counted():
 
 def test_load_balance_of_nothing_is_0_with_a_zero_gradient():
   value, gradient = jax.value_and_grad(losses.load_balance_loss)(
-      jnp.eye(2), jnp.zeros(2))
+    jnp.eye(2), jnp.zeros(2)
+  )
   assert float(value) == 0.0
   assert (gradient == 0).all()
 
@@ -173,33 +176,58 @@ def test_late_targets_count_more():
   rec, profile = jnp.array([1.0, 2.0, 5.0]), jnp.array([1.0, 0.0, 3.0])
   nothing, nobody = jnp.zeros((3, 2)), jnp.zeros(3, bool)
   terms = losses.combine(
-      LossConfig(profile_weight=0.5), rec, jnp.array([True, False, True]),
-      nothing, nothing, nobody, 0.0, importance, profile)
+    LossConfig(profile_weight=0.5),
+    rec,
+    jnp.array([True, False, True]),
+    nothing,
+    nothing,
+    nobody,
+    0.0,
+    importance,
+    profile,
+  )
   # The mean is over the samples, not over their importance.
   assert float(terms.rec) == close((0.2 * 1 + 1.8 * 5) / 2)
   assert float(terms.total) == close(4.6 + 0.5 * (0.2 * 1 + 1.8 * 3) / 2)
 
 
-def combined(rec, visual, semantic, valid=None, has_both=None,
-             load_balance=0.0, **config):
+def combined(
+  rec, visual, semantic, valid=None, has_both=None, load_balance=0.0, **config
+):
   """`combine` of samples that count, unless said otherwise."""
   everyone = jnp.ones(len(rec), bool)
   return losses.combine(
-      LossConfig(**config), jnp.asarray(rec, jnp.float32),
-      everyone if valid is None else valid, visual, semantic,
-      everyone if has_both is None else has_both, load_balance)
+    LossConfig(**config),
+    jnp.asarray(rec, jnp.float32),
+    everyone if valid is None else valid,
+    visual,
+    semantic,
+    everyone if has_both is None else has_both,
+    load_balance,
+  )
 
 
-@pytest.mark.parametrize('drift, contrastive, instance_weight', [
+@pytest.mark.parametrize(
+  'drift, contrastive, instance_weight',
+  [
     ('none', SOFT, 1.0),
     ('instance_weight', (1.15 + 1.40) / 2 * SOFT, (1.15 + 1.40) / 2),
-    ('adaptive_temperature', (np.log1p(np.exp(-1 / 1.15))
-                              + np.log1p(np.exp(-1 / 1.40))) / 2, 1.0),
-])
+    (
+      'adaptive_temperature',
+      (np.log1p(np.exp(-1 / 1.15)) + np.log1p(np.exp(-1 / 1.40))) / 2,
+      1.0,
+    ),
+  ],
+)
 def test_combine_by_hand(drift, contrastive, instance_weight):
   terms = combined(
-      [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]], jnp.eye(2), jnp.eye(2),
-      load_balance=0.08, drift=drift, temperature=1.0)
+    [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]],
+    jnp.eye(2),
+    jnp.eye(2),
+    load_balance=0.08,
+    drift=drift,
+    temperature=1.0,
+  )
   rec = (np.log(3 / 7) + np.log(4)) / 2
   assert terms.rec == close(rec)
   assert terms.contrastive == close(contrastive)
@@ -217,27 +245,33 @@ def gradient_shares(drift):
   visual, semantic = jnp.eye(2, 4), jnp.eye(2, 4, 2)
   rec = [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]]
   gradient = jax.grad(
-      lambda v: combined(rec, v, semantic, drift=drift).contrastive)(visual)
+    lambda v: combined(rec, v, semantic, drift=drift).contrastive
+  )(visual)
   pull = -gradient[jnp.arange(2), 2 + jnp.arange(2)]
   return np.asarray(pull / pull.sum()).tolist()
 
 
-@pytest.mark.parametrize('drift, easy, hard', [
+@pytest.mark.parametrize(
+  'drift, easy, hard',
+  [
     ('none', 0.5, 0.5),
-    ('instance_weight', 1.15 / 2.55, 1.40 / 2.55),       # 0.451, 0.549
+    ('instance_weight', 1.15 / 2.55, 1.40 / 2.55),  # 0.451, 0.549
     ('adaptive_temperature', 1.40 / 2.55, 1.15 / 2.55),  # 1/1.15 : 1/1.40
-])
+  ],
+)
 def test_hard_samples_count_more_only_with_instance_weights(drift, easy, hard):
   assert gradient_shares(drift) == close([easy, hard])
 
 
-@pytest.mark.parametrize('drift', LossConfig.__dataclass_fields__[
-    'drift'].metadata['choices'])
+@pytest.mark.parametrize(
+  'drift', LossConfig.__dataclass_fields__['drift'].metadata['choices']
+)
 def test_surprise_sends_no_gradient_into_the_recommendation(drift):
   visual, semantic = views(1, 4)
   rec = jnp.array([0.1, 1.0, 2.0, 4.0])
-  gradient = jax.grad(lambda r: combined(
-      r, visual, semantic, drift=drift).total)(rec)
+  gradient = jax.grad(
+    lambda r: combined(r, visual, semantic, drift=drift).total
+  )(rec)
   # Only the mean of the cross-entropies is left: 1/4 each.
   assert gradient == close([0.25] * 4)
 
@@ -264,18 +298,22 @@ def test_combine_ignores_padded_samples(garbage):
 def test_a_sample_without_both_views_counts_for_rec_alone():
   visual, semantic = views(3, 3)
   rec = jnp.array([1.0, 2.0, 6.0])
-  terms = combined(rec, visual, semantic,
-                   has_both=jnp.array([True, True, False]))
+  terms = combined(
+    rec, visual, semantic, has_both=jnp.array([True, True, False])
+  )
   pair = combined(rec[:2], visual[:2], semantic[:2])
   assert terms.rec == close(3.0)
   assert terms.contrastive == close(float(pair.contrastive))
 
 
-@pytest.mark.parametrize('valid, has_both', [
+@pytest.mark.parametrize(
+  'valid, has_both',
+  [
     (jnp.zeros(3, bool), jnp.ones(3, bool)),
     (jnp.ones(3, bool), jnp.zeros(3, bool)),
     (jnp.zeros(3, bool), jnp.zeros(3, bool)),
-])
+  ],
+)
 def test_nothing_valid_gives_0_and_a_finite_gradient(valid, has_both):
   visual, semantic = views(4, 3)
   rec = jnp.array([1.0, 2.0, 6.0])
@@ -283,16 +321,18 @@ def test_nothing_valid_gives_0_and_a_finite_gradient(valid, has_both):
   assert terms.contrastive == close(0)
   assert terms.rec == close(3.0 if valid.all() else 0)
   assert all(np.isfinite(t).all() for t in terms)
-  gradient = jax.grad(lambda *views: combined(
-      rec, *views, valid, has_both).total, (0, 1))(visual, semantic)
+  gradient = jax.grad(
+    lambda *views: combined(rec, *views, valid, has_both).total, (0, 1)
+  )(visual, semantic)
   assert all((g == 0).all() for g in gradient)
 
 
 def test_zero_vectors_have_a_finite_gradient():
   visual, semantic = views(5, 3)
   visual, semantic = visual.at[0].set(0), semantic.at[0].set(0).at[2].set(0)
-  value, gradient = jax.value_and_grad(lambda *views: combined(
-      [1.0, 2.0, 6.0], *views).total, (0, 1))(visual, semantic)
+  value, gradient = jax.value_and_grad(
+    lambda *views: combined([1.0, 2.0, 6.0], *views).total, (0, 1)
+  )(visual, semantic)
   assert np.isfinite(value)
   assert all(np.isfinite(g).all() for g in gradient)
 
@@ -304,15 +344,23 @@ def test_a_nan_view_is_not_taken_for_a_zero_vector():
 
 
 def test_padding_does_not_move_the_mean_instance_weight():
-  terms = combined([REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8], 50.0],
-                   jnp.eye(3), jnp.eye(3), jnp.array([True, True, False]))
+  terms = combined(
+    [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8], 50.0],
+    jnp.eye(3),
+    jnp.eye(3),
+    jnp.array([True, True, False]),
+  )
   assert terms.instance_weight == close(1.275)
 
 
 def test_the_scale_of_surprise_comes_from_the_config():
   # Weights 1.3 and 1.8.
-  terms = combined([REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]],
-                   jnp.eye(2), jnp.eye(2), surprise_scale=1.0)
+  terms = combined(
+    [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]],
+    jnp.eye(2),
+    jnp.eye(2),
+    surprise_scale=1.0,
+  )
   assert terms.instance_weight == close(1.55)
 
 
@@ -335,8 +383,9 @@ def test_hardest_tenth_by_hand():
   valid[3] = False
   share = losses.hardest_share(jnp.array(loss), jnp.array(surprise), valid)
   assert float(share) == pytest.approx(2 / 20)
-  assert losses.hardest_share(
-      jnp.array(loss), jnp.array(surprise), ~everyone) == 0
+  assert (
+    losses.hardest_share(jnp.array(loss), jnp.array(surprise), ~everyone) == 0
+  )
 
 
 def test_hard_samples_count_more_with_weights_and_less_with_temperature():
@@ -346,10 +395,20 @@ def test_hard_samples_count_more_with_weights_and_less_with_temperature():
   semantic = jnp.array(shared + 0.8 * rng.normal(size=(40, 8)))
   rec = jnp.array(rng.uniform(0, 6, 40))
   everyone = jnp.ones(40, bool)
-  share = {drift: float(losses.combine(
-      LossConfig(drift=drift, surprise_scale=2.0), rec, everyone, visual,
-      semantic, everyone, 0.0).hardest_share)
-           for drift in ('instance_weight', 'none', 'adaptive_temperature')}
+  share = {
+    drift: float(
+      losses.combine(
+        LossConfig(drift=drift, surprise_scale=2.0),
+        rec,
+        everyone,
+        visual,
+        semantic,
+        everyone,
+        0.0,
+      ).hardest_share
+    )
+    for drift in ('instance_weight', 'none', 'adaptive_temperature')
+  }
   assert share['instance_weight'] > share['none']
   assert share['adaptive_temperature'] < share['none']
 

@@ -53,8 +53,11 @@ def utility_of(item, memory, now, config=SMALL):
 def streams(seed, shape):
   """Items 1 … 7, surprises on both sides of the threshold, some padding."""
   rng = np.random.default_rng(seed)
-  return (rng.integers(1, 8, shape).astype(np.int32),
-          rng.uniform(0, 1, shape).astype(np.float32), rng.random(shape) < 0.8)
+  return (
+    rng.integers(1, 8, shape).astype(np.int32),
+    rng.uniform(0, 1, shape).astype(np.float32),
+    rng.random(shape) < 0.8,
+  )
 
 
 def test_starts_empty_with_the_clock_at_zero():
@@ -101,7 +104,8 @@ def test_padding_changes_nothing_not_even_the_clock():
   for before in (remembering(7), remembering(7, 8, 9, 10)):
     for item in (7, 11):
       assert_same(
-          _update(before, item, 9.0, False, FEATURES, config=SMALL), before)
+        _update(before, item, 9.0, False, FEATURES, config=SMALL), before
+      )
 
 
 @pytest.mark.parametrize('again, largest', [(0.4, 0.5), (0.75, 0.75)])
@@ -149,8 +153,9 @@ def test_a_shorter_time_constant_lets_a_frequent_item_go():
   events = (7, 7, 7, 8, 9, 10)
   quick = MemoryConfig(memory_capacity=3, recency_time_constant=1.0)
   assert 8 not in remembering(*events, config=quick).item
-  light = MemoryConfig(memory_capacity=3, recency_time_constant=1.0,
-                       frequency_weight=0.2)
+  light = MemoryConfig(
+    memory_capacity=3, recency_time_constant=1.0, frequency_weight=0.2
+  )
   assert 7 not in remembering(*events, config=light).item
 
 
@@ -169,12 +174,15 @@ def test_ties_follow_insertion_and_not_the_last_refresh():
   assert remembering(5, 6, 6, 5, 7, config=TIES).item.tolist() == [7, 6]
 
 
-@pytest.mark.parametrize('frequency, age, expected', [
+@pytest.mark.parametrize(
+  'frequency, age, expected',
+  [
     (1, 0, 0.7115771782604519),  # 0.6 + 0.4·ln 2/ln 12
-    (1, 60, 0.33230484296),      # 0.6/e + 0.4·ln 2/ln 12 = 0.220728 + 0.111577
-    (2, 0, 0.77132693641),       # 0.6 + 0.4·ln 3/ln 13
-    (9, 30, 0.67136729),         # 0.6·e^(−1/2) + 0.4·ln 10/ln 20
-])
+    (1, 60, 0.33230484296),  # 0.6/e + 0.4·ln 2/ln 12 = 0.220728 + 0.111577
+    (2, 0, 0.77132693641),  # 0.6 + 0.4·ln 3/ln 13
+    (9, 30, 0.67136729),  # 0.6·e^(−1/2) + 0.4·ln 10/ln 20
+  ],
+)
 def test_utility_by_hand(frequency, age, expected):
   memory = remembering(*[7] * frequency)
   now = int(memory.last_update[0]) + age
@@ -214,8 +222,9 @@ def test_retrieval_ties_go_to_the_earliest_inserted():
 
 def test_no_item_is_stored_twice():
   items, surprises, valid = streams(seed=0, shape=(60,))
-  memory = _update_all(memory_lib.init(SMALL), items, surprises, valid,
-                       FEATURES, config=SMALL)
+  memory = _update_all(
+    memory_lib.init(SMALL), items, surprises, valid, FEATURES, config=SMALL
+  )
   assert len(set(memory.item.tolist())) == 3
   assert int(memory.clock) == valid.sum()
 
@@ -225,19 +234,28 @@ def test_update_all_is_a_loop_of_update():
   looped = memory_lib.init(SMALL)
   for positive in zip(items, surprises, valid):
     looped = _update(looped, *positive, FEATURES, config=SMALL)
-  scanned = _update_all(memory_lib.init(SMALL), items, surprises, valid,
-                        FEATURES, config=SMALL)
+  scanned = _update_all(
+    memory_lib.init(SMALL), items, surprises, valid, FEATURES, config=SMALL
+  )
   assert_same(scanned, looped)
 
 
 def test_update_all_goes_on_where_it_stopped():
   items, surprises, valid = streams(seed=2, shape=(24,))
-  whole = _update_all(memory_lib.init(SMALL), items, surprises, valid,
-                      FEATURES, config=SMALL)
-  half = _update_all(memory_lib.init(SMALL), items[:12], surprises[:12],
-                     valid[:12], FEATURES, config=SMALL)
-  half = _update_all(half, items[12:], surprises[12:], valid[12:],
-                     FEATURES, config=SMALL)
+  whole = _update_all(
+    memory_lib.init(SMALL), items, surprises, valid, FEATURES, config=SMALL
+  )
+  half = _update_all(
+    memory_lib.init(SMALL),
+    items[:12],
+    surprises[:12],
+    valid[:12],
+    FEATURES,
+    config=SMALL,
+  )
+  half = _update_all(
+    half, items[12:], surprises[12:], valid[12:], FEATURES, config=SMALL
+  )
   assert_same(half, whole)
 
 
@@ -245,13 +263,17 @@ def test_vmapped_clients_are_looped_clients():
   many = streams(seed=3, shape=(4, 24))
   many[2][3] = False  # one client has nothing but padding
   empty = memory_lib.init(SMALL)
-  together = jax.jit(jax.vmap(
+  together = jax.jit(
+    jax.vmap(
       lambda *positives: memory_lib.update_all(
-          empty, *positives, FEATURES, SMALL)))(
-          *many)
+        empty, *positives, FEATURES, SMALL
+      )
+    )
+  )(*many)
   for client in range(4):
-    alone = _update_all(empty, *(a[client] for a in many), FEATURES,
-                        config=SMALL)
+    alone = _update_all(
+      empty, *(a[client] for a in many), FEATURES, config=SMALL
+    )
     assert_same(jax.tree.map(lambda x: x[client], together), alone)
   assert_same(jax.tree.map(lambda x: x[3], together), empty)
 
@@ -270,8 +292,9 @@ def test_store_writes_the_clients_back_and_drops_padding():
   before = stacked(remembering(5, 6), remembering(7), remembering(8, 9, 8))
   cohort = stacked(remembering(1), remembering(2), remembering(3))
   after_round = memory_lib.store(before, jnp.array([2, 1, -1]), cohort)
-  assert_same(after_round, stacked(
-      remembering(5, 6), remembering(2), remembering(1)))
+  assert_same(
+    after_round, stacked(remembering(5, 6), remembering(2), remembering(1))
+  )
 
 
 def test_recent_keeps_the_last_ones_whatever_their_surprise():
@@ -285,16 +308,22 @@ def test_recent_keeps_the_last_ones_whatever_their_surprise():
 def test_no_memory_remembers_nothing_but_counts():
   config = MemoryConfig(memory='none', memory_capacity=3, retrieval_size=2)
   items, surprises, valid = streams(seed=5, shape=(24,))
-  memory = _update_all(memory_lib.init(config), items, surprises, valid,
-                       FEATURES, config=config)
+  memory = _update_all(
+    memory_lib.init(config), items, surprises, valid, FEATURES, config=config
+  )
   assert memory.clock == valid.sum()
   assert not memory.item.any()
   assert _retrieve(memory, config=config).tolist() == [0, 0]
 
 
 TIERS = MemoryConfig(
-    memory='two_tier', memory_capacity=2, long_term_capacity=2,
-    retrieval_size=3, novelty_threshold=0.4, merge_similarity=0.95)
+  memory='two_tier',
+  memory_capacity=2,
+  long_term_capacity=2,
+  retrieval_size=3,
+  novelty_threshold=0.4,
+  merge_similarity=0.95,
+)
 
 
 def test_two_tiers_short_term_is_first_in_first_out():
@@ -321,8 +350,9 @@ def test_two_tiers_long_term_merges_what_is_nearly_equal():
 
 def test_two_tiers_prefer_the_item_itself_to_one_like_it():
   # 5 is like 1 (0.995), but both are stored for long: 5 refreshes 5.
-  config = dataclasses.replace(TIERS, long_term_capacity=4,
-                               merge_similarity=0.999)
+  config = dataclasses.replace(
+    TIERS, long_term_capacity=4, merge_similarity=0.999
+  )
   memory = remembering(1, 2, 3, 5, 2, 3, config=config)
   lenient = dataclasses.replace(config, merge_similarity=0.95)
   memory = _update(memory, 5, 1.0, True, FEATURES, config=lenient)
@@ -345,29 +375,44 @@ def test_two_tiers_retrieve_the_latest_and_then_the_lasting():
 def contents(memory, config):
   """Item -> its entry, in the form of the reference."""
   value = memory_lib.utility(memory, memory.clock - 1, config)
-  columns = (memory.item, memory.frequency, memory.surprise,
-             memory.last_update, value)
+  columns = (
+    memory.item,
+    memory.frequency,
+    memory.surprise,
+    memory.last_update,
+    value,
+  )
   return {
-      str(item): dict(frequency=frequency, surprise=pytest.approx(surprise),
-                      last_update=last_update,
-                      utility=pytest.approx(value, rel=1e-6))
-      for item, frequency, surprise, last_update, value in zip(
-          *(np.asarray(c).tolist() for c in columns)) if item}
+    str(item): dict(
+      frequency=frequency,
+      surprise=pytest.approx(surprise),
+      last_update=last_update,
+      utility=pytest.approx(value, rel=1e-6),
+    )
+    for item, frequency, surprise, last_update, value in zip(
+      *(np.asarray(c).tolist() for c in columns)
+    )
+    if item
+  }
 
 
 def test_parity_with_the_original_after_every_event():
   reference = json.loads(
-      parity.require(parity.PARITY / 'memory_parity.json').read_text())
+    parity.require(parity.PARITY / 'memory_parity.json').read_text()
+  )
   config = MemoryConfig(
-      memory_capacity=reference['capacity'], retrieval_size=3,
-      surprise_threshold=reference['surprise_threshold'],
-      recency_weight=reference['recency_weight'],
-      frequency_weight=reference['frequency_weight'],
-      recency_time_constant=reference['recency_time_constant_steps'])
+    memory_capacity=reference['capacity'],
+    retrieval_size=3,
+    surprise_threshold=reference['surprise_threshold'],
+    recency_weight=reference['recency_weight'],
+    frequency_weight=reference['frequency_weight'],
+    recency_time_constant=reference['recency_time_constant_steps'],
+  )
   memory = memory_lib.init(config)
   assert len(reference['events']) == 60
   for (step, item, surprise), expected in zip(
-      reference['events'], reference['after_each_step'], strict=True):
+    reference['events'], reference['after_each_step'], strict=True
+  ):
     assert int(memory.clock) == step == expected['step']
     memory = _update(memory, item, surprise, True, FEATURES, config=config)
     assert contents(memory, config) == expected['items'], f'event {step}'

@@ -13,16 +13,29 @@ def test_rank_0_is_perfect():
 
 def test_names():
   assert list(metrics.ranking(np.array([0]))) == [
-      'HR@5', 'NDCG@5', 'HR@10', 'NDCG@10', 'HR@20', 'NDCG@20', 'MRR']
+    'HR@5',
+    'NDCG@5',
+    'HR@10',
+    'NDCG@10',
+    'HR@20',
+    'NDCG@20',
+    'MRR',
+  ]
 
 
 def test_rank_9_is_the_last_hit_at_10():
   got = metrics.ranking(np.array([9]))
-  assert got == pytest.approx({
-      'HR@5': 0, 'NDCG@5': 0,
-      'HR@10': 1, 'NDCG@10': 1 / np.log2(11),  # 0.289065
-      'HR@20': 1, 'NDCG@20': 1 / np.log2(11),
-      'MRR': 0.1})
+  assert got == pytest.approx(
+    {
+      'HR@5': 0,
+      'NDCG@5': 0,
+      'HR@10': 1,
+      'NDCG@10': 1 / np.log2(11),  # 0.289065
+      'HR@20': 1,
+      'NDCG@20': 1 / np.log2(11),
+      'MRR': 0.1,
+    }
+  )
 
 
 @pytest.mark.parametrize('n', [5, 10, 20])
@@ -35,11 +48,17 @@ def test_cutoffs_are_exclusive(n):
 def test_users_are_averaged():
   # Ranks 0, 2, 6, 30: 1/log2(2) = 1, 1/log2(4) = 1/2, 1/log2(8) = 1/3.
   got = metrics.ranking(np.array([0, 2, 6, 30]))
-  assert got == pytest.approx({
-      'HR@5': 2 / 4, 'NDCG@5': (1 + 1 / 2) / 4,
-      'HR@10': 3 / 4, 'NDCG@10': (1 + 1 / 2 + 1 / 3) / 4,
-      'HR@20': 3 / 4, 'NDCG@20': (1 + 1 / 2 + 1 / 3) / 4,
-      'MRR': (1 + 1 / 3 + 1 / 7 + 1 / 31) / 4})
+  assert got == pytest.approx(
+    {
+      'HR@5': 2 / 4,
+      'NDCG@5': (1 + 1 / 2) / 4,
+      'HR@10': 3 / 4,
+      'NDCG@10': (1 + 1 / 2 + 1 / 3) / 4,
+      'HR@20': 3 / 4,
+      'NDCG@20': (1 + 1 / 2 + 1 / 3) / 4,
+      'MRR': (1 + 1 / 3 + 1 / 7 + 1 / 31) / 4,
+    }
+  )
 
 
 def test_the_order_of_users_does_not_matter():
@@ -57,15 +76,17 @@ def test_results_are_plain_floats():
 
 
 def test_over_counts_only_what_is_counted():
-  got = metrics.over(jnp.array([1.0, jnp.nan, 4.0]),
-                     jnp.array([True, False, True]))
+  got = metrics.over(
+    jnp.array([1.0, jnp.nan, 4.0]), jnp.array([True, False, True])
+  )
   assert (float(got.total), float(got.weight)) == (5.0, 2.0)
 
 
 def test_merged_means_are_the_mean_of_all():
   # Mean 2 of 3 samples with the mean 5 of 1 sample: (2·3 + 5·1) / 4 = 2.75.
-  merged = metrics.merge({'x': metrics.mean(2.0, 3)},
-                         {'x': metrics.mean(5.0, 1)})
+  merged = metrics.merge(
+    {'x': metrics.mean(2.0, 3)}, {'x': metrics.mean(5.0, 1)}
+  )
   assert metrics.finish(merged) == {'x': 2.75}
 
 
@@ -93,10 +114,13 @@ def test_finished_means_are_plain_floats():
 def test_vectors_have_means_too():
   first = metrics.mean(jnp.array([1.0, 0.0]), 3)
   merged = metrics.merge(
-      metrics.empty((2,)),
-      metrics.merge(first, metrics.mean(jnp.array([0.0, 1.0]), 1)))
+    metrics.empty((2,)),
+    metrics.merge(first, metrics.mean(jnp.array([0.0, 1.0]), 1)),
+  )
   assert metrics.finish({'a': merged, 'b': metrics.empty((2,))}) == {
-      'a': [0.75, 0.25], 'b': None}
+    'a': [0.75, 0.25],
+    'b': None,
+  }
 
 
 def test_recbole_names_and_definitions():
@@ -106,10 +130,12 @@ def test_recbole_names_and_definitions():
   assert found['precision@5'].tolist() == [0.2, 0.2, 0]
   np.testing.assert_allclose(found['mrr@10'], [1, 1 / 3, 0])
   np.testing.assert_allclose(found['map@20'], [1, 1 / 3, 1 / 11])
-  np.testing.assert_allclose(
-      found['ndcg@20'], [1, 0.5, np.log(2) / np.log(12)])
-  assert set(found) == {f'{kind}@{n}' for n in (5, 10, 20) for kind in (
-      'hit', 'recall', 'precision', 'mrr', 'map', 'ndcg')}
+  np.testing.assert_allclose(found['ndcg@20'], [1, 0.5, np.log(2) / np.log(12)])
+  assert set(found) == {
+    f'{kind}@{n}'
+    for n in (5, 10, 20)
+    for kind in ('hit', 'recall', 'precision', 'mrr', 'map', 'ndcg')
+  }
 
 
 def test_counts_beyond_what_float32_counts_exactly():
@@ -118,6 +144,5 @@ def test_counts_beyond_what_float32_counts_exactly():
   total = metrics.EMPTY
   for _ in range(2000):
     total = metrics.merge(total, metrics.mean(1.0, np.float32(50_001)))
-  assert float(total.weight) == pytest.approx(
-      2000 * 50_001, rel=2000 * 2 ** -24)
+  assert float(total.weight) == pytest.approx(2000 * 50_001, rel=2000 * 2**-24)
   assert metrics.finish({'x': total})['x'] == 1

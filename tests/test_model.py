@@ -18,19 +18,24 @@ V = 20
 
 def build(config: ModelConfig = CONFIG, visual_dim=12, text_dim=10):
   rng = np.random.default_rng(1)
-  visual, text = rng.normal(size=(V, visual_dim)), rng.normal(size=(V, text_dim))
+  visual, text = (
+    rng.normal(size=(V, visual_dim)),
+    rng.normal(size=(V, text_dim)),
+  )
   visual[[0, 3]] = 0
   text[[0, 5]] = 0
   catalogue = feddmmr.Catalogue.from_features(visual, text)
   model = feddmmr.FedDMMR(config, V, visual_dim, text_dim)
-  params = model.init(
-      jax.random.key(0), catalogue, method='initialise')['params']
+  params = model.init(jax.random.key(0), catalogue, method='initialise')[
+    'params'
+  ]
   return model, catalogue, partial(model.apply, {'params': params}), params
 
 
 def test_masked_softmax_of_nothing_is_zero_with_finite_gradient():
   def total(x):
     return jnp.sum(layers.masked_softmax(x, jnp.zeros((2, 3), bool)) ** 2)
+
   x = jnp.ones((2, 3))
   assert total(x) == 0
   assert np.isfinite(jax.grad(total)(x)).all()
@@ -59,9 +64,9 @@ def test_padding_is_never_attended_to():
   loud = jax.tree.map(lambda x: x, params)
   loud['backbone'] = dict(loud['backbone'])
   loud['backbone']['position_embedding'] = (
-      params['backbone']['position_embedding'].at[:3].set(100.0))
-  after = model.apply(
-      {'params': loud}, window, catalogue, method='encode')[3:]
+    params['backbone']['position_embedding'].at[:3].set(100.0)
+  )
+  after = model.apply({'params': loud}, window, catalogue, method='encode')[3:]
   np.testing.assert_array_equal(before, after)
 
 
@@ -69,8 +74,11 @@ def test_last_only_is_the_last_position():
   _, catalogue, apply, _ = build()
   window = jnp.array([0, 2, 3, 4, 5, 6])
   np.testing.assert_allclose(
-      apply(window, catalogue, last_only=True, method='encode')[0],
-      apply(window, catalogue, method='encode')[-1], rtol=1e-5, atol=1e-6)
+    apply(window, catalogue, last_only=True, method='encode')[0],
+    apply(window, catalogue, method='encode')[-1],
+    rtol=1e-5,
+    atol=1e-6,
+  )
 
 
 @pytest.mark.parametrize('similarity', ['cosine', 'dot'])
@@ -78,7 +86,10 @@ def test_factored_scores_and_gradients_equal_the_naive_form(similarity):
   """score() against forming the fused [T, J, D] tensor."""
   model, _, _, _ = build(dataclasses.replace(CONFIG, similarity=similarity))
   rng = np.random.default_rng(2)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
   states, e, a = draw(7, 16), draw(9, 16), draw(9, 16)
 
   def candidates(e, a):
@@ -93,15 +104,19 @@ def test_factored_scores_and_gradients_equal_the_naive_form(similarity):
     dot = jnp.sum(fused * e, -1)
     if similarity == 'dot':
       return dot
-    return 4.0 * dot / (  # sqrt(16)
-        jnp.linalg.norm(fused, axis=-1) * jnp.linalg.norm(e, axis=-1))
+    norms = jnp.linalg.norm(fused, axis=-1) * jnp.linalg.norm(e, axis=-1)
+    return 4.0 * dot / norms  # sqrt(16)
 
   np.testing.assert_allclose(
-      factored(states, e, a), naive(states, e, a), rtol=1e-5, atol=1e-5)
+    factored(states, e, a), naive(states, e, a), rtol=1e-5, atol=1e-5
+  )
   weight = draw(7, 9)
-  for got, want in zip(*(
+  for got, want in zip(
+    *(
       jax.grad(lambda *x: jnp.sum(f(*x) * weight), (0, 1, 2))(states, e, a)
-      for f in (factored, naive))):
+      for f in (factored, naive)
+    )
+  ):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -120,10 +135,12 @@ def test_folded_experts_equal_the_plain_attention():
   query = linear(p['query'], catalogue.visual[items])
   key = linear(p['key'], catalogue.visual[stored])
   attention = layers.masked_softmax(
-      query @ key.T / np.sqrt(8), catalogue.has_visual[stored])
+    query @ key.T / np.sqrt(8), catalogue.has_visual[stored]
+  )
   x = linear(p['output'], attention @ catalogue.visual[stored])
   x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(
-      x.var(-1, keepdims=True) + 1e-5)
+    x.var(-1, keepdims=True) + 1e-5
+  )
   np.testing.assert_allclose(got.visual, jax.nn.relu(x), rtol=1e-4, atol=1e-5)
 
 
@@ -133,7 +150,8 @@ def test_experts_without_input_get_weight_zero_and_the_rest_is_renormalised():
   both = feddmmr.view_memory(catalogue, jnp.array([2, 4, 0]))
   got = apply(items, catalogue, both, method='candidates')
   np.testing.assert_array_equal(
-      got.available, [[True, True], [False, True], [True, True]])
+    got.available, [[True, True], [False, True], [True, True]]
+  )
   np.testing.assert_allclose(got.weights.sum(-1), 1.0, rtol=1e-6)
   np.testing.assert_array_equal(got.weights[1], [0.0, 1.0])
   # A memory that holds only an item without image leaves the text expert.
@@ -148,11 +166,13 @@ def test_an_empty_memory_scores_with_the_sequence_alone():
   empty = feddmmr.view_memory(catalogue, jnp.zeros(4, jnp.int32))
   got = apply(items, catalogue, empty, method='candidates')
   assert not got.weights.any() and not got.auxiliary.any()
-  state = apply(jnp.array([0, 0, 0, 1, 2, 3]), catalogue, last_only=True,
-                method='encode')[0]
+  state = apply(
+    jnp.array([0, 0, 0, 1, 2, 3]), catalogue, last_only=True, method='encode'
+  )[0]
   e = params['item_embedding'][items]
-  want = 4.0 * (e @ state) / (
-      jnp.linalg.norm(e, axis=-1) * jnp.linalg.norm(state))
+  want = (
+    4.0 * (e @ state) / (jnp.linalg.norm(e, axis=-1) * jnp.linalg.norm(state))
+  )
   np.testing.assert_allclose(model.score(state, got), want, rtol=1e-5)
 
 
@@ -162,8 +182,9 @@ def test_empty_slots_and_missing_features_change_nothing():
   few = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
   padded = feddmmr.view_memory(catalogue, jnp.array([2, 0, 4, 0]))
   small.assert_trees_close(
-      apply(items, catalogue, few, method='candidates'),
-      apply(items, catalogue, padded, method='candidates'))
+    apply(items, catalogue, few, method='candidates'),
+    apply(items, catalogue, padded, method='candidates'),
+  )
 
 
 def test_gate_scales_the_experts_and_residual_has_none():
@@ -172,13 +193,16 @@ def test_gate_scales_the_experts_and_residual_has_none():
   assert params['fusion_gate'] == 0.25
   _, _, residual, plain = build()
   assert 'fusion_gate' not in plain
-  items, view = jnp.arange(1, 5), feddmmr.view_memory(
-      catalogue, jnp.array([2, 4]))
+  items, view = (
+    jnp.arange(1, 5),
+    feddmmr.view_memory(catalogue, jnp.array([2, 4])),
+  )
   got = apply(items, catalogue, view, method='candidates').auxiliary
   shared = {k: v for k, v in params.items() if k != 'fusion_gate'}
   model = feddmmr.FedDMMR(CONFIG, V, 12, 10)
-  full = model.apply({'params': shared}, items, catalogue, view,
-                     method='candidates').auxiliary
+  full = model.apply(
+    {'params': shared}, items, catalogue, view, method='candidates'
+  ).auxiliary
   np.testing.assert_allclose(got, 0.25 * full, rtol=1e-6)
 
 
@@ -187,12 +211,17 @@ def test_global_prototypes_are_further_text_entries():
   items = jnp.arange(1, 5)
   as_memory = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
   one_each = feddmmr.view_memory(
-      catalogue, jnp.array([2]), catalogue.text[jnp.array([4, 9])],
-      jnp.array([True, False]))
+    catalogue,
+    jnp.array([2]),
+    catalogue.text[jnp.array([4, 9])],
+    jnp.array([True, False]),
+  )
   np.testing.assert_allclose(
-      apply(items, catalogue, as_memory, method='candidates').semantic,
-      apply(items, catalogue, one_each, method='candidates').semantic,
-      rtol=1e-5, atol=1e-6)
+    apply(items, catalogue, as_memory, method='candidates').semantic,
+    apply(items, catalogue, one_each, method='candidates').semantic,
+    rtol=1e-5,
+    atol=1e-6,
+  )
 
 
 def test_score_of_a_zero_vector_is_zero_with_finite_gradient():
@@ -201,9 +230,12 @@ def test_score_of_a_zero_vector_is_zero_with_finite_gradient():
   padding = apply(jnp.array([0]), catalogue, empty, method='candidates')
   state = jnp.ones(16)
   assert model.score(state, padding)[0] == 0
-  for value in jax.tree.leaves(jax.grad(
+  for value in jax.tree.leaves(
+    jax.grad(
       lambda s, e: jnp.sum(model.score(s, padding._replace(embedding=e))),
-      (0, 1))(state, padding.embedding)):
+      (0, 1),
+    )(state, padding.embedding)
+  ):
     assert np.isfinite(value).all()
 
 
@@ -220,11 +252,12 @@ def test_plain_backbone_scores_by_inner_product():
   view = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
   items = jnp.array([1, 2])
   candidates = apply(items, catalogue, view, method='candidates')
-  state = apply(
-      jnp.arange(6), catalogue, last_only=True, method='encode')[0]
-  np.testing.assert_allclose(model.score(state, candidates),
-                             params['item_embedding'][items] @ state,
-                             rtol=1e-6)
+  state = apply(jnp.arange(6), catalogue, last_only=True, method='encode')[0]
+  np.testing.assert_allclose(
+    model.score(state, candidates),
+    params['item_embedding'][items] @ state,
+    rtol=1e-6,
+  )
 
 
 def test_row_zero_starts_at_zero():
@@ -234,13 +267,15 @@ def test_row_zero_starts_at_zero():
 
 
 CANDIDATE = small.config(
-    dropout=0.0, expert_input='candidate', router_input='features').model
+  dropout=0.0, expert_input='candidate', router_input='features'
+).model
 VIEW = jnp.array([2, 4])
 
 
 def seen(catalogue, apply, items, view=VIEW):
-  return apply(items, catalogue, feddmmr.view_memory(catalogue, view),
-               method='candidates')
+  return apply(
+    items, catalogue, feddmmr.view_memory(catalogue, view), method='candidates'
+  )
 
 
 def changed(catalogue, kind, item):
@@ -249,8 +284,10 @@ def changed(catalogue, kind, item):
   return catalogue._replace(**{kind: matrix.at[item].add(1.0)})
 
 
-@pytest.mark.parametrize('kind, own, other', [
-    ('visual', 'visual', 'semantic'), ('text', 'semantic', 'visual')])
+@pytest.mark.parametrize(
+  'kind, own, other',
+  [('visual', 'visual', 'semantic'), ('text', 'semantic', 'visual')],
+)
 def test_an_expert_sees_its_candidates_own_feature(kind, own, other):
   _, catalogue, apply, _ = build(CANDIDATE)
   items = jnp.array([6, 7])
@@ -259,16 +296,18 @@ def test_an_expert_sees_its_candidates_own_feature(kind, own, other):
   assert (getattr(before, own)[0] != getattr(after, own)[0]).any()
   np.testing.assert_array_equal(getattr(before, other), getattr(after, other))
   assert (before.weights[0] != after.weights[0]).any()  # the router sees it too
-  small.assert_trees_equal(jax.tree.map(lambda x: x[1], before),
-                           jax.tree.map(lambda x: x[1], after))
+  small.assert_trees_equal(
+    jax.tree.map(lambda x: x[1], before), jax.tree.map(lambda x: x[1], after)
+  )
 
 
 def test_the_originals_semantic_expert_and_router_see_no_candidate_feature():
   _, catalogue, apply, params = build()
   items = jnp.array([6])
   small.assert_trees_equal(
-      seen(catalogue, apply, items),
-      seen(changed(catalogue, 'text', 6), apply, items))
+    seen(catalogue, apply, items),
+    seen(changed(catalogue, 'text', 6), apply, items),
+  )
   assert 'candidate' not in params['visual_expert']
 
 
@@ -277,7 +316,8 @@ def test_a_candidate_with_features_needs_no_memory():
   # 3 has no image, 5 no text.
   got = seen(catalogue, apply, jnp.array([1, 3, 5]), jnp.zeros(2, jnp.int32))
   np.testing.assert_array_equal(
-      got.available, [[True, True], [False, True], [True, False]])
+    got.available, [[True, True], [False, True], [True, False]]
+  )
   assert np.isfinite(got.auxiliary).all()
 
 
@@ -287,21 +327,30 @@ def test_expert_outputs_start_as_small_as_asked():
   _, _, apply_tenth, _ = build(tenth)
   items = jnp.arange(1, 9)
   np.testing.assert_allclose(
-      seen(catalogue, apply_tenth, items).auxiliary,
-      0.1 * seen(catalogue, apply, items).auxiliary, rtol=1e-5, atol=1e-7)
+    seen(catalogue, apply_tenth, items).auxiliary,
+    0.1 * seen(catalogue, apply, items).auxiliary,
+    rtol=1e-5,
+    atol=1e-7,
+  )
 
 
-@pytest.mark.parametrize('experts, groups', [
+@pytest.mark.parametrize(
+  'experts, groups',
+  [
     ('both', {'visual_expert', 'semantic_expert', 'router'}),
     ('visual', {'visual_expert', 'router'}),
-    ('semantic', {'semantic_expert', 'router'}), ('none', set())])
+    ('semantic', {'semantic_expert', 'router'}),
+    ('none', set()),
+  ],
+)
 def test_experts_that_are_left_out_have_no_parameters(experts, groups):
   params = small.simulation(experts=experts).init_state().server.params
   assert groups == {'visual_expert', 'semantic_expert', 'router'} & set(params)
 
 
-@pytest.mark.parametrize('scaling, width', [
-    ('none', 12), ('centred', 12), ('components', 16)])
+@pytest.mark.parametrize(
+  'scaling, width', [('none', 12), ('centred', 12), ('components', 16)]
+)
 def test_scaled_features_keep_missing_rows_and_mean_nothing(scaling, width):
   catalogue = small.simulation(feature_scaling=scaling).catalogue
   assert catalogue.visual.shape[1] == width
@@ -310,7 +359,7 @@ def test_scaled_features_keep_missing_rows_and_mean_nothing(scaling, width):
   if scaling != 'none':
     rows = np.asarray(catalogue.visual)[present]
     np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-6)
-    assert (rows ** 2).sum(axis=1).mean() == pytest.approx(1, rel=1e-5)
+    assert (rows**2).sum(axis=1).mean() == pytest.approx(1, rel=1e-5)
 
 
 def relative():
@@ -322,17 +371,21 @@ def test_relative_positions_have_biases_and_no_embeddings():
   assert 'position_embedding' not in params['backbone']
   bias = params['backbone']['block_0']['distance_embedding']
   # Two heads: one that forgets by half an exponent a step, one that does not.
-  np.testing.assert_allclose(bias, [[0, -.5, -1, -1.5, -2, -2.5], [0] * 6])
+  np.testing.assert_allclose(bias, [[0, -0.5, -1, -1.5, -2, -2.5], [0] * 6])
   window = jnp.array([0, 2, 3, 4, 5, 6])
   states = apply(window, catalogue, method='encode')
   np.testing.assert_allclose(
-      apply(window, catalogue, last_only=True, method='encode')[0],
-      states[-1], rtol=1e-5, atol=1e-6)
+    apply(window, catalogue, last_only=True, method='encode')[0],
+    states[-1],
+    rtol=1e-5,
+    atol=1e-6,
+  )
   after = apply(window.at[4].set(9), catalogue, method='encode')
   np.testing.assert_array_equal(states[:4], after[:4])
   # Order matters: the same items, two of them exchanged.
-  swapped = apply(window[jnp.array([0, 1, 3, 2, 4, 5])], catalogue,
-                  method='encode')
+  swapped = apply(
+    window[jnp.array([0, 1, 3, 2, 4, 5])], catalogue, method='encode'
+  )
   assert np.abs(swapped[-1] - states[-1]).max() > 1e-3
 
 
@@ -341,17 +394,24 @@ def test_relative_positions_do_not_depend_on_padding():
   window = jnp.array([0, 0, 2, 3, 4, 5])
   moved = jnp.array([0, 2, 3, 4, 5, 7])
   np.testing.assert_allclose(
-      apply(window, catalogue, method='encode')[2:],
-      apply(moved, catalogue, method='encode')[1:5], rtol=1e-4, atol=1e-5)
+    apply(window, catalogue, method='encode')[2:],
+    apply(moved, catalogue, method='encode')[1:5],
+    rtol=1e-4,
+    atol=1e-5,
+  )
 
 
 @pytest.mark.parametrize('positions', ['absolute', 'relative'])
 def test_a_shorter_window_gives_what_the_padded_one_gives(positions):
   _, catalogue, apply, _ = build(
-      dataclasses.replace(CONFIG, positions=positions))
+    dataclasses.replace(CONFIG, positions=positions)
+  )
   length = CONFIG.max_seq_len
   items = jnp.array([7, 2, 5])
   padded = jnp.pad(items, (length - 3, 0))
   np.testing.assert_allclose(
-      apply(items, catalogue, method='encode'),
-      apply(padded, catalogue, method='encode')[-3:], rtol=1e-5, atol=1e-6)
+    apply(items, catalogue, method='encode'),
+    apply(padded, catalogue, method='encode')[-3:],
+    rtol=1e-5,
+    atol=1e-6,
+  )

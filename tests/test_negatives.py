@@ -10,32 +10,38 @@ from fedmmr_jax.client import negatives
 NUM_ROWS = 11  # items 1 … 10
 EVERYTHING_BUT_4 = [1, 2, 3, 5, 6, 7, 8, 9, 10]
 CASES = [
-    [],
-    [1],
-    [10],
-    [1, 10],
-    [1, 2, 9, 10],
-    [4, 5, 6],
-    [2, 4, 6, 8, 10],
-    EVERYTHING_BUT_4,
+  [],
+  [1],
+  [10],
+  [1, 10],
+  [1, 2, 9, 10],
+  [4, 5, 6],
+  [2, 4, 6, 8, 10],
+  EVERYTHING_BUT_4,
 ]
 
 
 def padded(consumed, length=12, padding=0):
-  return jnp.asarray(
-      consumed + [padding] * (length - len(consumed)), jnp.int32)
+  return jnp.asarray(consumed + [padding] * (length - len(consumed)), jnp.int32)
 
 
 def nth_free(ranks, consumed, **padding):
   below = negatives.free_below(
-      padded(consumed, **padding), len(consumed), NUM_ROWS)
+    padded(consumed, **padding), len(consumed), NUM_ROWS
+  )
   return negatives.nth_free(jnp.asarray(ranks, jnp.int32), below)
 
 
 def sample(key, shape, consumed, num_rows=NUM_ROWS, **padding):
-  return np.asarray(negatives.sample(
-      key, shape, padded(consumed, **padding), jnp.int32(len(consumed)),
-      num_rows))
+  return np.asarray(
+    negatives.sample(
+      key,
+      shape,
+      padded(consumed, **padding),
+      jnp.int32(len(consumed)),
+      num_rows,
+    )
+  )
 
 
 @pytest.mark.parametrize('consumed', CASES, ids=str)
@@ -60,7 +66,8 @@ def test_random_subsets_are_bijections_too():
   for _ in range(20):
     size = int(rng.integers(0, NUM_ROWS - 1))
     consumed = np.sort(
-        rng.choice(np.arange(1, NUM_ROWS), size, replace=False)).tolist()
+      rng.choice(np.arange(1, NUM_ROWS), size, replace=False)
+    ).tolist()
     free = sorted(set(range(1, NUM_ROWS)) - set(consumed))
     assert nth_free(range(len(free)), consumed).tolist() == free
 
@@ -91,7 +98,8 @@ def test_padding_of_consumed_changes_nothing():
   expected = sample(jax.random.key(2), (200,), [2, 3, 9], length=3)
   for length, padding in ((4, 0), (12, 0), (12, 5), (40, NUM_ROWS - 1)):
     drawn = sample(
-        jax.random.key(2), (200,), [2, 3, 9], length=length, padding=padding)
+      jax.random.key(2), (200,), [2, 3, 9], length=length, padding=padding
+    )
     np.testing.assert_array_equal(drawn, expected)
 
 
@@ -109,7 +117,8 @@ def test_shape_and_dtype(shape):
 
 def test_the_same_key_draws_the_same_and_another_key_another():
   first, again, other = (
-      sample(jax.random.key(seed), (50,), [3]) for seed in (0, 0, 1))
+    sample(jax.random.key(seed), (50,), [3]) for seed in (0, 0, 1)
+  )
   np.testing.assert_array_equal(first, again)
   assert (first != other).any()
 
@@ -118,10 +127,12 @@ def test_a_client_s_draws_do_not_depend_on_its_neighbours():
   clients = [[], [1, 10], EVERYTHING_BUT_4]
   keys = jax.random.split(jax.random.key(4), 3)
   together = jax.vmap(
-      lambda key, consumed, n: negatives.sample(
-          key, (30,), consumed, n, NUM_ROWS))(
-              keys, jnp.stack([padded(c) for c in clients]),
-              jnp.asarray([len(c) for c in clients]))
+    lambda key, consumed, n: negatives.sample(key, (30,), consumed, n, NUM_ROWS)
+  )(
+    keys,
+    jnp.stack([padded(c) for c in clients]),
+    jnp.asarray([len(c) for c in clients]),
+  )
   for key, consumed, drawn in zip(keys, clients, together):
     np.testing.assert_array_equal(drawn, sample(key, (30,), consumed))
 
@@ -129,9 +140,11 @@ def test_a_client_s_draws_do_not_depend_on_its_neighbours():
 def test_a_large_catalogue_stays_exact():
   # All but the last of 4000 items are consumed, or all but the first.
   rows = 4001
-  last = sample(jax.random.key(5), (20,), list(range(1, rows - 1)), rows,
-                length=4000)
+  last = sample(
+    jax.random.key(5), (20,), list(range(1, rows - 1)), rows, length=4000
+  )
   assert set(last.tolist()) == {rows - 1}
-  first = sample(jax.random.key(5), (20,), list(range(2, rows)), rows,
-                 length=4000)
+  first = sample(
+    jax.random.key(5), (20,), list(range(2, rows)), rows, length=4000
+  )
   assert set(first.tolist()) == {1}

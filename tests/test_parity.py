@@ -22,7 +22,8 @@ def reference():
 @pytest.fixture(scope='module')
 def catalogue(reference):
   return feddmmr.Catalogue.from_features(
-      reference['in/visual_table'], reference['in/text_table'])
+    reference['in/visual_table'], reference['in/text_table']
+  )
 
 
 def forward(model, params, reference, catalogue):
@@ -32,10 +33,11 @@ def forward(model, params, reference, catalogue):
   sequences = jnp.asarray(reference['in/seq'])
   items = jnp.asarray(reference['in/candidates'])
   states = jax.vmap(
-      lambda w: apply(w, catalogue, last_only=True, method='encode'))(
-          sequences)[:, 0]
+    lambda w: apply(w, catalogue, last_only=True, method='encode')
+  )(sequences)[:, 0]
   candidates = jax.vmap(
-      lambda c: apply(c, catalogue, memory, method='candidates'))(items)
+    lambda c: apply(c, catalogue, memory, method='candidates')
+  )(items)
   scores = jax.vmap(model.score)(states, candidates)
   return states, candidates, scores
 
@@ -43,13 +45,20 @@ def forward(model, params, reference, catalogue):
 def loss(params, model, reference, catalogue):
   _, candidates, scores = forward(model, params, reference, catalogue)
   rec = losses.cross_entropy(
-      scores[:, 0], jax.nn.logsumexp(scores[:, 1:], axis=-1))
+    scores[:, 0], jax.nn.logsumexp(scores[:, 1:], axis=-1)
+  )
   everyone = jnp.ones(rec.shape, bool)
   terms = losses.combine(
-      LossConfig(), rec, everyone, candidates.visual[:, 0],
-      candidates.semantic[:, 0], everyone,
-      losses.load_balance_loss(
-          candidates.weights.reshape(-1, 2), jnp.ones(scores.size)))
+    LossConfig(),
+    rec,
+    everyone,
+    candidates.visual[:, 0],
+    candidates.semantic[:, 0],
+    everyone,
+    losses.load_balance_loss(
+      candidates.weights.reshape(-1, 2), jnp.ones(scores.size)
+    ),
+  )
   return terms.total, (terms, rec)
 
 
@@ -64,9 +73,9 @@ def assert_close(actual, expected, relative):
 def test_every_parameter_of_the_original_has_its_place(reference):
   model = parity.model()
   catalogue = feddmmr.Catalogue.from_features(
-      reference['in/visual_table'], reference['in/text_table'])
-  ours = model.init(
-      jax.random.key(0), catalogue, method='initialise')['params']
+    reference['in/visual_table'], reference['in/text_table']
+  )
+  ours = model.init(jax.random.key(0), catalogue, method='initialise')['params']
   theirs = parity.tree(reference, 'param/')
   assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, theirs)
 
@@ -90,20 +99,22 @@ def test_fused_vector(reference, catalogue):
 def test_backbone_states(reference, catalogue):
   params = parity.tree(reference, 'param/')
   plain = parity.model(visual_dim=0, text_dim=0)
-  states = jax.vmap(lambda w: plain.apply(
-      {'params': params}, w, catalogue, method='encode'))(
-          jnp.asarray(reference['in/seq']))
+  states = jax.vmap(
+    lambda w: plain.apply({'params': params}, w, catalogue, method='encode')
+  )(jnp.asarray(reference['in/seq']))
   assert_close(states, reference['out/sasrec'], 1e-5)
 
 
-@pytest.mark.parametrize('name, dims', [
+@pytest.mark.parametrize(
+  'name, dims',
+  [
     ('out/scores_backbone_only', dict(visual_dim=0, text_dim=0)),
     ('out/scores_semantic_only', dict(visual_dim=0)),
-])
+  ],
+)
 def test_models_with_fewer_experts(reference, catalogue, name, dims):
   params = parity.tree(reference, 'param/')
-  _, _, scores = forward(
-      parity.model(**dims), params, reference, catalogue)
+  _, _, scores = forward(parity.model(**dims), params, reference, catalogue)
   assert_close(scores, reference[name], 1e-5)
 
 
@@ -114,8 +125,11 @@ def test_every_loss_term(reference, catalogue):
   assert_close(terms.rec, reference['loss/rec'], 1e-5)
   surprise = losses.surprise_of(rec)
   assert_close(surprise, reference['loss/surprise'], 1e-5)
-  assert_close(losses.instance_weights(surprise, 0.5),
-               reference['loss/instance_weights'], 1e-5)
+  assert_close(
+    losses.instance_weights(surprise, 0.5),
+    reference['loss/instance_weights'],
+    1e-5,
+  )
   assert_close(terms.contrastive, reference['loss/contrastive_weighted'], 1e-5)
   assert_close(terms.load_balance, reference['out/lb_loss'], 1e-5)
   assert_close(total, reference['loss/total'], 1e-5)
@@ -125,15 +139,16 @@ def test_contrastive_per_sample(reference, catalogue):
   model, params = parity.model(), parity.tree(reference, 'param/')
   _, candidates, _ = forward(model, params, reference, catalogue)
   per_sample = losses.symmetric_infonce(
-      candidates.visual[:, 0], candidates.semantic[:, 0], jnp.ones(6, bool),
-      0.07)
+    candidates.visual[:, 0], candidates.semantic[:, 0], jnp.ones(6, bool), 0.07
+  )
   assert_close(per_sample, reference['loss/contrastive_per_sample'], 1e-5)
 
 
 def test_every_gradient(reference, catalogue):
   model, params = parity.model(), parity.tree(reference, 'param/')
-  gradient = jax.grad(loss, has_aux=True)(
-      params, model, reference, catalogue)[0]
+  gradient = jax.grad(loss, has_aux=True)(params, model, reference, catalogue)[
+    0
+  ]
   expected = parity.tree(reference, 'grad/')
   # A key's bias shifts every logit of a query alike: its gradient is 0 but
   # for rounding, so errors are taken relative to the whole gradient's scale.
@@ -148,10 +163,12 @@ def test_every_gradient(reference, catalogue):
 
 def test_one_adam_step(reference, catalogue):
   model, params = parity.model(), parity.tree(reference, 'param/')
-  gradient = jax.grad(loss, has_aux=True)(
-      params, model, reference, catalogue)[0]
+  gradient = jax.grad(loss, has_aux=True)(params, model, reference, catalogue)[
+    0
+  ]
   optimizer = optax.chain(
-      optax.add_decayed_weights(1e-5), optax.adam(1e-3, eps=1e-8))
+    optax.add_decayed_weights(1e-5), optax.adam(1e-3, eps=1e-8)
+  )
   updates, _ = optimizer.update(gradient, optimizer.init(params), params)
   moved = optax.apply_updates(params, updates)
   expected = parity.tree(reference, 'adam1/')
@@ -165,4 +182,5 @@ def test_one_adam_step(reference, catalogue):
     assert error.max(initial=0.0) <= 1e-5, jax.tree_util.keystr(path)
 
   jax.tree_util.tree_map_with_path(
-      check, moved, expected, params, true_gradient)
+    check, moved, expected, params, true_gradient
+  )

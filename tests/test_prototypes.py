@@ -30,8 +30,9 @@ def as_set(found):
 
 
 def assert_same_clusters(actual, expected):
-  np.testing.assert_allclose(as_set(actual), as_set(expected), rtol=1e-5,
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    as_set(actual), as_set(expected), rtol=1e-5, atol=1e-5
+  )
 
 
 def test_two_pairs_of_points():
@@ -46,15 +47,19 @@ def test_weights_move_the_centre():
   np.testing.assert_allclose(as_set(found), [[0, 1.5, 4], [10, 1, 2]])
 
 
-@pytest.mark.parametrize('iterations, expected', [
+@pytest.mark.parametrize(
+  'iterations, expected',
+  [
     # The heaviest point 0 and the farthest 20 start; 9 is nearer to 0.
     (1, [[3, 3], [43 / 3, 3]]),  # (2·0 + 9) / 3 and (11 + 12 + 20) / 3
-    (2, [[0, 2], [13, 4]]),      # |9 − 3| > |9 − 14.3|: 9 goes to the right
-    (10, [[0, 2], [13, 4]]),     # and stays: |9 − 0| > |9 − 13|
-])
+    (2, [[0, 2], [13, 4]]),  # |9 − 3| > |9 − 14.3|: 9 goes to the right
+    (10, [[0, 2], [13, 4]]),  # and stays: |9 − 0| > |9 − 13|
+  ],
+)
 def test_lloyd_steps_by_hand(iterations, expected):
-  found = cluster(on_a_line(9, 11, 0, 12, 20), [1, 1, 2, 1, 1],
-                  iterations=iterations)
+  found = cluster(
+    on_a_line(9, 11, 0, 12, 20), [1, 1, 2, 1, 1], iterations=iterations
+  )
   np.testing.assert_allclose(as_set(found), expected, rtol=1e-6)
 
 
@@ -80,8 +85,9 @@ def test_equal_points_make_one_cluster():
 
 
 def test_points_of_weight_0_are_ignored():
-  found = cluster(on_a_line(1e6, 0, 1, -1e6, 10, 11, 500),
-                  [0, 1, 1, 0, 1, 1, 0])
+  found = cluster(
+    on_a_line(1e6, 0, 1, -1e6, 10, 11, 500), [0, 1, 1, 0, 1, 1, 0]
+  )
   np.testing.assert_allclose(as_set(found), [[0.5, 2], [10.5, 2]])
 
 
@@ -113,10 +119,12 @@ def test_centres_are_the_means_of_their_members():
   for p in range(4):
     members = nearest == p
     np.testing.assert_allclose(
-        found.centre[p], np.average(points[members], 0, weights[members]),
-        rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.size[p], weights[members].sum(),
-                               rtol=1e-5)
+      found.centre[p],
+      np.average(points[members], 0, weights[members]),
+      rtol=1e-4,
+      atol=1e-4,
+    )
+    np.testing.assert_allclose(found.size[p], weights[members].sum(), rtol=1e-5)
 
 
 def test_a_vmapped_client_is_the_client_alone():
@@ -124,11 +132,13 @@ def test_a_vmapped_client_is_the_client_alone():
   points = jnp.asarray(rng.normal(size=(3, 10, 4)), jnp.float32)
   weights = jnp.asarray(rng.integers(0, 2, (3, 10)), jnp.float32)
   together = jax.vmap(lambda p, w: prototypes.cluster(p, w, 3, 5))(
-      points, weights)
+    points, weights
+  )
   for client in range(3):
     alone = _cluster(points[client], weights[client], 3, 5)
-    np.testing.assert_allclose(together.centre[client], alone.centre,
-                               rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+      together.centre[client], alone.centre, rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(together.size[client], alone.size)
 
 
@@ -138,15 +148,17 @@ def separated(seed=3):
   corners = 100 * np.eye(3, 5)
   centre = np.stack([rng.permutation(corners) for _ in range(4)])
   return Prototypes(
-      jnp.asarray(centre + rng.normal(size=centre.shape), jnp.float32),
-      jnp.asarray(1 + rng.permutation(12).reshape(4, 3), jnp.float32))
+    jnp.asarray(centre + rng.normal(size=centre.shape), jnp.float32),
+    jnp.asarray(1 + rng.permutation(12).reshape(4, 3), jnp.float32),
+  )
 
 
 def overlapping():
   """Centres of 6 clients without any structure, all of equal size."""
   rng = np.random.default_rng(4)
-  return Prototypes(jnp.asarray(rng.normal(size=(6, 3, 2)), jnp.float32),
-                    jnp.ones((6, 3)))
+  return Prototypes(
+    jnp.asarray(rng.normal(size=(6, 3, 2)), jnp.float32), jnp.ones((6, 3))
+  )
 
 
 def permuted_clients(uploaded, order):
@@ -155,8 +167,9 @@ def permuted_clients(uploaded, order):
 
 def permuted_centres(uploaded, client, order):
   return Prototypes(
-      uploaded.centre.at[client].set(uploaded.centre[client][order]),
-      uploaded.size.at[client].set(uploaded.size[client][order]))
+    uploaded.centre.at[client].set(uploaded.centre[client][order]),
+    uploaded.size.at[client].set(uploaded.size[client][order]),
+  )
 
 
 NOTHING = prototypes.init(3, 5)
@@ -170,10 +183,10 @@ def test_recluster_finds_what_the_clients_share():
   for corner in range(3):
     member = owner == corner
     size = np.asarray(uploaded.size)[member]
-    expected.append([*np.average(uploaded.centre[member], 0, size),
-                     size.sum()])
-  expected = Prototypes(jnp.asarray(expected)[:, :-1],
-                        jnp.asarray(expected)[:, -1])
+    expected.append([*np.average(uploaded.centre[member], 0, size), size.sum()])
+  expected = Prototypes(
+    jnp.asarray(expected)[:, :-1], jnp.asarray(expected)[:, -1]
+  )
   assert_same_clusters(found, expected)
 
 
@@ -186,7 +199,8 @@ def test_permuted_clients_give_the_same_set_of_centres(upload):
   for _ in range(5):
     order = rng.permutation(len(uploaded.size))
     assert_same_clusters(
-        _recluster(permuted_clients(uploaded, order), previous, 10), expected)
+      _recluster(permuted_clients(uploaded, order), previous, 10), expected
+    )
 
 
 @pytest.mark.parametrize('upload', [separated, overlapping])
@@ -202,7 +216,8 @@ def test_permuted_centres_of_a_client_give_the_same_set(upload):
 def test_recluster_is_not_an_average_by_position():
   # Both clients found 0 and 10, in opposite order; their mean would be 5.
   uploaded = Prototypes(
-      jnp.array([[[0.0], [10.0]], [[10.0], [0.0]]]), jnp.ones((2, 2)))
+    jnp.array([[[0.0], [10.0]], [[10.0], [0.0]]]), jnp.ones((2, 2))
+  )
   found = _recluster(uploaded, prototypes.init(2, 1), 10)
   np.testing.assert_allclose(as_set(found), [[0, 2], [10, 2]])
 
@@ -210,9 +225,11 @@ def test_recluster_is_not_an_average_by_position():
 def test_a_client_without_prototypes_counts_for_nothing():
   uploaded = separated()
   joined = jax.tree.map(
-      lambda x: jnp.concatenate([x, jnp.zeros_like(x[:2])]), uploaded)
-  assert_same_clusters(_recluster(joined, NOTHING, 10),
-                       _recluster(uploaded, NOTHING, 10))
+    lambda x: jnp.concatenate([x, jnp.zeros_like(x[:2])]), uploaded
+  )
+  assert_same_clusters(
+    _recluster(joined, NOTHING, 10), _recluster(uploaded, NOTHING, 10)
+  )
 
 
 def test_nobody_uploaded_keeps_the_previous():
@@ -224,8 +241,9 @@ def test_nobody_uploaded_keeps_the_previous():
 
 def test_an_upload_replaces_the_previous_whole():
   previous = Prototypes(jnp.full((3, 5), 7.0), jnp.full((3,), 7.0))
-  assert_same_clusters(_recluster(separated(), previous, 10),
-                       _recluster(separated(), NOTHING, 10))
+  assert_same_clusters(
+    _recluster(separated(), previous, 10), _recluster(separated(), NOTHING, 10)
+  )
 
 
 def test_a_start_has_no_prototypes():

@@ -16,7 +16,8 @@ from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
 
 INTEGRITY = IntegrityReport(
-    'visual', 'a <b> & c.npy', (61, 12), 'float32', -1, 1, 0.0, 0.5, 3, 57, 60)
+  'visual', 'a <b> & c.npy', (61, 12), 'float32', -1, 1, 0.0, 0.5, 3, 57, 60
+)
 
 
 def record(number: int, val: bool = True) -> dict:
@@ -24,15 +25,30 @@ def record(number: int, val: bool = True) -> dict:
   shares[number], shares[-1] = 0.25, 0.75
   metrics = {name: 0.1 * number for name in ('HR@10', 'NDCG@10')}
   return {
-      'round': number, 'seconds': 2.0, 'saving_seconds': 0.5,
-      'train': {'loss': 3.0 / number, 'rec_loss': 2.0 / number,
-                'contrastive_loss': 4.0, 'w_visual': 0.4, 'w_semantic': 0.6,
-                'instance_weight': 1.4, 'instance_weight_shares': shares,
-                'hardest_share': 0.1, 'gradient_backbone': 1.0,
-                'gradient_visual': None, 'gradient_semantic': None,
-                'memory_fill': 0.5, 'memory_age': 30.0},
-      **({'val': {'sampled': metrics, 'full': metrics},
-          'evaluation_seconds': 1.0} if val else {})}
+    'round': number,
+    'seconds': 2.0,
+    'saving_seconds': 0.5,
+    'train': {
+      'loss': 3.0 / number,
+      'rec_loss': 2.0 / number,
+      'contrastive_loss': 4.0,
+      'w_visual': 0.4,
+      'w_semantic': 0.6,
+      'instance_weight': 1.4,
+      'instance_weight_shares': shares,
+      'hardest_share': 0.1,
+      'gradient_backbone': 1.0,
+      'gradient_visual': None,
+      'gradient_semantic': None,
+      'memory_fill': 0.5,
+      'memory_age': 30.0,
+    },
+    **(
+      {'val': {'sampled': metrics, 'full': metrics}, 'evaluation_seconds': 1.0}
+      if val
+      else {}
+    ),
+  }
 
 
 @pytest.fixture
@@ -48,21 +64,41 @@ def run(tmp_path):
 def summary() -> dict:
   ranking = {name: 0.5 for name in ('HR@5', 'HR@10', 'NDCG@10', 'MRR')}
   both = {'sampled': ranking, 'full': ranking}
-  return {'test': both, 'val': both, 'best_round': 3, 'rounds': 3,
-          'wall_seconds': 20.0, 'round_seconds_median': 2.0,
-          'targets_per_second': 1e3, 'peak_rss_mb': 900.0, 'num_clients': 9,
-          'num_items': 60, 'num_interactions': 99, 'backend': 'cpu',
-          'acceptance': [{'name': 'test', 'target': '> 1', 'measured': '2',
-                          'passed': True}]}
+  return {
+    'test': both,
+    'val': both,
+    'best_round': 3,
+    'rounds': 3,
+    'wall_seconds': 20.0,
+    'round_seconds_median': 2.0,
+    'targets_per_second': 1e3,
+    'peak_rss_mb': 900.0,
+    'num_clients': 9,
+    'num_items': 60,
+    'num_interactions': 99,
+    'backend': 'cpu',
+    'acceptance': [
+      {'name': 'test', 'target': '> 1', 'measured': '2', 'passed': True}
+    ],
+  }
 
 
 def test_draws_every_figure_and_escapes(run):
   run.write_summary(summary())
   page = report.write(run).read_text()
-  for words in ('Validation', 'Router', 'Contrastive loss', 'Instance weights',
-                'Client memory, fill', 'Client memory, age', 'Time',
-                'Where the time went', 'Acceptance', 'a &lt;b&gt; &amp; c.npy',
-                '--num_rounds'):
+  for words in (
+    'Validation',
+    'Router',
+    'Contrastive loss',
+    'Instance weights',
+    'Client memory, fill',
+    'Client memory, age',
+    'Time',
+    'Where the time went',
+    'Acceptance',
+    'a &lt;b&gt; &amp; c.npy',
+    '--num_rounds',
+  ):
     assert words in page, words
   assert 'gradient visual' not in page  # has no value
   assert 'nan' not in page.lower()
@@ -71,7 +107,8 @@ def test_draws_every_figure_and_escapes(run):
 
 def test_a_run_that_goes_on_has_a_page_too(run):
   assert '3 of 5 rounds; the run has not finished' in (
-      report.write(run).read_text())
+    report.write(run).read_text()
+  )
 
 
 def test_before_the_first_round(tmp_path):
@@ -90,12 +127,24 @@ def test_scales_by_hand():
   assert [label for _, label in chart.x_ticks] == ['1', '2', '3']
   # From 0 (nothing here is negative) to 1.05.
   assert [label for _, label in chart.y_ticks] == [
-      '0', '0.2', '0.4', '0.6', '0.8', '1']
+    '0',
+    '0.2',
+    '0.4',
+    '0.6',
+    '0.8',
+    '1',
+  ]
 
 
-@pytest.mark.parametrize('low, high, expected', [
-    (0.363, 0.637, [0.4, 0.45, 0.5, 0.55, 0.6]), (1, 40, [10, 20, 30, 40]),
-    (-3.0, 3.0, [-3, -2, -1, 0, 1, 2, 3]), (7, 7, [7])])
+@pytest.mark.parametrize(
+  'low, high, expected',
+  [
+    (0.363, 0.637, [0.4, 0.45, 0.5, 0.55, 0.6]),
+    (1, 40, [10, 20, 30, 40]),
+    (-3.0, 3.0, [-3, -2, -1, 0, 1, 2, 3]),
+    (7, 7, [7]),
+  ],
+)
 def test_ticks_are_round_numbers(low, high, expected):
   assert report._round_numbers(low, high) == expected
 
@@ -120,8 +169,12 @@ def test_many_rounds_share_columns():
 
 def test_time_split():
   parts = dict(report.time_split([record(1), record(2, val=False)], summary()))
-  assert parts == {'training': 4.0, 'validation': 1.0,
-                   'waiting for a save': 1.0, 'the rest: start, test': 14.0}
+  assert parts == {
+    'training': 4.0,
+    'validation': 1.0,
+    'waiting for a save': 1.0,
+    'the rest: start, test': 14.0,
+  }
 
 
 def test_comparison(run, tmp_path):
@@ -131,8 +184,14 @@ def test_comparison(run, tmp_path):
   run.write_summary(summary())
   report.write_comparison([run, other], tmp_path / 'both.html')
   page = (tmp_path / 'both.html').read_text()
-  for words in ('Validation, sampled', 'run, round 3: 0.3', 'other, round 1',
-                '--seed', 'not finished', '3 of 3'):
+  for words in (
+    'Validation, sampled',
+    'run, round 3: 0.3',
+    'other, round 1',
+    '--seed',
+    'not finished',
+    '3 of 3',
+  ):
     assert words in page, words
   assert '--dropout' not in page and '://' not in page
   twins = [RunFolder(tmp_path / 'a' / 'run'), RunFolder(tmp_path / 'b' / 'run')]
@@ -154,18 +213,32 @@ def in_browser(page: str, width: int, script: str, *flags: str) -> dict:
         (() => {{ {script} }})());
     }};</script>'''
   done = subprocess.run(
-      [chromium, '--headless', '--no-sandbox', '--disable-gpu',
-       '--disable-quic', '--no-first-run', '--disable-background-networking',
-       '--disable-component-update', '--disable-sync', *flags,
-       '--virtual-time-budget=5000', '--dump-dom',
-       'data:text/html;charset=utf-8,' + re.sub(
-           r'[#%\n]', lambda m: f'%{ord(m[0]):02X}', wrapper)],
-      capture_output=True, text=True, timeout=120, check=True)
+    [
+      chromium,
+      '--headless',
+      '--no-sandbox',
+      '--disable-gpu',
+      '--disable-quic',
+      '--no-first-run',
+      '--disable-background-networking',
+      '--disable-component-update',
+      '--disable-sync',
+      *flags,
+      '--virtual-time-budget=5000',
+      '--dump-dom',
+      'data:text/html;charset=utf-8,'
+      + re.sub(r'[#%\n]', lambda m: f'%{ord(m[0]):02X}', wrapper),
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=True,
+  )
   found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
   return json.loads(html.unescape(found[1]))
 
 
-LOOK = '''
+LOOK = """
   const dot = page.querySelector('circle.hit');
   dot.dispatchEvent(new view.PointerEvent('pointermove', {bubbles: true,
     clientX: 300, clientY: 200}));
@@ -178,7 +251,7 @@ LOOK = '''
       svg => svg.getBoundingClientRect().width > 200).length,
     cells: page.querySelectorAll('rect.cell').length,
     background: view.getComputedStyle(page.body).backgroundColor,
-    ink: view.getComputedStyle(page.body).color};'''
+    ink: view.getComputedStyle(page.body).color};"""
 
 
 def test_opens_in_a_browser_light_and_dark_on_desktop_and_phone(run):

@@ -25,17 +25,23 @@ ROWS = np.array([0, 1, 3, 4])
 def prepared(tmp_path):
   """A matrix for ITEMS with its sidecar."""
   path = tmp_path / 'text_features.npy'
-  np.save(path, np.array(
-      [[0, 0], [1, -2], [0, 0], [3, 5], [4, 6]], np.float32))
+  np.save(path, np.array([[0, 0], [1, -2], [0, 0], [3, 5], [4, 6]], np.float32))
   write(path)
   return path
 
 
 def write(path, **changes):
-  sidecar.path_of(path).write_text(json.dumps({
-      'format': sidecar.FORMAT, 'model': 'someone/small-model',
-      'data_fingerprint': sidecar.data_fingerprint(ITEMS),
-      'checksum': sidecar.checksum(path)} | changes))
+  sidecar.path_of(path).write_text(
+    json.dumps(
+      {
+        'format': sidecar.FORMAT,
+        'model': 'someone/small-model',
+        'data_fingerprint': sidecar.data_fingerprint(ITEMS),
+        'checksum': sidecar.checksum(path),
+      }
+      | changes
+    )
+  )
 
 
 def load(path, items=ITEMS):
@@ -72,14 +78,22 @@ def test_another_matrix_under_the_name_is_refused(prepared):
   matrix[1, 0] += 1e-6
   np.save(prepared, matrix)
   message = refusal(prepared)
-  assert message.startswith(f'{prepared}: not the matrix that '
-                            'text_features.json describes')
+  assert message.startswith(
+    f'{prepared}: not the matrix that text_features.json describes'
+  )
   assert 'prepare the features again, or remove the .json' in message
 
 
-@pytest.mark.parametrize('other', [
-    table(ids=(1, 2, 4)), table(rows=(1, 2, 4)), table(num_rows=6),
-    table(ids=('1', '3', 'x'))], ids=['ids', 'rows', 'num_rows', 'strings'])
+@pytest.mark.parametrize(
+  'other',
+  [
+    table(ids=(1, 2, 4)),
+    table(rows=(1, 2, 4)),
+    table(num_rows=6),
+    table(ids=('1', '3', 'x')),
+  ],
+  ids=['ids', 'rows', 'num_rows', 'strings'],
+)
 def test_a_matrix_of_another_data_set_is_refused(prepared, other):
   message = refusal(prepared, other)
   assert message.startswith(f'{prepared}: prepared for another data set')
@@ -92,8 +106,9 @@ def test_without_items_only_the_matrix_is_checked(prepared):
   assert 'not the matrix' in refusal(prepared, None)
 
 
-@pytest.mark.parametrize('content', [b'', b'{"format": "fedm', b'\xff\xfe{}',
-                                     b'[' * 100_000])
+@pytest.mark.parametrize(
+  'content', [b'', b'{"format": "fedm', b'\xff\xfe{}', b'[' * 100_000]
+)
 def test_a_sidecar_that_is_not_json_is_refused(prepared, content):
   path = sidecar.path_of(prepared)
   path.write_bytes(content)
@@ -117,11 +132,14 @@ def test_somebody_s_own_json_of_that_name_is_no_sidecar(prepared, content):
 def test_a_data_set_refuses_features_of_another_one(ml_1m):
   config = DataConfig(dataset='ml-1m', data_dir=str(ml_1m))
   path = ml_1m / 'text_features.npy'
-  write(path, data_fingerprint=sidecar.data_fingerprint(
-      load_lib.read_items(config)))
+  write(
+    path, data_fingerprint=sidecar.data_fingerprint(load_lib.read_items(config))
+  )
   loaded = load_lib.load(config, 0)
   assert [report.source for report in loaded.integrity] == [
-      str(ml_1m / 'visual_features.npy'), f'{path} (small-model)']
+    str(ml_1m / 'visual_features.npy'),
+    f'{path} (small-model)',
+  ]
   write(path)  # of ITEMS
   with pytest.raises(UserError, match='prepared for another data set'):
     load_lib.load(config, 0)
@@ -132,10 +150,15 @@ def test_the_fingerprint_is_that_of_ids_rows_and_size():
   expected = hashlib.sha256(b'["1", "3", "4"]' + rows).hexdigest()
   assert sidecar.data_fingerprint(ITEMS) == expected
   # What is known of the items is not in it: titles do not move rows.
-  assert sidecar.data_fingerprint(
-      ITEMS._replace(titles={1: 'One'}, texts={1: 'One.'})) == expected
+  assert (
+    sidecar.data_fingerprint(
+      ITEMS._replace(titles={1: 'One'}, texts={1: 'One.'})
+    )
+    == expected
+  )
 
 
 def test_ids_are_told_apart_wherever_they_end():
-  assert (sidecar.data_fingerprint(table(ids=('a", "b', 'c', 'd')))
-          != sidecar.data_fingerprint(table(ids=('a', 'b", "c', 'd'))))
+  assert sidecar.data_fingerprint(
+    table(ids=('a", "b', 'c', 'd'))
+  ) != sidecar.data_fingerprint(table(ids=('a', 'b", "c', 'd')))

@@ -17,7 +17,7 @@ from fedmmr_jax.runs.supervision import Supervisor
 from tests import small, test_kill
 
 # Runs training with a round 3 that waits for ever, or until the file is there.
-HANGING = '''
+HANGING = """
 import pathlib, sys, time
 from experiments import app, train
 from fedmmr_jax.simulation import Simulation
@@ -29,7 +29,7 @@ def hang(self, state, number, cohort):
   return run_round(self, state, number, cohort)
 Simulation.run_round = hang
 app.run(train.main)
-'''
+"""
 
 
 def start(workdir, *flags, hanging: bool = False, **options):
@@ -37,9 +37,13 @@ def start(workdir, *flags, hanging: bool = False, **options):
   if hanging:  # what stands for the program's name is the file that it touches
     command = [sys.executable, '-c', HANGING, *command[3:]]
   return subprocess.Popen(
-      [*command, '--num_rounds=4', '--keep_last=0', *flags],
-      cwd=test_kill.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      text=True, **options)
+    [*command, '--num_rounds=4', '--keep_last=0', *flags],
+    cwd=test_kill.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **options,
+  )
 
 
 def finish(workdir) -> tuple[str, str]:
@@ -72,12 +76,17 @@ def wait_for_round(workdir, number: int) -> None:
     time.sleep(0.01)
 
 
-@pytest.mark.parametrize('number, told', [
+@pytest.mark.parametrize(
+  'number, told',
+  [
     (signal.SIGABRT, 'signal 6 (SIGABRT)'),
     (signal.SIGSEGV, 'signal 11 (SIGSEGV)'),
-    (signal.SIGKILL, 'signal 9 (SIGKILL, or another that leaves no trace)')])
+    (signal.SIGKILL, 'signal 9 (SIGKILL, or another that leaves no trace)'),
+  ],
+)
 def test_the_next_process_says_how_the_last_one_died(
-    tmp_path, straight, number, told):
+  tmp_path, straight, number, told
+):
   with start(tmp_path / 'run', hanging=True) as process:
     wait_for_round(tmp_path / 'run', 2)
     record = tmp_path / 'run' / supervision.PROCESS
@@ -107,8 +116,9 @@ def test_a_stuck_run_says_so_and_ends(tmp_path, straight):
 
 def test_a_machine_that_sleeps_is_not_stuck(tmp_path, straight):
   """Stopped for longer than a step may take; and at low priority."""
-  with start(tmp_path / 'run', '--stuck_minutes=0.2',
-             preexec_fn=lambda: os.nice(10)) as process:
+  with start(
+    tmp_path / 'run', '--stuck_minutes=0.2', preexec_fn=lambda: os.nice(10)
+  ) as process:
     wait_for_round(tmp_path / 'run', 1)
     process.send_signal(signal.SIGSTOP)
     time.sleep(float(os.environ.get('FEDMMR_SLEEP', 14)))
@@ -135,15 +145,29 @@ def record_of(folder: pathlib.Path, **changes) -> None:
   (folder / supervision.PROCESS).write_text(json.dumps(content | changes))
 
 
-@pytest.mark.parametrize('changes, told', [
-    (dict(), 'ended by signal 9 (SIGKILL, or another that leaves no trace) '
-     'while validating round 7'),
-    (dict(note='asked to stop by SIGTERM'),
-     'while validating round 7, asked to stop by SIGTERM'),
+@pytest.mark.parametrize(
+  'changes, told',
+  [
+    (
+      dict(),
+      'ended by signal 9 (SIGKILL, or another that leaves no trace) '
+      'while validating round 7',
+    ),
+    (
+      dict(note='asked to stop by SIGTERM'),
+      'while validating round 7, asked to stop by SIGTERM',
+    ),
     (dict(host='elsewhere'), 'on elsewhere, ended without a word while valid'),
-    (dict(boot='another'), 'the machine was restarted while validating round 7'),
-    (dict(oom_kills=supervision._oom_kills() - 2),
-     'the machine ran out of memory 2 time(s) since it was started')])
+    (
+      dict(boot='another'),
+      'the machine was restarted while validating round 7',
+    ),
+    (
+      dict(oom_kills=supervision._oom_kills() - 2),
+      'the machine ran out of memory 2 time(s) since it was started',
+    ),
+  ],
+)
 def test_how_a_process_ended(tmp_path, changes, told):
   record_of(tmp_path, **changes)
   assert told in supervision.last_end(tmp_path)

@@ -25,22 +25,26 @@ def generated():
 
 def clusters(dataset):
   """[V − 1] cluster of each catalogue row, as its title says."""
-  return np.array([
+  return np.array(
+    [
       int(re.fullmatch(r'item \d+ of cluster (\d+)', title)[1])
-      for title in dataset.titles[1:]])
+      for title in dataset.titles[1:]
+    ]
+  )
 
 
 def arrays(generated):
   dataset, matrices = generated
-  return [dataset.items, dataset.offsets, dataset.item_ids,
-          *matrices.values()]
+  return [dataset.items, dataset.offsets, dataset.item_ids, *matrices.values()]
 
 
 def transitions(dataset):
   """(clusters of items, clusters of their successors), over all users."""
   cluster = clusters(dataset)
-  pairs = [(cluster[s[:-1] - 1], cluster[s[1:] - 1]) for s in map(
-      dataset.sequence, range(dataset.num_clients))]
+  pairs = [
+    (cluster[s[:-1] - 1], cluster[s[1:] - 1])
+    for s in map(dataset.sequence, range(dataset.num_clients))
+  ]
   return tuple(np.concatenate(side) for side in zip(*pairs))
 
 
@@ -104,18 +108,20 @@ def test_a_small_catalogue_shortens_the_sequences():
 
 
 def test_the_most_active_users_can_be_kept(generated):
-  dataset, matrices = generate(
-      USERS, ITEMS, 0, Filters(top_k_users=10))
+  dataset, matrices = generate(USERS, ITEMS, 0, Filters(top_k_users=10))
   longest = np.sort(generated[0].lengths)[-10:]
   assert sorted(dataset.lengths.tolist()) == longest.tolist()
   for kind in KINDS:
     np.testing.assert_array_equal(matrices[kind], generated[1][kind])
 
 
-@pytest.mark.parametrize('kind, width', [
-    ('visual', synthetic.VISUAL_DIM), ('text', synthetic.TEXT_DIM)])
+@pytest.mark.parametrize(
+  'kind, width',
+  [('visual', synthetic.VISUAL_DIM), ('text', synthetic.TEXT_DIM)],
+)
 def test_features_have_a_row_of_unit_length_for_each_item(
-    generated, kind, width):
+  generated, kind, width
+):
   matrix = generated[1][kind]
   assert matrix.shape == (ITEMS + 1, width)
   assert matrix.dtype == np.float32
@@ -147,7 +153,8 @@ def test_images_and_texts_are_spaces_of_their_own(generated):
 
 def test_some_items_miss_an_image_and_others_a_text(generated):
   no_image, no_text = (
-      ~np.any(generated[1][kind][1:] != 0, axis=1) for kind in KINDS)
+    ~np.any(generated[1][kind][1:] != 0, axis=1) for kind in KINDS
+  )
   # 150 · 0.1 = 15 of each expected, with standard deviation 3.7.
   assert 4 <= no_image.sum() <= 26
   assert 4 <= no_text.sum() <= 26
@@ -171,6 +178,8 @@ def test_some_items_of_a_cluster_are_more_popular_than_others(generated):
   dataset, _ = generated
   count = np.bincount(dataset.items, minlength=dataset.num_rows)[1:]
   cluster = clusters(dataset)
-  ratios = [count[cluster == c].max() / count[cluster == c].mean()
-            for c in set(cluster.tolist())]
+  ratios = [
+    count[cluster == c].max() / count[cluster == c].mean()
+    for c in set(cluster.tolist())
+  ]
   assert np.median(ratios) > 1.4

@@ -22,7 +22,8 @@ ROUNDS = 4
 
 def train(path, num_rounds=ROUNDS, **changes):
   simulation = simulation_lib.build(
-      small.config(num_rounds=num_rounds, **changes), small.dataset())
+    small.config(num_rounds=num_rounds, **changes), small.dataset()
+  )
   run = RunFolder(path)
   run.start(simulation.config, small.dataset())
   return training.train(simulation, run, lambda record: None)
@@ -33,8 +34,9 @@ def final_state(path, number=ROUNDS):
 
 
 def without_times(records):
-  return [{k: v for k, v in r.items() if not k.endswith('seconds')}
-          for r in records]
+  return [
+    {k: v for k, v in r.items() if not k.endswith('seconds')} for r in records
+  ]
 
 
 @pytest.fixture(scope='module')
@@ -46,21 +48,33 @@ def straight(tmp_path_factory):
 def test_writes_every_file_of_the_contract(straight):
   path, summary = straight
   assert json.loads((path / 'summary.json').read_text()) == summary
-  lines = [json.loads(x) for x in
-           (path / 'metrics.jsonl').read_text().splitlines()]
+  lines = [
+    json.loads(x) for x in (path / 'metrics.jsonl').read_text().splitlines()
+  ]
   assert [line['round'] for line in lines] == [1, 2, 3, 4]
   for line in lines:
     assert set(line['train']) == {
-        'loss', 'rec_loss', 'contrastive_loss', 'load_balance_loss',
-        'w_visual', 'w_semantic', 'instance_weight', 'hardest_share',
-        'instance_weight_shares', 'memory_age',
-        'gradient_backbone', 'gradient_visual', 'gradient_semantic',
-        'memory_fill'}
+      'loss',
+      'rec_loss',
+      'contrastive_loss',
+      'load_balance_loss',
+      'w_visual',
+      'w_semantic',
+      'instance_weight',
+      'hardest_share',
+      'instance_weight_shares',
+      'memory_age',
+      'gradient_backbone',
+      'gradient_visual',
+      'gradient_semantic',
+      'memory_fill',
+    }
     assert 1.25 <= line['train']['instance_weight'] <= 1.5
     assert sum(line['train']['instance_weight_shares']) == pytest.approx(1)
     assert line['train']['memory_age'] > 0
     assert line['train']['w_visual'] + line['train']['w_semantic'] == (
-        pytest.approx(1, abs=1e-5))
+      pytest.approx(1, abs=1e-5)
+    )
     assert set(line['val']) == {'sampled', 'full'}
     assert line['seconds'] > 0
   config = json.loads((path / 'config.json').read_text())
@@ -68,11 +82,21 @@ def test_writes_every_file_of_the_contract(straight):
   assert config['data_fingerprint'] == small.dataset().fingerprint()
   assert config['versions']['jax'] == jax.__version__
   assert config['machine'] == {
-      'backend': jax.default_backend(), 'devices': devices.count(),
-      'cores': devices.cores(), 'matmul_precision': 'highest'}
+    'backend': jax.default_backend(),
+    'devices': devices.count(),
+    'cores': devices.cores(),
+    'matmul_precision': 'highest',
+  }
   assert Rounds(path).numbers() == [1, 2, 3, 4]
   assert set(summary['test']['full']) == {
-      'HR@5', 'HR@10', 'HR@20', 'NDCG@5', 'NDCG@10', 'NDCG@20', 'MRR'}
+    'HR@5',
+    'HR@10',
+    'HR@20',
+    'NDCG@5',
+    'NDCG@10',
+    'NDCG@20',
+    'MRR',
+  }
   assert summary['num_clients'] == 9 and summary['rounds'] == 4
 
 
@@ -87,17 +111,18 @@ def test_the_same_seed_gives_the_same_run(straight, tmp_path):
   path, summary = straight
   train(tmp_path / 'again')
   assert without_times(RunFolder(tmp_path / 'again').records()) == (
-      without_times(RunFolder(path).records()))
+    without_times(RunFolder(path).records())
+  )
 
 
 def test_resumed_run_equals_the_straight_one(straight, tmp_path):
   path, _ = straight
   train(tmp_path / 'run', num_rounds=2)
   train(tmp_path / 'run')
-  small.assert_trees_equal(
-      final_state(tmp_path / 'run'), final_state(path))
+  small.assert_trees_equal(final_state(tmp_path / 'run'), final_state(path))
   assert without_times(RunFolder(tmp_path / 'run').records()) == (
-      without_times(RunFolder(path).records()))
+    without_times(RunFolder(path).records())
+  )
 
 
 def test_resume_repairs_a_torn_metrics_file(straight, tmp_path):
@@ -110,7 +135,8 @@ def test_resume_repairs_a_torn_metrics_file(straight, tmp_path):
   metrics.write_text(lines[0] + '\n' + lines[1][:40])
   train(run.path)
   assert without_times(run.records()) == (
-      without_times(RunFolder(path).records()))
+    without_times(RunFolder(path).records())
+  )
 
 
 def test_a_finished_run_resumed_trains_nothing(straight, tmp_path):
@@ -127,7 +153,8 @@ def test_early_stopping():
   assert training.out_of_patience(5, progress, config)
   # Only a validation can say that nothing has improved.
   assert not training.out_of_patience(
-      9, progress, small.config(patience=3, eval_every=5, num_rounds=20))
+    9, progress, small.config(patience=3, eval_every=5, num_rounds=20)
+  )
   assert not training.out_of_patience(9, progress, small.config(patience=0))
   assert not training.out_of_patience(9, Progress.start(), config)
 
@@ -135,13 +162,22 @@ def test_early_stopping():
 def test_validation_is_due_every_nth_round_and_at_the_end():
   config = small.config(num_rounds=5, eval_every=2)
   assert [training.due(r, config) for r in range(1, 6)] == [
-      False, True, False, True, True]
+    False,
+    True,
+    False,
+    True,
+    True,
+  ]
 
 
 def test_a_diverged_round_is_refused_and_not_saved(tmp_path):
   with pytest.raises(UserError, match='round 1: .*diverged .no round is good'):
-    train(tmp_path / 'run', client_optimizer='sgd', eval_every=4,
-          client_learning_rate=1e30)
+    train(
+      tmp_path / 'run',
+      client_optimizer='sgd',
+      eval_every=4,
+      client_learning_rate=1e30,
+    )
   assert not Rounds(tmp_path / 'run').numbers()
 
 
@@ -176,8 +212,7 @@ def test_a_folder_that_was_not_started_is_refused_before_training(tmp_path):
 
 def test_a_longer_run_takes_down_the_results_of_the_shorter(tmp_path):
   train(tmp_path / 'run', num_rounds=2)
-  simulation = simulation_lib.build(
-      small.config(num_rounds=3), small.dataset())
+  simulation = simulation_lib.build(small.config(num_rounds=3), small.dataset())
 
   def interrupt(record):
     raise KeyboardInterrupt
@@ -195,8 +230,7 @@ def test_a_run_is_continued_with_its_own_settings_only(straight):
   with pytest.raises(UserError, match='--num_negatives=5, not 6'):
     RunFolder(path).start(small.config(num_negatives=6), small.dataset())
   with pytest.raises(UserError, match='other data'):
-    RunFolder(path).start(
-        small.config(), small.dataset(seed=1))
+    RunFolder(path).start(small.config(), small.dataset(seed=1))
 
 
 def test_a_run_of_another_format_is_refused(straight, tmp_path):
@@ -205,8 +239,9 @@ def test_a_run_of_another_format_is_refused(straight, tmp_path):
   told = json.loads(path.read_text())
   del told['format'], told['checksum']  # as the first version wrote it
   path.write_text(json.dumps(told))
-  with pytest.raises(UserError, match='format 1, this version reads format '
-                     f'{run_folder.FORMAT};'):
+  with pytest.raises(
+    UserError, match=f'format 1, this version reads format {run_folder.FORMAT};'
+  ):
     RunFolder(tmp_path / 'run').start(small.config(), small.dataset())
 
 
@@ -217,6 +252,7 @@ def test_a_checkout_that_is_not_installed_trains(tmp_path, monkeypatch):
     if name == 'fedmmr_jax':
       raise importlib.metadata.PackageNotFoundError(name)
     return version(name)
+
   monkeypatch.setattr(importlib.metadata, 'version', without_us)
   RunFolder(tmp_path).start(small.config(), small.dataset())
   told = json.loads((tmp_path / 'config.json').read_text())['versions']
@@ -231,8 +267,7 @@ def begun_elsewhere(path, **changes):
   told = json.loads((path / 'config.json').read_text())
   for key, part in changes.items():
     told[key] |= part
-  (path / 'config.json').write_text(json.dumps(
-      run_folder._with_checksum(told)))
+  (path / 'config.json').write_text(json.dumps(run_folder._with_checksum(told)))
   del run
   run = RunFolder(path)
   run.start(small.config(), small.dataset())
@@ -241,15 +276,21 @@ def begun_elsewhere(path, **changes):
 
 def test_a_run_continued_on_another_machine_says_so_once(tmp_path):
   assert begun_elsewhere(tmp_path / 'same').moved() is None
-  run = begun_elsewhere(tmp_path / 'other', machine={'cores': 999},
-                        versions={'jax': '0.1', 'numpy': '0.1'})
+  run = begun_elsewhere(
+    tmp_path / 'other',
+    machine={'cores': 999},
+    versions={'jax': '0.1', 'numpy': '0.1'},
+  )
   assert run.moved() == (
-      f'continued under other conditions: jax 0.1, now {jax.__version__}; '
-      f'cores 999, now {devices.cores()}; the results agree to rounding, not '
-      'bit for bit')
+    f'continued under other conditions: jax 0.1, now {jax.__version__}; '
+    f'cores 999, now {devices.cores()}; the results agree to rounding, not '
+    'bit for bit'
+  )
   # What the run began with is kept.
-  assert json.loads((run.path / 'config.json').read_text())['machine'][
-      'cores'] == 999
+  assert (
+    json.loads((run.path / 'config.json').read_text())['machine']['cores']
+    == 999
+  )
 
 
 def test_a_run_that_tells_of_no_machine_is_continued(tmp_path):
@@ -258,8 +299,7 @@ def test_a_run_that_tells_of_no_machine_is_continued(tmp_path):
   del run
   told = json.loads((path / 'config.json').read_text())
   del told['machine']
-  (path / 'config.json').write_text(json.dumps(
-      run_folder._with_checksum(told)))
+  (path / 'config.json').write_text(json.dumps(run_folder._with_checksum(told)))
   run = RunFolder(path)
   run.start(small.config(), small.dataset())
   assert run.moved() is None
@@ -279,22 +319,33 @@ def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
   train(path, num_rounds=1, server_schedule='cosine')
   with pytest.raises(UserError, match='--num_rounds=1, not 2.*rates fall'):
     RunFolder(path).start(
-        small.config(num_rounds=2, server_schedule='cosine'), small.dataset())
+      small.config(num_rounds=2, server_schedule='cosine'), small.dataset()
+    )
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     # Its prototypes have width 0, which Orbax does not save.
     dict(experts='none', item_embedding='content_plus_id'),
-    dict(drift_control='scaffold', client_optimizer='sgd',
-         client_learning_rate=0.05)], ids=['no experts', 'control variates'])
+    dict(
+      drift_control='scaffold',
+      client_optimizer='sgd',
+      client_learning_rate=0.05,
+    ),
+  ],
+  ids=['no experts', 'control variates'],
+)
 def test_a_variant_resumes_as_if_straight(tmp_path, changes):
   changes = changes | dict(
-      server_optimizer='fedmuon', server_learning_rate=0.01)
+    server_optimizer='fedmuon', server_learning_rate=0.01
+  )
   train(tmp_path / 'straight', num_rounds=3, **changes)
   train(tmp_path / 'resumed', num_rounds=2, **changes)
   train(tmp_path / 'resumed', num_rounds=3, **changes)
-  small.assert_trees_equal(final_state(tmp_path / 'straight', 3),
-                           final_state(tmp_path / 'resumed', 3))
+  small.assert_trees_equal(
+    final_state(tmp_path / 'straight', 3), final_state(tmp_path / 'resumed', 3)
+  )
 
 
 def test_cold_items_and_acceptance_are_in_the_summary(tmp_path):
@@ -303,8 +354,11 @@ def test_cold_items_and_acceptance_are_in_the_summary(tmp_path):
   run = RunFolder(tmp_path / 'run')
   run.start(simulation.config, dataset)
   summary = training.train(simulation, run, lambda record: None)
-  assert set(summary['cold']) == set(summary['cold_popularity']) == {
-      'sampled', 'full'}
+  assert (
+    set(summary['cold'])
+    == set(summary['cold_popularity'])
+    == {'sampled', 'full'}
+  )
   assert len(summary['acceptance']) == 5
   assert 'cold items by popularity, full' in console.final_table(summary)
 

@@ -24,7 +24,8 @@ def test_popular_negatives_are_unseen_distinct_and_trained(evaluated):
   simulation = evaluated[0]
   counts = popularity.training_counts(simulation.dataset)
   for client, of_splits in enumerate(
-      np.asarray(simulation.data.popular_negatives)):
+    np.asarray(simulation.data.popular_negatives)
+  ):
     history = simulation.dataset.sequence(client)
     for drawn, seen in zip(of_splits, (history[:-1], history)):
       assert len(set(drawn.tolist())) == 10
@@ -35,12 +36,20 @@ def test_popular_negatives_are_unseen_distinct_and_trained(evaluated):
 def draws(weights, count=1, seeds=2000, sequence=(1, 2, 3), split=1):
   """[seeds, count] draws of one client over items 1 … len(weights) − 1."""
   dataset = dataclasses.replace(
-      small.dataset(), items=np.array(sequence, np.int32),
-      offsets=np.array([0, len(sequence)]), user_ids=np.array([5]),
-      item_ids=np.arange(len(weights)))
-  return np.concatenate([dataset_lib.draw_popular(
-      dataset, np.array(weights), count, seed)[:, split]
-                         for seed in range(seeds)])
+    small.dataset(),
+    items=np.array(sequence, np.int32),
+    offsets=np.array([0, len(sequence)]),
+    user_ids=np.array([5]),
+    item_ids=np.arange(len(weights)),
+  )
+  return np.concatenate(
+    [
+      dataset_lib.draw_popular(dataset, np.array(weights), count, seed)[
+        :, split
+      ]
+      for seed in range(seeds)
+    ]
+  )
 
 
 def test_popular_negatives_follow_the_popularity():
@@ -59,18 +68,17 @@ def test_at_validation_the_test_item_is_drawn_by_its_popularity():
   # As above, and item 3, of weight 5, which is consumed later.
   drawn = draws([9, 5, 5, 5, 1, 3, 6, 0], split=0)[:, 0]
   share = np.bincount(drawn, minlength=8) / len(drawn)
-  np.testing.assert_allclose(
-      share[3:7], np.array([5, 1, 3, 6]) / 15, atol=0.04)
+  np.testing.assert_allclose(share[3:7], np.array([5, 1, 3, 6]) / 15, atol=0.04)
   assert share[3:7].sum() == 1
   # Where little is left, too.
-  drawn = draws([0, 10 ** 7, 10 ** 7, 5, 1, 3, 6], split=0, seeds=500)[:, 0]
+  drawn = draws([0, 10**7, 10**7, 5, 1, 3, 6], split=0, seeds=500)[:, 0]
   share = np.bincount(drawn, minlength=7)[3:] / len(drawn)
   np.testing.assert_allclose(share, np.array([5, 1, 3, 6]) / 15, atol=0.08)
 
 
 def test_popular_negatives_where_little_is_left():
   # What is unseen has a millionth of the weight.
-  drawn = draws([0, 10 ** 7, 10 ** 7, 10 ** 7, 1, 3, 6], 2, seeds=500)
+  drawn = draws([0, 10**7, 10**7, 10**7, 1, 3, 6], 2, seeds=500)
   assert {len(set(pair)) for pair in drawn.tolist()} == {2}
   share = np.bincount(drawn[:, 0], minlength=7)[4:] / len(drawn)
   np.testing.assert_allclose(share, [0.1, 0.3, 0.6], atol=0.08)
@@ -114,7 +122,8 @@ def test_ranks_are_those_of_the_scores(evaluated):
     own = simulation.dataset.sequence(client)
     assert results.targets[client] == simulation.dataset.item_ids[own[-1]]
     assert results.candidates[client] == (
-        simulation.dataset.num_items - len(set(own)))
+      simulation.dataset.num_items - len(set(own))
+    )
     assert results.num_train[client] == len(own) - 2
   # Nothing but the popular negatives differs from a plain evaluation.
   _, plain = small.simulation().evaluate(state, 'test')
@@ -138,18 +147,32 @@ def results_of(num_train, popular):
   n = len(num_train)
   ranks = np.arange(n)
   return user_results.UserResults(
-      np.arange(n), np.arange(n), np.array(num_train), np.array(popular),
-      np.full(n, 500), 100, ranks * 3, ranks, ranks)
+    np.arange(n),
+    np.arange(n),
+    np.array(num_train),
+    np.array(popular),
+    np.full(n, 500),
+    100,
+    ranks * 3,
+    ranks,
+    ranks,
+  )
 
 
 def test_slices_part_the_users():
   results = results_of([1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 1, 2, 2, 9, 9, 9])
   lengths, popular = user_results.slices(results).values()
   assert {k: len(v.users) for k, v in lengths.items()} == {
-      '1 to 2': 2, '3 to 4': 2, '5 to 6': 2, '7 to 8': 2}
+    '1 to 2': 2,
+    '3 to 4': 2,
+    '5 to 6': 2,
+    '7 to 8': 2,
+  }
   assert {k: v.users.tolist() for k, v in popular.items()} == {
-      'tail: 1 to 2': [1, 2, 3, 4], 'middle: 9': [5, 6, 7],
-      'new: 0': [0]}
+    'tail: 1 to 2': [1, 2, 3, 4],
+    'middle: 9': [5, 6, 7],
+    'new: 0': [0],
+  }
 
 
 def test_a_difference_is_paired():
@@ -159,8 +182,9 @@ def test_a_difference_is_paired():
   assert found['full']['MRR'].low > 0
   assert found['sampled']['MRR'] == (0, 0, 0)
   with pytest.raises(UserError, match='same targets'):
-    user_results.difference(results, results._replace(
-        targets=results.targets + 1))
+    user_results.difference(
+      results, results._replace(targets=results.targets + 1)
+    )
 
 
 def test_parquet_holds_what_was_found(evaluated, tmp_path):

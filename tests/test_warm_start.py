@@ -37,7 +37,8 @@ def saved(path, number=None):
   simulation = simulation_lib.build(RunFolder(path).config(), small.dataset())
   rounds = Rounds(path)
   return rounds.load(
-      number or rounds.best(), training.structure(simulation)).state
+    number or rounds.best(), training.structure(simulation)
+  ).state
 
 
 @pytest.fixture(scope='module')
@@ -48,8 +49,9 @@ def pretrained(tmp_path_factory):
 def start(path, dataset=None, dataset_flag=NAMED['dataset'], **changes):
   named = NAMED | {'dataset': dataset_flag}
   return simulation_lib.build(
-      small.config(pretrained_path=str(path), **named, **changes),
-      dataset or small.dataset())
+    small.config(pretrained_path=str(path), **named, **changes),
+    dataset or small.dataset(),
+  )
 
 
 def parts(simulation):
@@ -60,8 +62,7 @@ def test_every_parameter_has_one_group():
   assert tuple(PARAMETER_GROUPS) == GROUPS
   names = [n for group in PARAMETER_GROUPS.values() for n in group]
   assert len(set(names)) == len(names)
-  for changes in (dict(fusion='gated'),
-                  dict(item_embedding='content_plus_id')):
+  for changes in (dict(fusion='gated'), dict(item_embedding='content_plus_id')):
     params = small.simulation(**changes).abstract_state.server.params
     assert set(params) <= set(names)
 
@@ -70,8 +71,7 @@ def test_all_loads_every_parameter_and_nothing_else(pretrained):
   simulation = start(pretrained)
   state, trained = simulation.init_state(), saved(pretrained)
   small.assert_trees_equal(state.server.params, trained.server.params)
-  small.assert_trees_equal(
-      state.memories, simulation._fresh_state().memories)
+  small.assert_trees_equal(state.memories, simulation._fresh_state().memories)
   assert {status for _, status in parts(simulation)} == {'loaded', 'initial'}
   assert ('memories', 'initial') in parts(simulation)
 
@@ -100,7 +100,8 @@ def test_named_groups_only(pretrained):
 def test_a_round_can_be_named(pretrained):
   state = start(pretrained / 'rounds' / '1').init_state()
   small.assert_trees_equal(
-      state.server.params, saved(pretrained, 1).server.params)
+    state.server.params, saved(pretrained, 1).server.params
+  )
   with pytest.raises(UserError, match='no round 7; saved: 1, 2'):
     start(pretrained / 'rounds' / '7').init_state()
 
@@ -116,11 +117,13 @@ def subset(items: set[int]):
         users.append(whole.user_ids[k])
         found.append(item)
         times.append(t)
-  dataset = select('small', Interactions.of(
-      np.array(users), np.array(found), np.array(times))).dataset
+  dataset = select(
+    'small', Interactions.of(np.array(users), np.array(found), np.array(times))
+  ).dataset
   rows = [whole.item_ids.tolist().index(i) for i in dataset.item_ids]
   return dataclasses.replace(
-      dataset, visual=whole.visual[rows], text=whole.text[rows])
+    dataset, visual=whole.visual[rows], text=whole.text[rows]
+  )
 
 
 def test_items_are_matched_by_id(pretrained):
@@ -135,22 +138,33 @@ def test_items_are_matched_by_id(pretrained):
   note = parts(simulation)['item_embedding', 'loaded'].note
   kept, everything = dataset.num_items, small.dataset().num_items
   assert kept < everything and note == (
-      f'{kept} items, matched by id; {everything - kept} others left there')
+    f'{kept} items, matched by id; {everything - kept} others left there'
+  )
 
 
 def test_an_item_that_would_stay_random_is_refused(tmp_path):
   few = train(tmp_path / 'few', subset(set(range(5, 61))))
-  with pytest.raises(UserError, match=r'embeddings cannot be loaded .* [45] of '
-                     r'this run.s \d+ items .*would stay random .ids 1, 2'):
+  with pytest.raises(
+    UserError,
+    match=r'embeddings cannot be loaded .* [45] of '
+    r'this run.s \d+ items .*would stay random .ids 1, 2',
+  ):
     start(few, load='embeddings').init_state()
   start(few, load='backbone').init_state()
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(hidden_dim=8), 'embeddings cannot .* item_embedding has shape '
-     r'\d+ x 16 there and \d+ x 8 here'),
-    (dict(num_blocks=2, load='backbone'),
-     'it has no backbone/block_1/.*stay as drawn'),
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      dict(hidden_dim=8),
+      'embeddings cannot .* item_embedding has shape '
+      r'\d+ x 16 there and \d+ x 8 here',
+    ),
+    (
+      dict(num_blocks=2, load='backbone'),
+      'it has no backbone/block_1/.*stay as drawn',
+    ),
     (dict(num_heads=4, load='backbone'), '--num_heads=2, not 4'),
     (dict(semantic_heads=4), 'experts cannot .*--semantic_heads=2, not 4'),
     (dict(item_embedding='content_plus_id'), '--item_embedding=id, not'),
@@ -159,9 +173,11 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
     (dict(similarity='dot', load='experts'), '--similarity=cosine, not dot'),
     (dict(experts='none', load='all,router'), 'has no router; it has'),
     (dict(memory='recent', load='memories'), '--memory=surprise, not recent'),
-])
+  ],
+)
 def test_a_load_that_would_leave_or_twist_something_is_refused(
-    pretrained, changes, message):
+  pretrained, changes, message
+):
   with pytest.raises(UserError, match=message):
     start(pretrained, **changes).init_state()
 
@@ -169,11 +185,14 @@ def test_a_load_that_would_leave_or_twist_something_is_refused(
 def test_the_same_data_under_another_name_is_loaded(pretrained):
   # A folder read as --dataset=ml-1m then, and as --dataset=auto now.
   def state(dataset=None):
-    return start(pretrained, dataset, dataset_flag='auto',
-                 load='embeddings').init_state()
+    return start(
+      pretrained, dataset, dataset_flag='auto', load='embeddings'
+    ).init_state()
+
   small.assert_trees_equal(
-      state().server.params['item_embedding'],
-      saved(pretrained).server.params['item_embedding'])
+    state().server.params['item_embedding'],
+    saved(pretrained).server.params['item_embedding'],
+  )
   # Of other data the name is all there is to go by.
   with pytest.raises(UserError, match='--dataset=ml-1m, not auto'):
     state(subset(set(range(5, 61))))
@@ -227,7 +246,8 @@ def test_another_generated_set_is_refused(tmp_path):
   run.start(simulation.config, simulation.dataset)
   training.train(simulation, run, lambda record: None)
   other = simulation_lib.build(
-      small.config(pretrained_path=str(run.path)), small.dataset(seed=1))
+    small.config(pretrained_path=str(run.path)), small.dataset(seed=1)
+  )
   with pytest.raises(UserError, match='embeddings cannot .*other data'):
     other.init_state()
 
@@ -236,49 +256,68 @@ def test_what_has_no_place_is_told(pretrained):
   simulation = start(pretrained, experts='none')
   simulation.init_state()
   assert parts(simulation)['visual_expert', 'does not fit'].note == (
-      'not in this model')
+    'not in this model'
+  )
   two = parts(start(pretrained, experts='visual', load='experts'))
   assert ('semantic_expert', 'does not fit') in two
 
 
 def test_flags_are_checked():
   for changes, message in (
-      (dict(load='backbone'), 'needs --pretrained_path'),
-      (dict(load='spine', pretrained_path='x'), "there is no 'spine'"),
-      (dict(freeze='memories'), "there is no 'memories'"),
-      (dict(freeze=','.join(GROUPS)), 'leaves nothing to train')):
+    (dict(load='backbone'), 'needs --pretrained_path'),
+    (dict(load='spine', pretrained_path='x'), "there is no 'spine'"),
+    (dict(freeze='memories'), "there is no 'memories'"),
+    (dict(freeze=','.join(GROUPS)), 'leaves nothing to train'),
+  ):
     with pytest.raises(UserError, match=message):
       small.config(**changes)
   with pytest.raises(UserError, match='nothing of this model to train'):
     small.simulation(experts='none', freeze='embeddings,backbone')
 
 
-@pytest.mark.parametrize('changes', [
-    dict(vocabulary='local', negatives='shared',
-         server_optimizer='fedmuon', server_learning_rate=0.01),
-    dict(server_optimizer='fedyogi', server_learning_rate=0.01,
-         client_optimizer='sgd', proximal_mu=0.1),
-    dict(drift_control='scaffold', client_optimizer='sgd')])
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(
+      vocabulary='local',
+      negatives='shared',
+      server_optimizer='fedmuon',
+      server_learning_rate=0.01,
+    ),
+    dict(
+      server_optimizer='fedyogi',
+      server_learning_rate=0.01,
+      client_optimizer='sgd',
+      proximal_mu=0.1,
+    ),
+    dict(drift_control='scaffold', client_optimizer='sgd'),
+  ],
+)
 def test_frozen_groups_stay_bit_for_bit(changes):
   # A large decay would move what gets no gradient.
   simulation = small.simulation(
-      freeze='embeddings,backbone', weight_decay=0.1, **changes)
+    freeze='embeddings,backbone', weight_decay=0.1, **changes
+  )
   state = simulation.init_state()
   before = small.copy(state.server.params)
   for number in (1, 2):
     state, means = simulation.run_round(
-        state, number, simulation.sample_cohort(number))
+      state, number, simulation.sample_cohort(number)
+    )
   after = state.server.params
   for name in ('item_embedding', 'backbone'):
     small.assert_trees_equal(after[name], before[name])
   for name in ('visual_expert', 'semantic_expert', 'router'):
-    assert any(np.any(a != b) for a, b in zip(
-        jax.tree.leaves(after[name]), jax.tree.leaves(before[name])))
+    assert any(
+      np.any(a != b)
+      for a, b in zip(
+        jax.tree.leaves(after[name]), jax.tree.leaves(before[name])
+      )
+    )
   assert means['gradient_backbone'] == 0 < means['gradient_visual']
 
 
-def test_a_killed_warm_start_resumes_without_its_source(
-    tmp_path, pretrained):
+def test_a_killed_warm_start_resumes_without_its_source(tmp_path, pretrained):
   source = tmp_path / 'source'
   train(source)
   config = small.config(pretrained_path=str(source), num_rounds=2, **NAMED)
@@ -291,6 +330,7 @@ def test_a_killed_warm_start_resumes_without_its_source(
 
   def kill(record):
     raise Killed
+
   with pytest.raises(Killed):
     training.train(simulation, run, kill)
   source.rename(tmp_path / 'gone')

@@ -7,10 +7,10 @@ A file is one data set: `data`, `detail`, `order`; `runs`, each with its flags,
 seeds, commit and test metrics; `verdicts`, each an option compared `against`
 another. An effect is a difference with the bounds of its 95 % interval, paired
 over users, or the two values (of the old data one alone) where no interval was
-computed. `verdict` says
-what `recommended.flags` does with the option: on, off (the setting exists), or
-removed from the code. A table goes between `<!-- verdicts:NAME -->` (or `runs:`) and
-`<!-- end -->` of a page; NAME is a file without its ending.
+computed. `verdict` says what `recommended.flags` does with the option: on, off
+(the setting exists), or removed from the code. A table goes between
+`<!-- verdicts:NAME -->` (or `runs:`) and `<!-- end -->` of a page; NAME is a
+file without its ending.
 """
 
 import json
@@ -23,40 +23,75 @@ RESULTS = pathlib.Path(__file__).parent
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / 'README.md', ROOT / 'docs' / 'results.md')
 _REGION = re.compile(
-    r'(<!-- (runs|verdicts):([\w, -]+) -->\n).*?(<!-- end -->)', re.DOTALL)
+  r'(<!-- (runs|verdicts):([\w, -]+) -->\n).*?(<!-- end -->)', re.DOTALL
+)
 
 
 def fill(page: str) -> str:
   """The page with each of its tables drawn anew."""
   return _REGION.sub(
-      lambda found: found[1] + '\n' + _DRAW[found[2]](
-          [_read(name) for name in found[3].replace(' ', '').split(',')])
-      + '\n\n' + found[4], page)
+    lambda found: (
+      found[1]
+      + '\n'
+      + _DRAW[found[2]](
+        [_read(name) for name in found[3].replace(' ', '').split(',')]
+      )
+      + '\n\n'
+      + found[4]
+    ),
+    page,
+  )
 
 
 def runs(files: list[dict[str, Any]]) -> str:
   """A row a run; a column each metric."""
-  metrics = list(dict.fromkeys(
-      name for file in files for run in file['runs'] for name in run['test']))
+  metrics = list(
+    dict.fromkeys(
+      name for file in files for run in file['runs'] for name in run['test']
+    )
+  )
   rows = [
-      (file['data'], run['name'], *(
-          _number(run['test'][name]) if name in run['test'] else ''
-          for name in metrics), _seeds(run), f"`{run['commit']}`")
-      for file in files for run in file['runs']]
+    (
+      file['data'],
+      run['name'],
+      *(
+        _number(run['test'][name]) if name in run['test'] else ''
+        for name in metrics
+      ),
+      _seeds(run),
+      f'`{run["commit"]}`',
+    )
+    for file in files
+    for run in file['runs']
+  ]
   return _table(('data', 'run', *metrics, 'seed', 'commit'), rows)
 
 
 def verdicts(files: list[dict[str, Any]]) -> str:
   """A row an option."""
   return _table(
-      ('option', 'effect', 'data, seeds, commit', 'verdict'),
-      [(f"{v['option']}<br>against {v['against']}",
+    ('option', 'effect', 'data, seeds, commit', 'verdict'),
+    [
+      (
+        f'{v["option"]}<br>against {v["against"]}',
         '<br>'.join(_effect(effect) for effect in v['effects']),
-        ', '.join(filter(None, (
-            file['data'], v.get('setup', ''), f'seed{"s" * (len(v["seeds"]) > 1)} '
-            + _seeds(v), f"`{v['commit']}`"))),
-        f"**{v['verdict']}**. {v['note']}")
-       for file in files for v in file['verdicts']])
+        ', '.join(
+          filter(
+            None,
+            (
+              file['data'],
+              v.get('setup', ''),
+              f'seed{"s" * (len(v["seeds"]) > 1)} ' + _seeds(v),
+              f'`{v["commit"]}`',
+            ),
+          )
+        ),
+        f'**{v["verdict"]}**. {v["note"]}',
+      )
+      for file in files
+      for v in file['verdicts']
+    ],
+  )
 
 
 _DRAW = {'runs': runs, 'verdicts': verdicts}
@@ -73,9 +108,11 @@ def _effect_text(effect: dict[str, Any]) -> str:
   digits = 3 if all(round(v, 3) == v for v in values.values()) else 4
   if 'difference' not in effect:
     return f'{metric} ' + ' against '.join(
-        f'{value:.{digits}f}' for value in values.values())
-  mean, low, high = (_signed(values[name], digits)
-                     for name in ('difference', 'low', 'high'))
+      f'{value:.{digits}f}' for value in values.values()
+    )
+  mean, low, high = (
+    _signed(values[name], digits) for name in ('difference', 'low', 'high')
+  )
   line = f'{mean} [{low}, {high}]'
   clear = values['low'] > 0 or values['high'] < 0
   return f'{metric} ' + (f'**{line}**' if clear else line)

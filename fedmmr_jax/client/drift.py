@@ -91,8 +91,9 @@ class DriftControl:
     """
     return state
 
-  def transform(self, sent: Tree,
-                kept: Tree) -> optax.GradientTransformation | None:
+  def transform(
+    self, sent: Tree, kept: Tree
+  ) -> optax.GradientTransformation | None:
     """A link in the chain of the local optimizer, behind weight decay.
 
     Args:
@@ -111,9 +112,14 @@ class DriftControl:
     of the client's rows or of the whole catalogue."""
     return result.kept, None
 
-  def server_step(self, state: Tree, uploaded: Tree, cohort: Cohort,
-                  delta: Params, optimizer: 'ServerOptimizer'
-                  ) -> tuple[Params, optax.OptState, Tree]:
+  def server_step(
+    self,
+    state: Tree,
+    uploaded: Tree,
+    cohort: Cohort,
+    delta: Params,
+    optimizer: 'ServerOptimizer',
+  ) -> tuple[Params, optax.OptState, Tree]:
     """The server's step.
 
     Args:
@@ -148,12 +154,14 @@ class ServerOptimizer(NamedTuple):
   def step(self, delta: Params) -> tuple[Params, optax.OptState]:
     """(updates to add to the parameters, next state) of a mean delta."""
     return optimizers.server_step(
-        self.config, self.params, self.opt_state, delta, self.round)
+      self.config, self.params, self.opt_state, delta, self.round
+    )
 
   def learn(self, gradient: Params) -> optax.OptState:
     """The state after a gradient whose step is not made."""
     return optimizers.server_direction(self.config.server).update(
-        gradient, self.opt_state, self.params)[1]
+      gradient, self.opt_state, self.params
+    )[1]
 
   def learning_rate(self) -> jax.Array:
     """[] float32 of this round."""
@@ -174,7 +182,8 @@ class FedProx(DriftControl):
   def transform(self, sent, kept):
     def update(gradient, anchor, params):
       pulled = jax.tree.map(
-          lambda g, w, w0: g + self.mu * (w - w0), gradient, params, anchor)
+        lambda g, w, w0: g + self.mu * (w - w0), gradient, params, anchor
+      )
       return pulled, anchor
 
     return optax.GradientTransformation(lambda params: params, update)
@@ -183,8 +192,8 @@ class FedProx(DriftControl):
 @dataclasses.dataclass(frozen=True)
 class Scaffold(DriftControl):
   """Karimireddy et al. 2020, "SCAFFOLD: Stochastic controlled averaging for
-  federated learning", ICML: c − c_i is added to the local gradient, the server's
-  control variate minus the client's own.
+  federated learning", ICML: c − c_i is added to the local gradient, the
+  server's control variate minus the client's own.
 
   Option II: c_i⁺ = c_i − c + (x − y)/(S η) is the mean gradient of the S local
   SGD steps; of items that the client did not touch it is zero. The server's c
@@ -214,14 +223,15 @@ class Scaffold(DriftControl):
   def finish(self, result):
     gradient = result.whole(result.mean_gradient)
     kept = jax.tree.map(
-        lambda new, old: jnp.where(result.trained, new, old), gradient,
-        result.kept)
+      lambda new, old: jnp.where(result.trained, new, old),
+      gradient,
+      result.kept,
+    )
     return kept, optax.tree.sub(kept, result.kept)
 
   def server_step(self, state, uploaded, cohort, delta, optimizer):
     total = jnp.where(cohort.all_weight > 0, cohort.all_weight, 1.0)
-    state = jax.tree.map(
-        lambda c, change: c + change / total, state, uploaded)
+    state = jax.tree.map(lambda c, change: c + change / total, state, uploaded)
     return *optimizer.step(delta), state
 
 
@@ -262,8 +272,7 @@ class MimeLite(DriftControl):
 
   def server_step(self, state, uploaded, cohort, delta, optimizer):
     weight = jnp.where(cohort.weight > 0, cohort.weight, 1.0)
-    opt_state = optimizer.learn(
-        jax.tree.map(lambda x: x / weight, uploaded))
+    opt_state = optimizer.learn(jax.tree.map(lambda x: x / weight, uploaded))
     rate = optimizer.learning_rate()
     return jax.tree.map(lambda d: rate * d, delta), opt_state, state
 
@@ -272,7 +281,7 @@ class MeanGradient(NamedTuple):
   """Sum of the gradients that passed, and how many; see `mean`."""
 
   total: Params
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # a tuple has a method count
 
   def mean(self) -> Params:
     """Their mean; zeros if there was none."""
@@ -281,6 +290,7 @@ class MeanGradient(NamedTuple):
 
 def record_gradient() -> optax.GradientTransformation:
   """Passes gradients on and keeps their sum (`MeanGradient`)."""
+
   def init(params):
     return MeanGradient(jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
 
@@ -293,7 +303,10 @@ def record_gradient() -> optax.GradientTransformation:
 
 
 DRIFT_CONTROLS: dict[str, type[DriftControl]] = {
-    'none': DriftControl, 'scaffold': Scaffold, 'mime_lite': MimeLite}
+  'none': DriftControl,
+  'scaffold': Scaffold,
+  'mime_lite': MimeLite,
+}
 
 
 def of(config: RunConfig) -> DriftControl:

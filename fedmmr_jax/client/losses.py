@@ -48,8 +48,9 @@ def pairwise_surprise(positive: jax.Array, negatives: jax.Array) -> jax.Array:
   Returns:
     [T], without gradient.
   """
-  return jax.lax.stop_gradient(jnp.mean(
-      jax.nn.softplus(negatives - positive[:, None]), axis=-1))
+  return jax.lax.stop_gradient(
+    jnp.mean(jax.nn.softplus(negatives - positive[:, None]), axis=-1)
+  )
 
 
 def surprise_of(recommendation: jax.Array) -> jax.Array:
@@ -73,9 +74,12 @@ def importance_of(lateness: jax.Array, emphasis: float) -> jax.Array:
   return 1.0 + emphasis * (2.0 * lateness - 1.0)
 
 
-def symmetric_infonce(visual: jax.Array, semantic: jax.Array,
-                      valid: jax.Array,
-                      temperature: jax.Array | float) -> jax.Array:
+def symmetric_infonce(
+  visual: jax.Array,
+  semantic: jax.Array,
+  valid: jax.Array,
+  temperature: jax.Array | float,
+) -> jax.Array:
   """Per-sample symmetric InfoNCE (van den Oord et al. 2018) of two views.
 
   Args:
@@ -100,8 +104,9 @@ def symmetric_infonce(visual: jax.Array, semantic: jax.Array,
   return 0.5 * (against_the_rest(similarity) + against_the_rest(similarity.T))
 
 
-def load_balance_loss(router_weights: jax.Array,
-                      counted: jax.Array) -> jax.Array:
+def load_balance_loss(
+  router_weights: jax.Array, counted: jax.Array
+) -> jax.Array:
   """Σ_e (mean usage_e − 1/E)² over the candidates that have a choice.
 
   Args:
@@ -114,8 +119,7 @@ def load_balance_loss(router_weights: jax.Array,
   counted = counted.astype(router_weights.dtype)
   total = jnp.sum(counted)
   usage = counted @ router_weights / jnp.where(total > 0, total, 1.0)
-  return jnp.where(
-      total > 0, jnp.sum((usage - 1.0 / NUM_EXPERTS) ** 2), 0.0)
+  return jnp.where(total > 0, jnp.sum((usage - 1.0 / NUM_EXPERTS) ** 2), 0.0)
 
 
 class LossTerms(NamedTuple):
@@ -142,11 +146,17 @@ class LossTerms(NamedTuple):
   weight_shares: jax.Array
 
 
-def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
-            visual: jax.Array | None, semantic: jax.Array | None,
-            has_both: jax.Array,
-            load_balance: jax.Array, importance: jax.Array | float = 1.0,
-            profile: jax.Array | None = None) -> LossTerms:
+def combine(
+  config: LossConfig,
+  rec_per_sample: jax.Array,
+  valid: jax.Array,
+  visual: jax.Array | None,
+  semantic: jax.Array | None,
+  has_both: jax.Array,
+  load_balance: jax.Array,
+  importance: jax.Array | float = 1.0,
+  profile: jax.Array | None = None,
+) -> LossTerms:
   """Total loss of a step from its parts.
 
   Args:
@@ -167,12 +177,12 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
   rec = weighted_mean(importance * rec_per_sample, valid)
   total = rec
   if profile is not None:
-    total += config.profile_weight * weighted_mean(
-        importance * profile, valid)
+    total += config.profile_weight * weighted_mean(importance * profile, valid)
   if visual is None or semantic is None:
     nothing = jnp.zeros(())
-    return LossTerms(total, rec, nothing, nothing, nothing, nothing,
-                     jnp.zeros((WEIGHT_BINS,)))
+    return LossTerms(
+      total, rec, nothing, nothing, nothing, nothing, jnp.zeros((WEIGHT_BINS,))
+    )
 
   surprise = surprise_of(rec_per_sample)
   weights = jnp.ones_like(surprise)
@@ -187,16 +197,24 @@ def combine(config: LossConfig, rec_per_sample: jax.Array, valid: jax.Array,
   pairs = valid & has_both
   per_sample = symmetric_infonce(visual, semantic, pairs, temperature)
   contrastive = weighted_mean(weights * per_sample, pairs)
-  total += (config.contrastive_weight * contrastive
-            + config.load_balance_weight * load_balance)
+  total += (
+    config.contrastive_weight * contrastive
+    + config.load_balance_weight * load_balance
+  )
   return LossTerms(
-      total, rec, contrastive, load_balance, weighted_mean(weights, pairs),
-      hardest_share(weights * per_sample, surprise, pairs),
-      weight_shares(weights, pairs, config.surprise_scale))
+    total,
+    rec,
+    contrastive,
+    load_balance,
+    weighted_mean(weights, pairs),
+    hardest_share(weights * per_sample, surprise, pairs),
+    weight_shares(weights, pairs, config.surprise_scale),
+  )
 
 
-def weight_shares(weights: jax.Array, valid: jax.Array,
-                  scale: float) -> jax.Array:
+def weight_shares(
+  weights: jax.Array, valid: jax.Array, scale: float
+) -> jax.Array:
   """Histogram of instance weights.
 
   Args:
@@ -210,15 +228,17 @@ def weight_shares(weights: jax.Array, valid: jax.Array,
     thus at least 1/2); zeros if there is none.
   """
   width = (scale or 1.0) / 2 / WEIGHT_BINS
-  bins = jnp.clip((weights - 1.0 - scale / 2) / width,
-                  0, WEIGHT_BINS - 1).astype(jnp.int32)
+  bins = jnp.clip(
+    (weights - 1.0 - scale / 2) / width, 0, WEIGHT_BINS - 1
+  ).astype(jnp.int32)
   inside = (bins[:, None] == jnp.arange(WEIGHT_BINS)) & valid[:, None]
   count = jnp.sum(valid)
   return jnp.sum(inside, axis=0) / jnp.where(count > 0, count, 1)
 
 
-def hardest_share(contributions: jax.Array, surprise: jax.Array,
-                  valid: jax.Array) -> jax.Array:
+def hardest_share(
+  contributions: jax.Array, surprise: jax.Array, valid: jax.Array
+) -> jax.Array:
   """Share of the sum that the hardest tenth contributes.
 
   Args:
@@ -237,7 +257,8 @@ def hardest_share(contributions: jax.Array, surprise: jax.Array,
   total = jnp.sum(contributions)
   hardest = jnp.sum(jnp.where(hardness >= bound, contributions, 0.0))
   return jax.lax.stop_gradient(
-      jnp.where(total > 0, hardest / jnp.where(total > 0, total, 1.0), 0.0))
+    jnp.where(total > 0, hardest / jnp.where(total > 0, total, 1.0), 0.0)
+  )
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -44,13 +44,17 @@ class Memory(NamedTuple):
 def init(config: MemoryConfig) -> Memory:
   """An empty memory; the short-term slots come before the long-term ones."""
   zeros = jnp.zeros((config.num_slots,), jnp.int32)
-  return Memory(item=zeros, last_update=zeros, frequency=zeros,
-                surprise=jnp.zeros(zeros.shape, jnp.float32), inserted=zeros,
-                clock=jnp.zeros((), jnp.int32))
+  return Memory(
+    item=zeros,
+    last_update=zeros,
+    frequency=zeros,
+    surprise=jnp.zeros(zeros.shape, jnp.float32),
+    inserted=zeros,
+    clock=jnp.zeros((), jnp.int32),
+  )
 
 
-def utility(memory: Memory, now: jax.Array,
-            config: MemoryConfig) -> jax.Array:
+def utility(memory: Memory, now: jax.Array, config: MemoryConfig) -> jax.Array:
   """0.6·exp(−age/τ) + 0.4·log1p(f)/log1p(f+10) of each slot.
 
   Args:
@@ -65,14 +69,18 @@ def utility(memory: Memory, now: jax.Array,
   f = memory.frequency.astype(jnp.float32)
   recency = jnp.exp(-age / config.recency_time_constant)
   frequency = jnp.log1p(f) / jnp.log1p(f + 10.0)
-  value = (config.recency_weight * recency
-           + config.frequency_weight * frequency)
+  value = config.recency_weight * recency + config.frequency_weight * frequency
   return jnp.where(memory.item > 0, value, -jnp.inf)
 
 
-def update(memory: Memory, item: jax.Array, surprise: jax.Array,
-           valid: jax.Array, features: jax.Array,
-           config: MemoryConfig) -> Memory:
+def update(
+  memory: Memory,
+  item: jax.Array,
+  surprise: jax.Array,
+  valid: jax.Array,
+  features: jax.Array,
+  config: MemoryConfig,
+) -> Memory:
   """Processes one positive: skip, refresh its entry, or write a new one.
 
   Args:
@@ -91,8 +99,14 @@ def update(memory: Memory, item: jax.Array, surprise: jax.Array,
   value = utility(memory, now, config)
   if config.memory == 'surprise':
     slot = _slot(memory, stored, value)
-    memory = _write(memory, slot, item, surprise, now,
-                    valid & (surprise >= config.surprise_threshold))
+    memory = _write(
+      memory,
+      slot,
+      item,
+      surprise,
+      now,
+      valid & (surprise >= config.surprise_threshold),
+    )
   elif config.memory == 'recent':
     slot = _slot(memory, stored, _recency(memory))
     memory = _write(memory, slot, item, surprise, now, valid)
@@ -100,9 +114,11 @@ def update(memory: Memory, item: jax.Array, surprise: jax.Array,
     is_short = jnp.arange(len(stored)) < config.memory_capacity
     similarity = _cosine(features, item, memory)
     novelty = 1 - jnp.max(
-        jnp.where(is_short & ~stored, similarity, 0.0), initial=0.0)
-    slot = _slot(memory, stored & is_short,
-                 jnp.where(is_short, _recency(memory), jnp.inf))
+      jnp.where(is_short & ~stored, similarity, 0.0), initial=0.0
+    )
+    slot = _slot(
+      memory, stored & is_short, jnp.where(is_short, _recency(memory), jnp.inf)
+    )
     memory = _write(memory, slot, item, surprise, now, valid)
     alike = (memory.item > 0) & (similarity >= config.merge_similarity)
     own = ~is_short & stored
@@ -110,15 +126,22 @@ def update(memory: Memory, item: jax.Array, surprise: jax.Array,
     slot = _slot(memory, merged, jnp.where(is_short, jnp.inf, value))
     # What is merged keeps the item it had.
     kept = jnp.where(jnp.any(merged), memory.item[slot], item)
-    memory = _write(memory, slot, kept, surprise, now,
-                    valid & (novelty >= config.novelty_threshold))
+    memory = _write(
+      memory,
+      slot,
+      kept,
+      surprise,
+      now,
+      valid & (novelty >= config.novelty_threshold),
+    )
   return memory._replace(clock=now + valid.astype(jnp.int32))
 
 
 def _recency(memory: Memory) -> jax.Array:
   """[M] float32 clock of the last write; −inf for empty slots."""
-  return jnp.where(memory.item > 0, memory.last_update.astype(jnp.float32),
-                   -jnp.inf)
+  return jnp.where(
+    memory.item > 0, memory.last_update.astype(jnp.float32), -jnp.inf
+  )
 
 
 def _slot(memory: Memory, matching: jax.Array, value: jax.Array) -> jax.Array:
@@ -127,10 +150,10 @@ def _slot(memory: Memory, matching: jax.Array, value: jax.Array) -> jax.Array:
   Empty slots have value −inf, so they are taken before anyone is evicted;
   among equals the earliest inserted goes.
   """
-  oldest = jnp.where(value == jnp.min(value), memory.inserted,
-                     jnp.iinfo(jnp.int32).max)
-  return jnp.where(
-      jnp.any(matching), jnp.argmax(matching), jnp.argmin(oldest))
+  oldest = jnp.where(
+    value == jnp.min(value), memory.inserted, jnp.iinfo(jnp.int32).max
+  )
+  return jnp.where(jnp.any(matching), jnp.argmax(matching), jnp.argmin(oldest))
 
 
 def _write(memory: Memory, slot, item, surprise, now, writes) -> Memory:
@@ -142,25 +165,30 @@ def _write(memory: Memory, slot, item, surprise, now, writes) -> Memory:
   largest = jnp.maximum(jnp.where(same, memory.surprise, -jnp.inf), surprise)
   inserted = jnp.where(same, memory.inserted, now)
   return memory._replace(
-      item=jnp.where(here, item, memory.item),
-      last_update=jnp.where(here, now, memory.last_update),
-      frequency=jnp.where(here, frequency, memory.frequency),
-      surprise=jnp.where(here, largest, memory.surprise),
-      inserted=jnp.where(here, inserted, memory.inserted))
+    item=jnp.where(here, item, memory.item),
+    last_update=jnp.where(here, now, memory.last_update),
+    frequency=jnp.where(here, frequency, memory.frequency),
+    surprise=jnp.where(here, largest, memory.surprise),
+    inserted=jnp.where(here, inserted, memory.inserted),
+  )
 
 
-def _cosine(features: jax.Array, item: jax.Array,
-            memory: Memory) -> jax.Array:
+def _cosine(features: jax.Array, item: jax.Array, memory: Memory) -> jax.Array:
   """[M] cosine of an item's features to those of the entries; 0 where either
   has none, or the slot is empty (row 0 is zero)."""
   own, entries = features[item], features[memory.item]
-  squared = jnp.sum(own ** 2) * jnp.sum(entries ** 2, axis=-1)
+  squared = jnp.sum(own**2) * jnp.sum(entries**2, axis=-1)
   return entries @ own * layers.inverse_norm(squared)
 
 
-def update_all(memory: Memory, items: jax.Array, surprises: jax.Array,
-               valid: jax.Array, features: jax.Array,
-               config: MemoryConfig) -> Memory:
+def update_all(
+  memory: Memory,
+  items: jax.Array,
+  surprises: jax.Array,
+  valid: jax.Array,
+  features: jax.Array,
+  config: MemoryConfig,
+) -> Memory:
   """`update` for each of [T] positives in their order."""
   if config.memory == 'none':
     count = jnp.sum(valid, dtype=jnp.int32)
@@ -168,6 +196,7 @@ def update_all(memory: Memory, items: jax.Array, surprises: jax.Array,
 
   def step(memory, positive):
     return update(memory, *positive, features, config), None
+
   return jax.lax.scan(step, memory, (items, surprises, valid))[0]
 
 
@@ -186,9 +215,12 @@ def retrieve(memory: Memory, config: MemoryConfig) -> jax.Array:
     is_short = jnp.arange(len(value)) < config.memory_capacity
     latest = jnp.where(is_short, _recency(memory), -jnp.inf)
     lasting = jnp.where(is_short, -jnp.inf, value)
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         _best(memory, latest, size - size // 2),
-        _best(memory, lasting, size // 2)])
+        _best(memory, lasting, size // 2),
+      ]
+    )
   return _best(memory, value, size)
 
 
@@ -210,14 +242,21 @@ def fetch(memories: Memory | None, clients: jax.Array) -> Memory | None:
   are none, None.
   """
   return jax.tree.map(
-      lambda x: x.at[jnp.where(clients >= 0, clients, x.shape[0])].get(
-          mode='fill', fill_value=0), memories)
+    lambda x: x.at[jnp.where(clients >= 0, clients, x.shape[0])].get(
+      mode='fill', fill_value=0
+    ),
+    memories,
+  )
 
 
-def store(memories: Memory | None, clients: jax.Array,
-          updated: Memory | None) -> Memory | None:
+def store(
+  memories: Memory | None, clients: jax.Array, updated: Memory | None
+) -> Memory | None:
   """Inverse of `fetch`; what padding clients hold is dropped."""
   return jax.tree.map(
-      lambda all_, new: all_.at[jnp.where(
-          clients >= 0, clients, all_.shape[0])].set(new, mode='drop'),
-      memories, updated)
+    lambda all_, new: all_.at[
+      jnp.where(clients >= 0, clients, all_.shape[0])
+    ].set(new, mode='drop'),
+    memories,
+    updated,
+  )

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 
-def free_below(consumed: jax.Array, num_consumed: jax.Array,
-               num_rows: jax.Array | int) -> jax.Array:
+def free_below(
+  consumed: jax.Array, num_consumed: jax.Array, num_rows: jax.Array | int
+) -> jax.Array:
   """How many free items lie below each consumed one.
 
   Args:
@@ -36,9 +37,13 @@ def nth_free(rank: jax.Array, below: jax.Array) -> jax.Array:
   return rank + 1 + skipped.astype(jnp.int32)
 
 
-def sample(key: jax.Array, shape: tuple[int, ...], consumed: jax.Array,
-           num_consumed: jax.Array,
-           num_rows: jax.Array | int) -> jax.Array:
+def sample(
+  key: jax.Array,
+  shape: tuple[int, ...],
+  consumed: jax.Array,
+  num_consumed: jax.Array,
+  num_rows: jax.Array | int,
+) -> jax.Array:
   """Independent uniform draws from the complement of `consumed`.
 
   Args:

@@ -15,8 +15,9 @@ from fedmmr_jax.client.vocabulary import ITEM_TABLE
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 
 
-def running_sums(model: FedDMMR, params: Params, items: jax.Array,
-                 catalogue: Catalogue) -> jax.Array:
+def running_sums(
+  model: FedDMMR, params: Params, items: jax.Array, catalogue: Catalogue
+) -> jax.Array:
   """[H + 1, D] sums of the embeddings of the first 0, 1, … H items.
 
   Args:
@@ -29,8 +30,9 @@ def running_sums(model: FedDMMR, params: Params, items: jax.Array,
   return jnp.pad(sums, ((1, 0), (0, 0)))
 
 
-def outside(sums: jax.Array, num_items: jax.Array, start: jax.Array,
-            stop: jax.Array) -> jax.Array:
+def outside(
+  sums: jax.Array, num_items: jax.Array, start: jax.Array, stop: jax.Array
+) -> jax.Array:
   """[B, D] mean embeddings of the first `num_items` items but those at
   start, … stop − 1; zero where nothing is left.
 
@@ -47,8 +49,9 @@ def outside(sums: jax.Array, num_items: jax.Array, start: jax.Array,
   return jnp.where(left[:, None] > 0, mean, 0.0)
 
 
-def mean(model: FedDMMR, params: Params, items: jax.Array,
-         catalogue: Catalogue) -> jax.Array:
+def mean(
+  model: FedDMMR, params: Params, items: jax.Array, catalogue: Catalogue
+) -> jax.Array:
   """[D] mean embedding of items [H] int32, 0 = none; zero if there is none."""
   total = jnp.sum(_embedded(model, params, items, catalogue), axis=0)
   return total / jnp.maximum(jnp.sum(items > 0), 1)
@@ -58,5 +61,4 @@ def _embedded(model, params, items, catalogue) -> jax.Array:
   """[H, D] embeddings without gradient, 0 where there is no item."""
   model = model.clone(num_rows=len(params[ITEM_TABLE]))
   embedded = model.apply({'params': params}, items, catalogue, method='embed')
-  return jnp.where(
-      items[:, None] > 0, jax.lax.stop_gradient(embedded), 0.0)
+  return jnp.where(items[:, None] > 0, jax.lax.stop_gradient(embedded), 0.0)

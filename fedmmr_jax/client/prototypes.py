@@ -26,12 +26,14 @@ class Prototypes(NamedTuple):
 
 def init(num_prototypes: int, feature_dim: int) -> Prototypes:
   """No prototypes yet: zero centres of size 0."""
-  return Prototypes(jnp.zeros((num_prototypes, feature_dim)),
-                    jnp.zeros((num_prototypes,)))
+  return Prototypes(
+    jnp.zeros((num_prototypes, feature_dim)), jnp.zeros((num_prototypes,))
+  )
 
 
-def cluster(points: jax.Array, weights: jax.Array, num_prototypes: int,
-            iterations: int) -> Prototypes:
+def cluster(
+  points: jax.Array, weights: jax.Array, num_prototypes: int, iterations: int
+) -> Prototypes:
   """Weighted k-means (Lloyd 1982), started by farthest-first traversal.
 
   Deterministic: no key. With fewer distinct points than centres the surplus
@@ -55,8 +57,9 @@ def cluster(points: jax.Array, weights: jax.Array, num_prototypes: int,
   return jax.lax.fori_loop(0, iterations, step, sizeless)
 
 
-def recluster(uploaded: Prototypes, previous: Prototypes,
-              iterations: int) -> Prototypes:
+def recluster(
+  uploaded: Prototypes, previous: Prototypes, iterations: int
+) -> Prototypes:
   """The server's prototypes from the clients' centres.
 
   Args:
@@ -70,19 +73,23 @@ def recluster(uploaded: Prototypes, previous: Prototypes,
   found = cluster(centre, size, previous.centre.shape[0], iterations)
   anything = jnp.sum(uploaded.size) > 0
   return jax.tree.map(
-      lambda new, old: jnp.where(anything, new, old), found, previous)
+    lambda new, old: jnp.where(anything, new, old), found, previous
+  )
 
 
 def _squared_distance(points: jax.Array, centres: jax.Array) -> jax.Array:
   """[M, P]; clipped, since rounding can make the expansion negative."""
   return jnp.maximum(
-      jnp.sum(points ** 2, -1)[:, None] + jnp.sum(centres ** 2, -1)
-      - 2 * jnp.matmul(points, centres.T,
-                       precision=jax.lax.Precision.HIGHEST), 0.0)
+    jnp.sum(points**2, -1)[:, None]
+    + jnp.sum(centres**2, -1)
+    - 2 * jnp.matmul(points, centres.T, precision=jax.lax.Precision.HIGHEST),
+    0.0,
+  )
 
 
 def _farthest_first(points, weights, num_prototypes):
   """[P, F]: the heaviest point, then each time the point farthest from all."""
+
   def pick(p, carry):
     centres, distance = carry
     centre = points[jnp.argmax(distance)]
@@ -95,8 +102,9 @@ def _farthest_first(points, weights, num_prototypes):
   total = jnp.sum(weights)
   mean = weights @ points / jnp.where(total > 0, total, 1.0)
   heaviest = weights == jnp.max(weights)
-  first = jnp.argmax(jnp.where(
-      heaviest, _squared_distance(points, mean[None])[:, 0], -1.0))
+  first = jnp.argmax(
+    jnp.where(heaviest, _squared_distance(points, mean[None])[:, 0], -1.0)
+  )
   nearest = _squared_distance(points, points[first][None])[:, 0]
   distance = jnp.where(weights > 0, nearest, -1.0)
   centres = jnp.zeros((num_prototypes, points.shape[1]), points.dtype)

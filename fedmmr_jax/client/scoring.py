@@ -42,20 +42,27 @@ class StepScores(NamedTuple):
   profile: jax.Array | None = None
 
 
-def draw_negatives(key: jax.Array, client: ClientData,
-                   config: RunConfig) -> jax.Array:
+def draw_negatives(
+  key: jax.Array, client: ClientData, config: RunConfig
+) -> jax.Array:
   """[T, N] own negatives of each target, or [N] shared by all of them."""
   shape = (config.client.num_negatives,)
   if config.client.negatives == 'per_sample':
     shape = (targets_of_step(config), *shape)
   return negatives.sample(
-      key, shape, client.avoided, client.num_avoided,
-      client.num_drawable)
+    key, shape, client.avoided, client.num_avoided, client.num_drawable
+  )
 
 
-def score_batch(model: FedDMMR, params: Params, batch: Batch,
-                negative: jax.Array, catalogue: Catalogue, view: MemoryView | None,
-                key: jax.Array | None) -> StepScores:
+def score_batch(
+  model: FedDMMR,
+  params: Params,
+  batch: Batch,
+  negative: jax.Array,
+  catalogue: Catalogue,
+  view: MemoryView | None,
+  key: jax.Array | None,
+) -> StepScores:
   """Scores each target and its negatives.
 
   Args:
@@ -68,20 +75,27 @@ def score_batch(model: FedDMMR, params: Params, batch: Batch,
     key: for dropout; None scores without dropout.
   """
   train = key is not None
-  encode_key, candidate_key = (
-      jax.random.split(key) if train else (None, None))
+  encode_key, candidate_key = jax.random.split(key) if train else (None, None)
 
   def apply(*args, key, **kwargs):
     rngs = {'dropout': key} if train else {}
     return model.apply({'params': params}, *args, rngs=rngs, **kwargs)
 
   def encode(window, profile, key):
-    return apply(window, catalogue, train, batch.targets.shape[1] == 1,
-                 profile, key=key, method='encode')
+    return apply(
+      window,
+      catalogue,
+      train,
+      batch.targets.shape[1] == 1,
+      profile,
+      key=key,
+      method='encode',
+    )
 
   def represent(items):
-    return apply(items, catalogue, view, train, key=candidate_key,
-                 method='candidates')
+    return apply(
+      items, catalogue, view, train, key=candidate_key, method='candidates'
+    )
 
   keys = jax.random.split(encode_key, len(batch.windows)) if train else None
   states = jax.vmap(encode)(batch.windows, batch.profile, keys)  # [B, Q, D]
@@ -93,24 +107,31 @@ def _score_shared(model, states, batch, negative, represent) -> StepScores:
   """One draw of [N] negatives serves all targets: J = T + N."""
   targets, valid = batch.targets.reshape(-1), batch.valid.reshape(-1)
   candidates = represent(jnp.concatenate([targets, negative]))
-  target = jax.tree.map(lambda x: x[:len(targets)], candidates)
-  rest = jax.tree.map(lambda x: x[len(targets):], candidates)
+  target = jax.tree.map(lambda x: x[: len(targets)], candidates)
+  rest = jax.tree.map(lambda x: x[len(targets) :], candidates)
   own = jax.tree.map(
-      lambda x: x.reshape(*batch.targets.shape, 1, *x.shape[1:]), target)
+    lambda x: x.reshape(*batch.targets.shape, 1, *x.shape[1:]), target
+  )
   anyone = jnp.broadcast_to(jnp.any(valid), negative.shape)
   by_sequence = _Scores(
-      jax.vmap(jax.vmap(model.score))(_sequences(states), own)[..., 0],
-      jax.vmap(jax.vmap(model.score, (0, None)), (0, None))(
-          _sequences(states), rest))
+    jax.vmap(jax.vmap(model.score))(_sequences(states), own)[..., 0],
+    jax.vmap(jax.vmap(model.score, (0, None)), (0, None))(
+      _sequences(states), rest
+    ),
+  )
   by_profile = None
   if isinstance(states, States):
     # A window's positions share their profile, which scores the negatives once.
     by_profile = _Scores(
-        jax.vmap(model.score_profile)(states, own)[..., 0],
-        jax.vmap(model.score_profile, (0, None))(states, rest)[:, None])
+      jax.vmap(model.score_profile)(states, own)[..., 0],
+      jax.vmap(model.score_profile, (0, None))(states, rest)[:, None],
+    )
   return StepScores(
-      **_of_targets(states, by_sequence, by_profile), target=target,
-      candidates=candidates, counted=jnp.concatenate([valid, anyone]))
+    **_of_targets(states, by_sequence, by_profile),
+    target=target,
+    candidates=candidates,
+    counted=jnp.concatenate([valid, anyone]),
+  )
 
 
 def _score_own(model, states, batch, negative, represent) -> StepScores:
@@ -118,20 +139,23 @@ def _score_own(model, states, batch, negative, represent) -> StepScores:
   items = jnp.concatenate([batch.targets.reshape(-1, 1), negative], axis=1)
   candidates = represent(items.reshape(-1))
   grouped = jax.tree.map(
-      lambda x: x.reshape(*batch.targets.shape, -1, *x.shape[1:]), candidates)
+    lambda x: x.reshape(*batch.targets.shape, -1, *x.shape[1:]), candidates
+  )
   scores = jax.vmap(jax.vmap(model.score))(_sequences(states), grouped)
   by_profile = None
   if isinstance(states, States):
     profile_scores = jax.vmap(model.score_profile)(states, grouped)
     by_profile = _Scores(profile_scores[..., 0], profile_scores[..., 1:])
   return StepScores(
-      **_of_targets(
-          states, _Scores(scores[..., 0], scores[..., 1:]), by_profile),
-      target=jax.tree.map(
-          lambda x: x[:, :, 0].reshape(-1, *x.shape[3:]), grouped),
-      candidates=candidates,
-      counted=jnp.broadcast_to(
-          batch.valid.reshape(-1, 1), items.shape).reshape(-1))
+    **_of_targets(states, _Scores(scores[..., 0], scores[..., 1:]), by_profile),
+    target=jax.tree.map(
+      lambda x: x[:, :, 0].reshape(-1, *x.shape[3:]), grouped
+    ),
+    candidates=candidates,
+    counted=jnp.broadcast_to(batch.valid.reshape(-1, 1), items.shape).reshape(
+      -1
+    ),
+  )
 
 
 class _Scores(NamedTuple):
@@ -150,8 +174,9 @@ def _sequences(states: jax.Array | States) -> jax.Array:
   return states.sequence if isinstance(states, States) else states
 
 
-def _of_targets(states, by_sequence: _Scores,
-                by_profile: _Scores | None) -> dict[str, jax.Array | None]:
+def _of_targets(
+  states, by_sequence: _Scores, by_profile: _Scores | None
+) -> dict[str, jax.Array | None]:
   """The fields of `StepScores` that have one row a target.
 
   Log Σ exp is taken of the parts of a mixture: the mixed scores of all
@@ -164,11 +189,14 @@ def _of_targets(states, by_sequence: _Scores,
     known = states.known[:, None]
     rest_by_profile = jax.nn.logsumexp(by_profile.negative, axis=-1)
     profile = jnp.where(
-        known, losses.cross_entropy(by_profile.positive, rest_by_profile), 0.0
+      known, losses.cross_entropy(by_profile.positive, rest_by_profile), 0.0
     ).reshape(-1)
     positive = mix(positive, by_profile.positive, known)
     negative = mix(negative, by_profile.negative, known[..., None])
     rest = mix(rest, rest_by_profile, known)
   return dict(
-      positive=positive.reshape(-1), rest=rest.reshape(-1), profile=profile,
-      negative=negative.reshape(-1, negative.shape[-1]))
+    positive=positive.reshape(-1),
+    rest=rest.reshape(-1),
+    profile=profile,
+    negative=negative.reshape(-1, negative.shape[-1]),
+  )

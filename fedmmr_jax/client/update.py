@@ -7,7 +7,7 @@ of a step, `L` window, `Q` targets of a window (1, or L with all positions),
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,10 @@ from fedmmr_jax.models.feddmmr import (
 
 # Metric -> the parameter group whose gradient's norm it is.
 GRADIENT_NORMS = {
-    'gradient_backbone': 'backbone', 'gradient_visual': 'visual_expert',
-    'gradient_semantic': 'semantic_expert'}
+  'gradient_backbone': 'backbone',
+  'gradient_visual': 'visual_expert',
+  'gradient_semantic': 'semantic_expert',
+}
 
 
 class Broadcast(NamedTuple):
@@ -98,9 +100,16 @@ class ClientUpdate(NamedTuple):
   metrics: dict[str, Mean]
 
 
-def step_loss(params: Params, model: FedDMMR, batch: Batch,
-              negative: jax.Array, catalogue: Catalogue, view: MemoryView | None,
-              key: jax.Array, config: RunConfig):
+def step_loss(
+  params: Params,
+  model: FedDMMR,
+  batch: Batch,
+  negative: jax.Array,
+  catalogue: Catalogue,
+  view: MemoryView | None,
+  key: jax.Array,
+  config: RunConfig,
+):
   """Loss of one step.
 
   Returns:
@@ -108,8 +117,10 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
   """
   # What is frozen gets no gradient, and none is computed for it.
   frozen = optimizers.frozen_names(config.client)
-  params = {name: jax.lax.stop_gradient(part) if name in frozen else part
-            for name, part in params.items()}
+  params = {
+    name: jax.lax.stop_gradient(part) if name in frozen else part
+    for name, part in params.items()
+  }
   scores = score_batch(model, params, batch, negative, catalogue, view, key)
   valid = batch.valid.reshape(-1)
   visual = semantic = None
@@ -117,28 +128,35 @@ def step_loss(params: Params, model: FedDMMR, batch: Batch,
     visual, semantic = scores.target.visual, scores.target.semantic
   both = jnp.all(scores.candidates.available, axis=-1)
   balance = losses.load_balance_loss(
-      scores.candidates.weights, scores.counted & both)
+    scores.candidates.weights, scores.counted & both
+  )
   rec = losses.cross_entropy(scores.positive, scores.rest)
   has_both = jnp.all(scores.target.available, axis=-1)
-  terms = losses.combine(config.loss, rec, valid, visual, semantic, has_both,
-                         balance,
-                         losses.importance_of(batch.lateness.reshape(-1),
-                                              config.loss.late_emphasis),
-                         scores.profile)
+  terms = losses.combine(
+    config.loss,
+    rec,
+    valid,
+    visual,
+    semantic,
+    has_both,
+    balance,
+    losses.importance_of(batch.lateness.reshape(-1), config.loss.late_emphasis),
+    scores.profile,
+  )
   count = jnp.sum(valid)
   pairs = jnp.sum(valid & has_both)
   usable = scores.counted & jnp.any(scores.candidates.available, axis=-1)
   weights = scores.candidates.weights
   step_metrics = {
-      'loss': metrics_lib.mean(terms.total, count),
-      'rec_loss': metrics_lib.mean(terms.rec, count),
-      'contrastive_loss': metrics_lib.mean(terms.contrastive, pairs),
-      'load_balance_loss': metrics_lib.mean(balance, pairs),
-      'w_visual': metrics_lib.over(weights[:, VISUAL], usable),
-      'w_semantic': metrics_lib.over(weights[:, SEMANTIC], usable),
-      'instance_weight': metrics_lib.mean(terms.instance_weight, pairs),
-      'hardest_share': metrics_lib.mean(terms.hardest_share, pairs),
-      'instance_weight_shares': metrics_lib.mean(terms.weight_shares, pairs),
+    'loss': metrics_lib.mean(terms.total, count),
+    'rec_loss': metrics_lib.mean(terms.rec, count),
+    'contrastive_loss': metrics_lib.mean(terms.contrastive, pairs),
+    'load_balance_loss': metrics_lib.mean(balance, pairs),
+    'w_visual': metrics_lib.over(weights[:, VISUAL], usable),
+    'w_semantic': metrics_lib.over(weights[:, SEMANTIC], usable),
+    'instance_weight': metrics_lib.mean(terms.instance_weight, pairs),
+    'hardest_share': metrics_lib.mean(terms.hardest_share, pairs),
+    'instance_weight_shares': metrics_lib.mean(terms.weight_shares, pairs),
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
   return terms.total, (surprise, step_metrics)
@@ -176,9 +194,15 @@ class LocalState(NamedTuple):
   metrics: dict[str, Mean]
 
 
-def local_update(program: ClientProgram, broadcast: Broadcast,
-                 client: ClientData, memory: Memory | None, kept: Any,
-                 key: jax.Array, max_steps: jax.Array) -> ClientUpdate:
+def local_update(
+  program: ClientProgram,
+  broadcast: Broadcast,
+  client: ClientData,
+  memory: Memory | None,
+  kept: Any,
+  key: jax.Array,
+  max_steps: jax.Array,
+) -> ClientUpdate:
   """Trains on one client's positives for `local_epochs`.
 
   Args:
@@ -207,18 +231,21 @@ def local_update(program: ClientProgram, broadcast: Broadcast,
 
   def epoch(number, state):
     order = _window_order(
-        config, _order_key(key, number), own_windows, most_windows)
+      config, _order_key(key, number), own_windows, most_windows
+    )
 
     def step(i, state):
       rank = i * batch_size + jnp.arange(batch_size)
       index = order.at[rank].get(mode='fill', fill_value=0)
       negative_key, dropout_key = _step_keys(key, number, i)
       data = StepData(
-          batch=cut(index, rank < own_windows),
-          negative=draw_negatives(negative_key, client, config),
-          catalogue=broadcast.catalogue,
-          view=memory_view(state.memory, broadcast, config),
-          texts=broadcast.catalogue.text, key=dropout_key)
+        batch=cut(index, rank < own_windows),
+        negative=draw_negatives(negative_key, client, config),
+        catalogue=broadcast.catalogue,
+        view=memory_view(state.memory, broadcast, config),
+        texts=broadcast.catalogue.text,
+        key=dropout_key,
+      )
       return _train_step(model, config, optimizer, vocabulary, data, state)
 
     return jax.lax.fori_loop(0, max_steps, step, state)
@@ -227,20 +254,24 @@ def local_update(program: ClientProgram, broadcast: Broadcast,
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
   delta = optax.tree.sub(end.params, sent)
   weight = num_positives(client.num_train, config).astype(jnp.float32)
-  kept, uploaded = drift.finish(_local_result(
-      drift, vocabulary, delta, kept, end.opt_state, weight > 0, broadcast))
+  kept, uploaded = drift.finish(
+    _local_result(
+      drift, vocabulary, delta, kept, end.opt_state, weight > 0, broadcast
+    )
+  )
   return ClientUpdate(
-      delta=delta,
-      control=uploaded,
-      vocabulary=vocabulary,
-      weight=weight,
-      steps=jnp.maximum(
-          num_steps(client.num_train, config) * config.client.local_epochs,
-          1).astype(jnp.float32),
-      memory=end.memory,
-      kept=kept,
-      prototypes=summarise(end.memory, broadcast.catalogue, config),
-      metrics=end.metrics | _memory_metrics(end.memory, client))
+    delta=delta,
+    control=uploaded,
+    vocabulary=vocabulary,
+    weight=weight,
+    steps=jnp.maximum(
+      num_steps(client.num_train, config) * config.client.local_epochs, 1
+    ).astype(jnp.float32),
+    memory=end.memory,
+    kept=kept,
+    prototypes=summarise(end.memory, broadcast.catalogue, config),
+    metrics=end.metrics | _memory_metrics(end.memory, client),
+  )
 
 
 def _memory_metrics(memory: Memory | None, client) -> dict[str, Mean]:
@@ -248,35 +279,48 @@ def _memory_metrics(memory: Memory | None, client) -> dict[str, Mean]:
   if memory is None:
     return {'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
   return {
-      'memory_fill': metrics_lib.mean(
-          memory_lib.fill(memory), client.num_train > 0),
-      'memory_age': metrics_lib.over(
-          memory.clock - memory.last_update, memory.item > 0)}
+    'memory_fill': metrics_lib.mean(
+      memory_lib.fill(memory), client.num_train > 0
+    ),
+    'memory_age': metrics_lib.over(
+      memory.clock - memory.last_update, memory.item > 0
+    ),
+  }
 
 
-def _optimizer(program, broadcast, vocabulary,
-               kept) -> optax.GradientTransformation:
+def _optimizer(
+  program, broadcast, vocabulary, kept
+) -> optax.GradientTransformation:
   """The local optimizer, for the vocabulary's rows."""
   drift = program.drift
-  sent_rows, kept_rows = (vocabulary_lib.take(tree, vocabulary.ids)
-                          for tree in (broadcast.control, kept))
+  sent_rows, kept_rows = (
+    vocabulary_lib.take(tree, vocabulary.ids)
+    for tree in (broadcast.control, kept)
+  )
   optimizer = optimizers.client_optimizer(
-      program.config, broadcast.learning_rate,
-      drift.transform(sent_rows, kept_rows), drift.makes_step)
+    program.config,
+    broadcast.learning_rate,
+    drift.transform(sent_rows, kept_rows),
+    drift.makes_step,
+  )
   if drift.needs_gradient:
     return optax.chain(record_gradient(), optimizer)
   return optimizer
 
 
-def _local_result(drift, vocabulary, delta, kept, opt_state, trained,
-                  broadcast) -> LocalResult:
+def _local_result(
+  drift, vocabulary, delta, kept, opt_state, trained, broadcast
+) -> LocalResult:
   recorded = opt_state[0] if drift.needs_gradient else None
   return LocalResult(
-      delta=delta, kept=kept,
-      mean_gradient=recorded.mean() if recorded else None,
-      trained=trained,
-      whole=lambda rows: vocabulary_lib.scatter(
-          rows, vocabulary, broadcast.params))
+    delta=delta,
+    kept=kept,
+    mean_gradient=recorded.mean() if recorded else None,
+    trained=trained,
+    whole=lambda rows: vocabulary_lib.scatter(
+      rows, vocabulary, broadcast.params
+    ),
+  )
 
 
 def _round_vocabulary(model, config, client, key) -> Vocabulary:
@@ -285,8 +329,7 @@ def _round_vocabulary(model, config, client, key) -> Vocabulary:
   if config.client.vocabulary == 'dense':
     return catalogue
   epochs = jnp.arange(config.client.local_epochs)
-  steps = jnp.arange(
-      num_steps(client.history.shape[0] - MIN_HELD_OUT, config))
+  steps = jnp.arange(num_steps(client.history.shape[0] - MIN_HELD_OUT, config))
 
   def negative(epoch, i):  # the draw that the step will make again
     negative_key, _ = _step_keys(key, epoch, i)
@@ -318,13 +361,15 @@ def _cutter(model, config, client, params, vocabulary, catalogue):
   if len(vocabulary.ids) != model.num_rows:
     catalogue = jax.tree.map(lambda x: x[vocabulary.ids], catalogue)
   sums = profile_lib.running_sums(
-      model, params, vocabulary.rows(_trained(client)), catalogue)
+    model, params, vocabulary.rows(_trained(client)), catalogue
+  )
 
   def cut_with_profiles(index, present):
     stop = jnp.maximum(client.num_train - index * stride, 0)
     start = jnp.maximum(stop - length - 1, 0)
-    return cut(index, present)._replace(profile=profile_lib.outside(
-        sums, client.num_train, start, stop))
+    return cut(index, present)._replace(
+      profile=profile_lib.outside(sums, client.num_train, start, stop)
+    )
 
   return cut_with_profiles
 
@@ -361,87 +406,126 @@ class StepData(NamedTuple):
   key: jax.Array
 
 
-def _train_step(model, config, optimizer, vocabulary, data: StepData,
-                state: LocalState) -> LocalState:
+def _train_step(
+  model, config, optimizer, vocabulary, data: StepData, state: LocalState
+) -> LocalState:
   """One step, on the rows of the item table that it touches (`vocabulary`)."""
   if config.client.vocabulary == 'dense':
     after, surprise = _optimise(model, config, optimizer, data, state)
   else:
     touched = vocabulary_lib.touched(
-        [data.batch.windows, data.batch.targets, data.negative], vocabulary)
+      [data.batch.windows, data.batch.targets, data.negative], vocabulary
+    )
     rows = vocabulary.rows(touched.ids)
     after, surprise = _optimise(
-        model.clone(num_rows=len(rows)), config, optimizer,
-        _renumbered(data, touched), vocabulary_lib.take(state, rows))
+      model.clone(num_rows=len(rows)),
+      config,
+      optimizer,
+      _renumbered(data, touched),
+      vocabulary_lib.take(state, rows),
+    )
     after = vocabulary_lib.put(state, rows, touched.is_first, after)
   if state.memory is None:
     return after
-  return after._replace(memory=memory_lib.update_all(
-      state.memory, data.batch.targets.reshape(-1), surprise,
-      data.batch.valid.reshape(-1), data.texts, config.memory))
+  return after._replace(
+    memory=memory_lib.update_all(
+      state.memory,
+      data.batch.targets.reshape(-1),
+      surprise,
+      data.batch.valid.reshape(-1),
+      data.texts,
+      config.memory,
+    )
+  )
 
 
 def _renumbered(data: StepData, touched: Vocabulary) -> StepData:
   """The step's data over its own rows instead of the catalogue."""
   return data._replace(
-      batch=data.batch._replace(
-          windows=touched.rows(data.batch.windows),
-          targets=touched.rows(data.batch.targets)),
-      negative=touched.rows(data.negative),
-      catalogue=jax.tree.map(lambda x: x[touched.ids], data.catalogue))
+    batch=data.batch._replace(
+      windows=touched.rows(data.batch.windows),
+      targets=touched.rows(data.batch.targets),
+    ),
+    negative=touched.rows(data.negative),
+    catalogue=jax.tree.map(lambda x: x[touched.ids], data.catalogue),
+  )
 
 
-def _optimise(model, config, optimizer, data: StepData,
-              state: LocalState) -> tuple[LocalState, jax.Array]:
+def _optimise(
+  model, config, optimizer, data: StepData, state: LocalState
+) -> tuple[LocalState, jax.Array]:
   """Parameters and optimizer after a step, and the targets' surprise [T].
 
   A step without any target (past the client's own) changes nothing.
   """
   gradient, (surprise, step_metrics) = jax.grad(step_loss, has_aux=True)(
-      state.params, model, data.batch, data.negative, data.catalogue,
-      data.view, data.key, config)
+    state.params,
+    model,
+    data.batch,
+    data.negative,
+    data.catalogue,
+    data.view,
+    data.key,
+    config,
+  )
   count = jnp.sum(data.batch.valid)
   step_metrics |= {
-      name: metrics_lib.mean(optax.tree.norm(gradient[group]), count)
-      if group in gradient else metrics_lib.EMPTY
-      for name, group in GRADIENT_NORMS.items()}
-  updates, opt_state = optimizer.update(
-      gradient, state.opt_state, state.params)
+    name: metrics_lib.mean(optax.tree.norm(gradient[group]), count)
+    if group in gradient
+    else metrics_lib.EMPTY
+    for name, group in GRADIENT_NORMS.items()
+  }
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   after = state._replace(
-      params=optax.apply_updates(state.params, updates), opt_state=opt_state,
-      metrics=metrics_lib.merge(state.metrics, step_metrics))
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    metrics=metrics_lib.merge(state.metrics, step_metrics),
+  )
   active = jnp.any(data.batch.valid)
   return jax.tree.map(
-      lambda new, old: jnp.where(active, new, old), after, state), surprise
+    lambda new, old: jnp.where(active, new, old), after, state
+  ), surprise
 
 
-def memory_view(memory: Memory | None, broadcast: Broadcast,
-                config: RunConfig) -> MemoryView | None:
+def memory_view(
+  memory: Memory | None, broadcast: Broadcast, config: RunConfig
+) -> MemoryView | None:
   """What one client's experts may attend to; None without experts."""
   if memory is None:
     return None
   items = memory_lib.retrieve(memory, config.memory)
   if not config.model.global_memory:
     return view_memory(broadcast.catalogue, items)
-  return view_memory(broadcast.catalogue, items, broadcast.prototypes.centre,
-                     broadcast.prototypes.size > 0)
+  prototypes = cast(Prototypes, broadcast.prototypes)
+  return view_memory(
+    broadcast.catalogue, items, prototypes.centre, prototypes.size > 0
+  )
 
 
-def summarise(memory: Memory, catalogue: Catalogue,
-              config: RunConfig) -> Prototypes | None:
+def summarise(
+  memory: Memory, catalogue: Catalogue, config: RunConfig
+) -> Prototypes | None:
   """Prototypes of the texts of the stored items, for upload; None where nobody
   attends to them."""
   if not config.model.global_memory:
     return None
   stored = (memory.item > 0) & catalogue.has_text[memory.item]
   return prototypes_lib.cluster(
-      catalogue.text[memory.item], stored.astype(jnp.float32),
-      config.memory.num_prototypes, config.memory.prototype_iterations)
+    catalogue.text[memory.item],
+    stored.astype(jnp.float32),
+    config.memory.num_prototypes,
+    config.memory.prototype_iterations,
+  )
 
 
-def fill_memory(program: ClientProgram, broadcast: Broadcast,
-                client: ClientData, memory: Memory, key: jax.Array,
-                max_steps: jax.Array) -> Memory:
+def fill_memory(
+  program: ClientProgram,
+  broadcast: Broadcast,
+  client: ClientData,
+  memory: Memory,
+  key: jax.Array,
+  max_steps: jax.Array,
+) -> Memory:
   """Fills an empty memory by a forward pass over the training history.
 
   Windows are taken in time order, so the memory ends with the latest items.
@@ -457,37 +541,66 @@ def fill_memory(program: ClientProgram, broadcast: Broadcast,
   batch_size = config.client.batch_size
   own_windows = num_windows(client.num_train, stride)
 
-  cut = _cutter(model, config, client, broadcast.params,
-                vocabulary_lib.whole(model.num_rows), broadcast.catalogue)
+  cut = _cutter(
+    model,
+    config,
+    client,
+    broadcast.params,
+    vocabulary_lib.whole(model.num_rows),
+    broadcast.catalogue,
+  )
 
   def step(i, filled):
     rank = i * batch_size + jnp.arange(batch_size)
     batch = cut(own_windows - 1 - rank, rank < own_windows)
     negative = draw_negatives(jax.random.fold_in(key, i), client, config)
     scores = score_batch(
-        model, broadcast.params, batch, negative, broadcast.catalogue,
-        memory_view(filled, broadcast, config), None)
+      model,
+      broadcast.params,
+      batch,
+      negative,
+      broadcast.catalogue,
+      memory_view(filled, broadcast, config),
+      None,
+    )
     surprise = losses.pairwise_surprise(scores.positive, scores.negative)
     return memory_lib.update_all(
-        filled, batch.targets.reshape(-1), surprise, batch.valid.reshape(-1),
-        broadcast.catalogue.text, config.memory)
+      filled,
+      batch.targets.reshape(-1),
+      surprise,
+      batch.valid.reshape(-1),
+      broadcast.catalogue.text,
+      config.memory,
+    )
 
   filled = jax.lax.fori_loop(0, max_steps, step, memory)
   never_sampled = memory.clock == 0
   return jax.tree.map(
-      lambda new, old: jnp.where(never_sampled, new, old), filled, memory)
+    lambda new, old: jnp.where(never_sampled, new, old), filled, memory
+  )
 
 
 def empty_metrics() -> dict[str, Mean]:
   """Neutral element of the step metrics."""
-  return {name: metrics_lib.EMPTY for name in (
-      'loss', 'rec_loss', 'contrastive_loss', 'load_balance_loss', 'w_visual',
-      'w_semantic', 'instance_weight', 'hardest_share', *GRADIENT_NORMS)} | {
-          'instance_weight_shares': metrics_lib.empty((losses.WEIGHT_BINS,))}
+  return {
+    name: metrics_lib.EMPTY
+    for name in (
+      'loss',
+      'rec_loss',
+      'contrastive_loss',
+      'load_balance_loss',
+      'w_visual',
+      'w_semantic',
+      'instance_weight',
+      'hardest_share',
+      *GRADIENT_NORMS,
+    )
+  } | {'instance_weight_shares': metrics_lib.empty((losses.WEIGHT_BINS,))}
 
 
-def _window_order(config: RunConfig, key, own_windows,
-                  most_windows: int) -> jax.Array:
+def _window_order(
+  config: RunConfig, key, own_windows, most_windows: int
+) -> jax.Array:
   """[most_windows] int32 window numbers in the order they are trained on;
   only the first `own_windows`, or what the step limit leaves, count."""
   draws = jax.random.uniform(key, (most_windows,))

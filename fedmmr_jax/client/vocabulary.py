@@ -41,8 +41,9 @@ class Vocabulary(NamedTuple):
   def rows(self, items: jax.Array) -> jax.Array:
     """[...] int32 rows of items that are in the vocabulary. Of another one it
     would be a neighbour's row; the tests check every look-up of a round."""
-    return jnp.searchsorted(
-        self.ids, items, method='scan_unrolled').astype(jnp.int32)
+    return jnp.searchsorted(self.ids, items, method='scan_unrolled').astype(
+      jnp.int32
+    )
 
   @property
   def is_first(self) -> jax.Array:
@@ -82,21 +83,27 @@ def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
     kept: [n] bool, False for rows of `small` to pass over.
     small: the changed result of `take`.
   """
+
   def write(table, new):
-    return table.at[jnp.where(kept, rows, table.shape[0])].set(
-        new, mode='drop')
+    return table.at[jnp.where(kept, rows, table.shape[0])].set(new, mode='drop')
+
   return _map(write, lambda old, new: new, tree, small)
 
 
 def scatter(small: Any, vocabulary: Vocabulary, like: Any) -> Any:
   """Zeros like `like`, with the rows that a vocabulary has from `small`, and
   all else of `small`."""
-  return put(jax.tree.map(jnp.zeros_like, like), vocabulary.ids,
-             vocabulary.is_first, small)
+  return put(
+    jax.tree.map(jnp.zeros_like, like),
+    vocabulary.ids,
+    vocabulary.is_first,
+    small,
+  )
 
 
-def add_weighted(total: Any, weights: jax.Array, ids: jax.Array,
-                 deltas: Any) -> Any:
+def add_weighted(
+  total: Any, weights: jax.Array, ids: jax.Array, deltas: Any
+) -> Any:
   """`total` + Σ_c weight_c · delta_c, each item row where it belongs.
 
   Args:
@@ -105,10 +112,12 @@ def add_weighted(total: Any, weights: jax.Array, ids: jax.Array,
     ids: [C, U] int32 items of the rows of each client's item table.
     deltas: parameters with a leading axis [C], item tables [C, U, D].
   """
+
   # Weights are counts and deltas may cancel: the products are exact.
   def dense(old, new):
     return old + jnp.tensordot(
-        weights, new, 1, precision=jax.lax.Precision.HIGHEST)
+      weights, new, 1, precision=jax.lax.Precision.HIGHEST
+    )
 
   def sparse(table, new):
     if new.shape[1:] == table.shape:  # the whole catalogue, in order
@@ -121,7 +130,9 @@ def add_weighted(total: Any, weights: jax.Array, ids: jax.Array,
 
 def _map(on_tables, elsewhere, *trees):
   """tree.map with one function for item tables and one for all else."""
+
   def apply(path, *leaves):
     is_table = any(getattr(key, 'key', None) == ITEM_TABLE for key in path)
     return (on_tables if is_table else elsewhere)(*leaves)
+
   return jax.tree_util.tree_map_with_path(apply, *trees)

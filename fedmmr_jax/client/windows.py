@@ -53,7 +53,8 @@ def num_windows(num_train, stride: int):
 def targets_of_step(config: RunConfig) -> int:
   """T, target positions of one step."""
   return config.client.batch_size * window_stride(
-      config.client, config.model.max_seq_len)
+    config.client, config.model.max_seq_len
+  )
 
 
 def num_steps(num_train, config: RunConfig):
@@ -77,8 +78,13 @@ def _at_most(value, limit: int):
   return value + (limit - value) * (value > limit)
 
 
-def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,
-                stride: int, max_seq_len: int) -> Batch:
+def cut_windows(
+  client: ClientData,
+  index: jax.Array,
+  present: jax.Array,
+  stride: int,
+  max_seq_len: int,
+) -> Batch:
   """The windows of given numbers; window 0 ends at the latest positive.
 
   Counted from the end, so that only the earliest window is short and the
@@ -98,9 +104,9 @@ def cut_windows(client: ClientData, index: jax.Array, present: jax.Array,
   items = jnp.where(inside, client.history[position], 0)
   # As many targets as the window moves on: Q = stride.
   return Batch(
-      windows=items[:, :-1],
-      targets=items[:, -stride:],
-      # A target needs an item before it.
-      valid=inside[:, -stride - 1:-1],
-      lateness=((position[:, -stride:] + 0.5)
-                / jnp.maximum(client.num_train, 1)))
+    windows=items[:, :-1],
+    targets=items[:, -stride:],
+    # A target needs an item before it.
+    valid=inside[:, -stride - 1 : -1],
+    lateness=((position[:, -stride:] + 0.5) / jnp.maximum(client.num_train, 1)),
+  )

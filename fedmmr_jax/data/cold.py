@@ -31,8 +31,9 @@ class ColdSplit(NamedTuple):
   clients: np.ndarray
 
 
-def hold_out(dataset: Dataset, share: float,
-             seed: int) -> tuple[Dataset, ColdSplit, list[int]]:
+def hold_out(
+  dataset: Dataset, share: float, seed: int
+) -> tuple[Dataset, ColdSplit, list[int]]:
   """Splits a share of the items off.
 
   Args:
@@ -68,14 +69,22 @@ def hold_out(dataset: Dataset, share: float,
     full.append(np.concatenate([cold[:-1], rest, cold[-1:]]))
   if not clients:
     raise UserError(
-        f'--cold_items={share}: nobody has consumed the {num_cold} items held '
-        'out, or too little else; hold more out, or fewer')
+      f'--cold_items={share}: nobody has consumed the {num_cold} items held '
+      'out, or too little else; hold more out, or fewer'
+    )
   kept = dataclasses.replace(
-      dataset, num_cold=num_cold,
-      user_ids=dataset.user_ids[~np.isin(dataset.user_ids, dropped)])
-  return (_with_sequences(kept, warm),
-          ColdSplit(_with_sequences(dataclasses.replace(kept, num_cold=0), full),
-                    np.array(clients)), dropped)
+    dataset,
+    num_cold=num_cold,
+    user_ids=dataset.user_ids[~np.isin(dataset.user_ids, dropped)],
+  )
+  return (
+    _with_sequences(kept, warm),
+    ColdSplit(
+      _with_sequences(dataclasses.replace(kept, num_cold=0), full),
+      np.array(clients),
+    ),
+    dropped,
+  )
 
 
 def _cold_last(dataset: Dataset, is_cold: np.ndarray) -> Dataset:
@@ -83,13 +92,18 @@ def _cold_last(dataset: Dataset, is_cold: np.ndarray) -> Dataset:
   order = np.argsort(is_cold, kind='stable')  # old row of each new one
   new_row = np.argsort(order)
   return dataclasses.replace(
-      dataset, items=new_row[dataset.items].astype(np.int32),
-      item_ids=dataset.item_ids[order], visual=dataset.visual[order],
-      text=dataset.text[order],
-      titles=tuple(dataset.titles[i] for i in order) if dataset.titles else ())
+    dataset,
+    items=new_row[dataset.items].astype(np.int32),
+    item_ids=dataset.item_ids[order],
+    visual=dataset.visual[order],
+    text=dataset.text[order],
+    titles=tuple(dataset.titles[i] for i in order) if dataset.titles else (),
+  )
 
 
 def _with_sequences(dataset: Dataset, sequences: list[np.ndarray]) -> Dataset:
   return dataclasses.replace(
-      dataset, items=np.concatenate(sequences),
-      offsets=np.concatenate([[0], np.cumsum(list(map(len, sequences)))]))
+    dataset,
+    items=np.concatenate(sequences),
+    offsets=np.concatenate([[0], np.cumsum(list(map(len, sequences)))]),
+  )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 # Of the formats whose ids are whole numbers by definition.
-MAX_ID = 2 ** 31 - 1
+MAX_ID = 2**31 - 1
 # Longer ones are no ids: a column was mistaken for another.
 MAX_ID_LENGTH = 200
 _WHOLE = re.compile(r'0|-?[1-9][0-9]{0,17}')
@@ -43,8 +43,9 @@ def unique_ids(texts: list[str], whole: bool) -> tuple[np.ndarray, np.ndarray]:
     raise Doubt
   texts = [text.strip() for text in texts]
   if whole or all(map(_WHOLE.fullmatch, texts)):
-    return np.unique(np.array(list(map(int, texts)), np.int64),
-                     return_inverse=True)
+    return np.unique(
+      np.array(list(map(int, texts)), np.int64), return_inverse=True
+    )
   return np.unique(np.array(texts, str), return_inverse=True)
 
 
@@ -67,8 +68,9 @@ def id_problem(text: str, whole: bool) -> str:
   return ''
 
 
-def ids_of(column: pa.ChunkedArray, whole: bool
-           ) -> tuple[np.ndarray, np.ndarray]:
+def ids_of(
+  column: pa.ChunkedArray, whole: bool
+) -> tuple[np.ndarray, np.ndarray]:
   """An id column of any type -> ([n] int32 indices, [u] ids ascending).
 
   Raises:
@@ -106,8 +108,12 @@ def seconds_of(column: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_string(column.type) or pa.types.is_date(column.type):
       column = column.cast(pa.timestamp('us'))
     if pa.types.is_timestamp(column.type):
-      return pc.cast(pc.cast(column, pa.timestamp('us', column.type.tz)),
-                     pa.int64()).to_numpy() / 1e6
+      return (
+        pc.cast(
+          pc.cast(column, pa.timestamp('us', column.type.tz)), pa.int64()
+        ).to_numpy()
+        / 1e6
+      )
     return in_seconds(column.cast(pa.float64()).to_numpy())
   except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
     raise Doubt from None

@@ -11,7 +11,7 @@ target; the rest is training (`selection.py`).
 import dataclasses
 import hashlib
 import zlib
-from typing import Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.streams import generator, Stream
 
-HELD_OUT = 2      # validation and test item at the end of a sequence
+HELD_OUT = 2  # validation and test item at the end of a sequence
 MIN_HELD_OUT = 1  # the validation item, where a client has no test item
 
 
@@ -56,9 +56,16 @@ class Dataset:
   held_out: np.ndarray | int = HELD_OUT
 
   @classmethod
-  def of(cls, users: Sequence, items: Sequence, times: Sequence | None = None,
-         visual: Mapping | None = None, text: Mapping | None = None,
-         titles: Mapping | None = None, name: str = 'data') -> 'Dataset':
+  def of(
+    cls,
+    users: Sequence,
+    items: Sequence,
+    times: Sequence | None = None,
+    visual: Mapping | None = None,
+    text: Mapping | None = None,
+    titles: Mapping | None = None,
+    name: str = 'data',
+  ) -> 'Dataset':
     """A data set from arrays, without any file.
 
     Each user's last item is the test item, the one before validates, the rest
@@ -85,14 +92,16 @@ class Dataset:
     from fedmmr_jax.data import features  # pylint: disable=g-import-not-at-top
     from fedmmr_jax.data.interactions import Interactions  # pylint: disable=g-import-not-at-top
     from fedmmr_jax.data.selection import select  # pylint: disable=g-import-not-at-top
+
     columns = [np.asarray(x) for x in (users, items, times) if x is not None]
     if len({x.shape for x in columns}) > 1 or columns[0].ndim != 1:
       raise UserError(
-          f'{name}: users, items and times must be of one length, not '
-          + ', '.join(str(x.shape) for x in columns))
+        f'{name}: users, items and times must be of one length, not '
+        + ', '.join(str(x.shape) for x in columns)
+      )
     dataset = select(name, Interactions.of(*columns)).dataset
     ids = dataset.item_ids[1:].tolist()
-    made = {}
+    made: dict[str, Any] = {}
     for kind, rows in (('visual', visual), ('text', text)):
       if rows:
         made[kind] = features.of_mapping(rows, kind, ids)
@@ -133,18 +142,19 @@ class Dataset:
   def tested(self) -> np.ndarray:
     """[n] clients with a test item, ascending."""
     return np.flatnonzero(
-        np.broadcast_to(self.held_out, self.num_clients) == HELD_OUT)
+      np.broadcast_to(self.held_out, self.num_clients) == HELD_OUT
+    )
 
   def sequence(self, client: int) -> np.ndarray:
     """One client's items in time order."""
-    return self.items[self.offsets[client]:self.offsets[client + 1]]
+    return self.items[self.offsets[client] : self.offsets[client + 1]]
 
   def until_target(self, client: int, after_train: int) -> np.ndarray:
     """The same up to the target that lies `after_train` items behind the
     training ones, and with it."""
     sequence = self.sequence(client)
     held_out = np.broadcast_to(self.held_out, self.num_clients)[client]
-    return sequence[:len(sequence) - held_out + after_train + 1]
+    return sequence[: len(sequence) - held_out + after_train + 1]
 
   def new_test_item(self, client: int) -> np.ndarray:
     """[1] the client's test item, or [0] if it has none or had consumed the
@@ -154,8 +164,14 @@ class Dataset:
   def fingerprint(self) -> str:
     """SHA-256 of everything a model could learn from."""
     digest = hashlib.sha256()
-    for array in (self.items, self.offsets, self.user_ids, self.item_ids,
-                  self.visual, self.text):
+    for array in (
+      self.items,
+      self.offsets,
+      self.user_ids,
+      self.item_ids,
+      self.visual,
+      self.text,
+    ):
       digest.update(f'{array.dtype}{array.shape}'.encode())
       digest.update(np.ascontiguousarray(array).tobytes())
     if not isinstance(self.held_out, int):
@@ -217,11 +233,17 @@ class ClientData(NamedTuple):
   num_avoided: jax.Array
   sampled_negatives: jax.Array
   num_drawable: jax.Array
-  popular_negatives: jax.Array = np.zeros((HELD_OUT, 0), np.int32)
+  popular_negatives: jax.Array | np.ndarray = np.zeros((HELD_OUT, 0), np.int32)
 
 
-def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
-              leaky_negatives: bool, seed: int) -> FederatedData:
+def to_device(
+  dataset: Dataset,
+  *,
+  num_negatives: int,
+  sampled_negatives: int,
+  leaky_negatives: bool,
+  seed: int,
+) -> FederatedData:
   """Uploads a data set, with its evaluation negatives drawn from the seed.
 
   Args:
@@ -238,29 +260,40 @@ def to_device(dataset: Dataset, *, num_negatives: int, sampled_negatives: int,
   """
   consumed, consumed_length = _distinct(dataset, dataset.lengths)
   avoided, avoided_length = (
-      (consumed, consumed_length) if leaky_negatives
-      else _distinct(dataset, dataset.num_train))
+    (consumed, consumed_length)
+    if leaky_negatives
+    else _distinct(dataset, dataset.num_train)
+  )
   _check_unseen(dataset, consumed_length, num_negatives, sampled_negatives)
   own = np.split(consumed, np.cumsum(consumed_length)[:-1])
-  sampled = np.stack([
-      _draw_uniform(generator(seed, Stream.NEGATIVES, _as_seed(user)),
-                    items, dataset.new_test_item(client),
-                    dataset.num_rows - dataset.num_cold, sampled_negatives)
+  sampled = np.stack(
+    [
+      _draw_uniform(
+        generator(seed, Stream.NEGATIVES, _as_seed(user)),
+        items,
+        dataset.new_test_item(client),
+        dataset.num_rows - dataset.num_cold,
+        sampled_negatives,
+      )
       for client, (user, items) in enumerate(
-          zip(dataset.user_ids.tolist(), own))])
+        zip(dataset.user_ids.tolist(), own)
+      )
+    ]
+  )
   return FederatedData(
-      items=jnp.asarray(dataset.items),
-      offset=jnp.asarray(dataset.offsets[:-1], jnp.int32),
-      length=jnp.asarray(dataset.lengths, jnp.int32),
-      num_train=jnp.asarray(dataset.num_train, jnp.int32),
-      avoided=jnp.asarray(avoided, jnp.int32),
-      avoided_offset=jnp.asarray(
-          np.cumsum(avoided_length) - avoided_length, jnp.int32),
-      avoided_length=jnp.asarray(avoided_length, jnp.int32),
-      sampled_negatives=jnp.asarray(sampled, jnp.int32),
-      popular_negatives=jnp.zeros(
-          (dataset.num_clients, HELD_OUT, 0), jnp.int32),
-      num_drawable=jnp.int32(dataset.num_rows - dataset.num_cold))
+    items=jnp.asarray(dataset.items),
+    offset=jnp.asarray(dataset.offsets[:-1], jnp.int32),
+    length=jnp.asarray(dataset.lengths, jnp.int32),
+    num_train=jnp.asarray(dataset.num_train, jnp.int32),
+    avoided=jnp.asarray(avoided, jnp.int32),
+    avoided_offset=jnp.asarray(
+      np.cumsum(avoided_length) - avoided_length, jnp.int32
+    ),
+    avoided_length=jnp.asarray(avoided_length, jnp.int32),
+    sampled_negatives=jnp.asarray(sampled, jnp.int32),
+    popular_negatives=jnp.zeros((dataset.num_clients, HELD_OUT, 0), jnp.int32),
+    num_drawable=jnp.int32(dataset.num_rows - dataset.num_cold),
+  )
 
 
 def _distinct(dataset, count) -> tuple[np.ndarray, np.ndarray]:
@@ -272,14 +305,14 @@ def _distinct(dataset, count) -> tuple[np.ndarray, np.ndarray]:
   client = np.repeat(np.arange(dataset.num_clients), dataset.lengths)
   position = np.arange(len(client)) - dataset.offsets[client]
   inside = position < count[client]
-  pairs = np.unique(
-      client[inside] * dataset.num_rows + dataset.items[inside])
+  pairs = np.unique(client[inside] * dataset.num_rows + dataset.items[inside])
   client, items = np.divmod(pairs, dataset.num_rows)
   return items, np.bincount(client, minlength=dataset.num_clients)
 
 
-def client_view(data: FederatedData, client: jax.Array,
-                max_items: int) -> ClientData:
+def client_view(
+  data: FederatedData, client: jax.Array, max_items: int
+) -> ClientData:
   """Cuts one client out of the flat arrays.
 
   Args:
@@ -298,27 +331,37 @@ def client_view(data: FederatedData, client: jax.Array,
 
   history, num_items = cut(data.items, data.offset, data.length)
   avoided, num_avoided = cut(
-      data.avoided, data.avoided_offset, data.avoided_length)
+    data.avoided, data.avoided_offset, data.avoided_length
+  )
   return ClientData(
-      history, num_items, jnp.where(real, data.num_train[client], 0),
-      avoided, num_avoided,
-      jnp.where(real, data.sampled_negatives[client], 0), data.num_drawable,
-      jnp.where(real, data.popular_negatives[client], 0))
+    history,
+    num_items,
+    jnp.where(real, data.num_train[client], 0),
+    avoided,
+    num_avoided,
+    jnp.where(real, data.sampled_negatives[client], 0),
+    data.num_drawable,
+    jnp.where(real, data.popular_negatives[client], 0),
+  )
 
 
 def _check_unseen(dataset, num_consumed, num_negatives, sampled_negatives):
   client = np.argmax(num_consumed)
   unseen = dataset.num_items - dataset.num_cold - num_consumed[client]
-  for flag, wanted in (('num_negatives', num_negatives),
-                       ('sampled_negatives', sampled_negatives)):
+  for flag, wanted in (
+    ('num_negatives', num_negatives),
+    ('sampled_negatives', sampled_negatives),
+  ):
     if wanted > unseen:
       raise UserError(
-          f'{dataset.name}: user {dataset.user_ids[client]} has only {unseen} '
-          f'unseen items; lower --{flag}={wanted}')
+        f'{dataset.name}: user {dataset.user_ids[client]} has only {unseen} '
+        f'unseen items; lower --{flag}={wanted}'
+      )
 
 
-def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
-                 seed: int) -> np.ndarray:
+def draw_popular(
+  dataset: Dataset, popularity: np.ndarray, count: int, seed: int
+) -> np.ndarray:
   """Unseen items of each client, drawn by popularity and without replacement:
   the next one always in proportion to what is left.
 
@@ -333,23 +376,25 @@ def draw_popular(dataset: Dataset, popularity: np.ndarray, count: int,
     [K, 2, n] int32 distinct items, see `FederatedData.popular_negatives`.
   """
   popularity = popularity.astype(np.float64)
-  popularity[0] = popularity[dataset.num_rows - dataset.num_cold:] = 0
+  popularity[0] = popularity[dataset.num_rows - dataset.num_cold :] = 0
   cumulative = np.cumsum(popularity)
   # One for all clients, for the catalogue may be large.
   is_left = np.ones(dataset.num_rows + 1, bool)
-  is_left[0] = is_left[dataset.num_rows - dataset.num_cold:] = False
+  is_left[0] = is_left[dataset.num_rows - dataset.num_cold :] = False
   drawn = np.empty((dataset.num_clients, HELD_OUT, count), np.int32)
   for client, user in enumerate(dataset.user_ids.tolist()):
     rng = generator(seed, Stream.POPULAR_NEGATIVES, _as_seed(user))
     stream = np.searchsorted(
-        cumulative, rng.random(8 * count) * cumulative[-1], side='right')
+      cumulative, rng.random(8 * count) * cumulative[-1], side='right'
+    )
     is_left[dataset.sequence(client)] = False
     drawn[client] = _draw_by_popularity(rng, stream, is_left, popularity, count)
     new = dataset.new_test_item(client)
     if new.size:  # the same stream: it is passed over no longer
       is_left[new] = True
       drawn[client, 0] = _draw_by_popularity(
-          rng, stream, is_left, popularity, count)
+        rng, stream, is_left, popularity, count
+      )
     is_left[dataset.sequence(client)] = True
   return drawn
 
@@ -361,8 +406,9 @@ def _draw_by_popularity(rng, stream, is_left, popularity, count):
   missing = count - len(found)
   if missing:  # the popular items are consumed: the rest of it exactly
     is_left[found] = False
-    found = np.concatenate([found, _draw_weighted(
-        rng, np.flatnonzero(is_left), popularity, missing)])
+    found = np.concatenate(
+      [found, _draw_weighted(rng, np.flatnonzero(is_left), popularity, missing)]
+    )
     is_left[found] = True
   return found
 
@@ -382,15 +428,20 @@ def _draw_weighted(rng, items, popularity, count):
     more = min(count - sum(map(len, drawn)), len(left))
     if more:
       weight = popularity[left]
-      drawn.append(rng.choice(
-          left, more, replace=False,
-          p=weight / weight.sum() if weight.any() else None))
+      drawn.append(
+        rng.choice(
+          left,
+          more,
+          replace=False,
+          p=weight / weight.sum() if weight.any() else None,
+        )
+      )
   return np.concatenate(drawn)
 
 
 def _as_seed(user: int | str) -> int:
   """A user's own number, so that its draws do not depend on the other users."""
-  return zlib.crc32(user.encode()) if isinstance(user, str) else user % 2 ** 64
+  return zlib.crc32(user.encode()) if isinstance(user, str) else user % 2**64
 
 
 def _draw_uniform(rng, consumed, new, num_rows, count):
@@ -401,7 +452,7 @@ def _draw_uniform(rng, consumed, new, num_rows, count):
     # Of one unseen item more, a draw has it with probability count / (unseen +
     # 1), beside any others: no need to draw those again.
     place = rng.integers(num_rows - len(consumed))
-    drawn[0, place:place + 1] = new
+    drawn[0, place : place + 1] = new
   return drawn
 
 

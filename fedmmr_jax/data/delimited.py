@@ -1,9 +1,9 @@
-"""Lines of fields -> interactions: first by Arrow, then, if it is in doubt, line
-by line, which is slow but names the line that is wrong."""
+"""Lines of fields -> interactions: first by Arrow, then, if it is in doubt,
+line by line, which is slow but names the line that is wrong."""
 
 import csv
 import pathlib
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -59,15 +59,18 @@ def read(path: pathlib.Path, layout: Layout) -> Interactions:
   except (Doubt, pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError):
     found = _read_carefully(path, layout)
   if not len(found.users):
-    raise UserError(f'{path}: no interaction in it; expected lines of '
-                    f'{layout.shape}')
+    raise UserError(
+      f'{path}: no interaction in it; expected lines of {layout.shape}'
+    )
   return found
 
 
 def _read_fast(path, layout) -> Interactions:
   names, separator = list(layout.columns), layout.separator
-  types = {layout.user: pa.dictionary(pa.int32(), pa.string()),
-           layout.item: pa.dictionary(pa.int32(), pa.string())}
+  types = {
+    layout.user: pa.dictionary(pa.int32(), pa.string()),
+    layout.item: pa.dictionary(pa.int32(), pa.string()),
+  }
   types |= dict.fromkeys(layout.numbers, pa.float64())
   wanted = list(dict.fromkeys([*types, *filter(None, [layout.time])]))
   if len(separator) > 1:  # Arrow splits at one character: 'a::b' has 3 fields
@@ -78,19 +81,24 @@ def _read_fast(path, layout) -> Interactions:
     wanted += between
   with text_files.open_arrow(path) as stream:
     table = arrow_csv.read_csv(
-        stream,
-        read_options=arrow_csv.ReadOptions(
-            column_names=names, skip_rows=int(layout.has_header),
-            block_size=_BLOCK),
-        parse_options=arrow_csv.ParseOptions(
-            delimiter=separator, quote_char='"' if layout.quoted else False),
-        convert_options=arrow_csv.ConvertOptions(
-            column_types=types, include_columns=wanted,
-            strings_can_be_null=False))
+      stream,
+      read_options=arrow_csv.ReadOptions(
+        column_names=names, skip_rows=int(layout.has_header), block_size=_BLOCK
+      ),
+      parse_options=arrow_csv.ParseOptions(
+        delimiter=separator, quote_char='"' if layout.quoted else False
+      ),
+      convert_options=arrow_csv.ConvertOptions(
+        column_types=types, include_columns=wanted, strings_can_be_null=False
+      ),
+    )
   # Between two quotes that belong to different lines all would be one field.
   rows = table.num_rows + layout.has_header
-  if layout.quoted and rows < text_files.count_ends(path) and (
-      rows < sum(1 for _ in text_files.lines(path))):  # blank ones left out
+  if (
+    layout.quoted
+    and rows < text_files.count_ends(path)
+    and (rows < sum(1 for _ in text_files.lines(path)))
+  ):  # blank ones left out
     raise Doubt
   for name in layout.numbers:
     column = table[name]
@@ -112,13 +120,19 @@ def _read_carefully(path, layout) -> Interactions:
       first = False
       continue
     # Where ids are digits the encoding cannot matter: MovieLens' is latin-1.
-    fields = _fields(text_files.decode(
-        line, path, number, 'latin-1' if layout.whole_ids else 'utf-8'), layout)
+    fields = _fields(
+      text_files.decode(
+        line, path, number, 'latin-1' if layout.whole_ids else 'utf-8'
+      ),
+      layout,
+    )
     problem = _problem_of(fields, layout)
     if problem:
       shown = line[:60].decode('utf-8', 'replace')
-      raise UserError(f'{path}, line {number}: {problem} in {shown!r}; '
-                      f'expected {layout.shape}')
+      raise UserError(
+        f'{path}, line {number}: {problem} in {shown!r}; '
+        f'expected {layout.shape}'
+      )
     user_column.append(users.of(fields[place[layout.user]]))
     item_column.append(items.of(fields[place[layout.item]]))
     if layout.time:
@@ -126,18 +140,25 @@ def _read_carefully(path, layout) -> Interactions:
       numbers.append(number)
   check_unit(path, layout.time, times, numbers)
   return from_numbered(
-      user_column, users, item_column, items, times if layout.time else None,
-      layout.whole_ids)
+    user_column,
+    users,
+    item_column,
+    items,
+    times if layout.time else None,
+    layout.whole_ids,
+  )
 
 
-def check_unit(path: pathlib.Path, name: str, times: list[float],
-               lines: list[int]) -> None:
+def check_unit(
+  path: pathlib.Path, name: str, times: list[float], lines: list[int]
+) -> None:
   """Raises UserError if a time is in a larger unit than most others."""
   odd = columns_lib.in_larger_unit(np.array(times, np.float64))
   if odd is not None:
     raise UserError(
-        f'{path}, line {lines[odd]}: {name} {times[odd]:.0f} is not in the '
-        'unit of most others; write all in seconds since 1970')
+      f'{path}, line {lines[odd]}: {name} {times[odd]:.0f} is not in the '
+      'unit of most others; write all in seconds since 1970'
+    )
 
 
 class Numbering(dict):
@@ -147,9 +168,14 @@ class Numbering(dict):
     return self.setdefault(text, len(self))
 
 
-def from_numbered(users: list[int], user_texts: Numbering, items: list[int],
-                  item_texts: Numbering, times: list[float] | None,
-                  whole: bool) -> Interactions:
+def from_numbered(
+  users: Sequence[int] | np.ndarray,
+  user_texts: Numbering,
+  items: Sequence[int] | np.ndarray,
+  item_texts: Numbering,
+  times: Sequence[float] | None,
+  whole: bool,
+) -> Interactions:
   """Interactions [n] whose ids are known by number.
 
   Raises:
@@ -158,11 +184,14 @@ def from_numbered(users: list[int], user_texts: Numbering, items: list[int],
   user_ids, user_place = columns_lib.unique_ids(list(user_texts), whole)
   item_ids, item_place = columns_lib.unique_ids(list(item_texts), whole)
   return Interactions(
-      user_place.astype(np.int32)[np.array(users, np.int64)],
-      item_place.astype(np.int32)[np.array(items, np.int64)],
-      None if times is None else columns_lib.in_seconds(
-          np.array(times, np.float64)),
-      user_ids, item_ids)
+    user_place.astype(np.int32)[np.array(users, np.int64)],
+    item_place.astype(np.int32)[np.array(items, np.int64)],
+    None
+    if times is None
+    else columns_lib.in_seconds(np.array(times, np.float64)),
+    user_ids,
+    item_ids,
+  )
 
 
 def _fields(line: str, layout: Layout) -> list[str]:
@@ -194,6 +223,9 @@ def _problem_of(fields: list[str], layout: Layout) -> str:
         else:
           columns_lib.parse_time(field)
       except ValueError:
-        return (f'{name} is not a number' if name in layout.numbers
-                else f'{name} is neither a number nor a date (ISO 8601)')
+        return (
+          f'{name} is not a number'
+          if name in layout.numbers
+          else f'{name} is neither a number nor a date (ISO 8601)'
+        )
   return ''

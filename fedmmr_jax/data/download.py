@@ -36,8 +36,15 @@ _CHUNK = 1 << 14
 _RANGE, _BEHIND_THE_END = 206, 416  # HTTP
 # What zipfile raises at damaged bytes; RuntimeError: those that look like
 # encryption or an unknown method, ValueError: a name, OSError: an offset.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError,
-            RuntimeError, ValueError, OSError)
+_DAMAGED = (
+  zipfile.BadZipFile,
+  zlib.error,
+  lzma.LZMAError,
+  EOFError,
+  RuntimeError,
+  ValueError,
+  OSError,
+)
 
 
 class Archive(NamedTuple):
@@ -100,7 +107,8 @@ def fetch(archive: Archive, folder: pathlib.Path, url: str = '') -> Fetched:
   """
   if folder.exists() and not folder.is_dir():
     raise UserError(
-        f'--data_dir={folder} is a file; name a folder for the data set')
+      f'--data_dir={folder} is a file; name a folder for the data set'
+    )
   folder.mkdir(parents=True, exist_ok=True)
   url = url or archive.url
   path = folder / archive.file
@@ -116,12 +124,12 @@ def fetch(archive: Archive, folder: pathlib.Path, url: str = '') -> Fetched:
     files = _unpack(archive, path)
   except _Refused as refused:
     if not downloaded:  # it is the user's: it is not for us to remove
-      raise UserError(
-          f'{path} {refused}; remove it and call again') from None
+      raise UserError(f'{path} {refused}; remove it and call again') from None
     path.unlink()
     raise UserError(
-        f'{url} {refused}; what came is removed: call again, or name another '
-        'source with --url') from None
+      f'{url} {refused}; what came is removed: call again, or name another '
+      'source with --url'
+    ) from None
   return Fetched(files, path, downloaded)
 
 
@@ -137,22 +145,31 @@ def _download(archive: Archive, path: pathlib.Path, url: str) -> None:
   pooch.get_logger().setLevel(logging.ERROR)  # it narrates
   part = path.with_name(path.name + '.part')
   try:
-    pooch.retrieve(url, archive.known_hash, path.name, path.parent,
-                   downloader=functools.partial(_transfer, part))
+    pooch.retrieve(
+      url,
+      archive.known_hash,
+      path.name,
+      path.parent,
+      downloader=functools.partial(_transfer, part),
+    )
   except requests.RequestException as error:
     raise UserError(
-        f'{url}: cannot be fetched ({_reason(error)}); put {archive.file} into '
-        f'{path.parent}, or its {archive.interactions} and {archive.items}, '
-        'and call again') from None
+      f'{url}: cannot be fetched ({_reason(error)}); put {archive.file} into '
+      f'{path.parent}, or its {archive.interactions} and {archive.items}, '
+      'and call again'
+    ) from None
   except PermissionError:
-    raise UserError(f'{path.parent}: no permission to write there; name '
-                    'another folder with --data_dir') from None
+    raise UserError(
+      f'{path.parent}: no permission to write there; name '
+      'another folder with --data_dir'
+    ) from None
   except ValueError:  # pooch's word for another hash; it has removed the file
     kind, known = archive.known_hash.split(':')
     raise UserError(
-        f'{url}: its {kind.upper()} is not {known}, that of the original '
-        f'{archive.file}; what came is removed: call again, or name another '
-        'source with --url') from None
+      f'{url}: its {kind.upper()} is not {known}, that of the original '
+      f'{archive.file}; what came is removed: call again, or name another '
+      'source with --url'
+    ) from None
 
 
 def _transfer(part: pathlib.Path, url: str, output_file: str, _) -> None:
@@ -173,9 +190,18 @@ def _transfer(part: pathlib.Path, url: str, output_file: str, _) -> None:
       start = 0
     total = _total(response, start)
     broken = False
-    with part.open('ab' if start else 'wb') as file, tqdm(
-        total=total, initial=start, unit='B', unit_scale=True, disable=None,
-        desc=part.stem, leave=False) as bar:
+    with (
+      part.open('ab' if start else 'wb') as file,
+      tqdm(
+        total=total,
+        initial=start,
+        unit='B',
+        unit_scale=True,
+        disable=None,
+        desc=part.stem,
+        leave=False,
+      ) as bar,
+    ):
       try:
         for chunk in response.iter_content(_CHUNK):
           file.write(chunk)
@@ -185,8 +211,10 @@ def _transfer(part: pathlib.Path, url: str, output_file: str, _) -> None:
   size = part.stat().st_size
   if broken or total not in (None, size):
     raise UserError(
-        f'{url}: the connection broke after {size} bytes'
-        + (f' of {total}' if total else '') + '; call again to go on')
+      f'{url}: the connection broke after {size} bytes'
+      + (f' of {total}' if total else '')
+      + '; call again to go on'
+    )
   os.replace(part, output_file)
 
 
@@ -218,9 +246,19 @@ def _reason(error: Exception) -> str:
   inner = error
   while inner is not None:
     error = inner
-    inner = next((e for e in (
-        getattr(error, 'reason', None), *error.args, error.__cause__,
-        error.__context__) if isinstance(e, Exception)), None)
+    inner = next(
+      (
+        e
+        for e in (
+          getattr(error, 'reason', None),
+          *error.args,
+          error.__cause__,
+          error.__context__,
+        )
+        if isinstance(e, Exception)
+      ),
+      None,
+    )
   return (getattr(error, 'strerror', None) or str(error)).partition('\n')[0]
 
 
@@ -234,8 +272,9 @@ def _check_hash(path: pathlib.Path, known_hash: str | None) -> None:
   kind, known = known_hash.split(':')
   found = pooch.file_hash(str(path), alg=kind)
   if found != known:
-    raise _Refused(f'is not the original: its {kind.upper()} is {found}, not '
-                   f'{known}')
+    raise _Refused(
+      f'is not the original: its {kind.upper()} is {found}, not {known}'
+    )
 
 
 def _unpack(archive: Archive, path: pathlib.Path) -> tuple[pathlib.Path, ...]:
@@ -252,8 +291,11 @@ def _unpack(archive: Archive, path: pathlib.Path) -> tuple[pathlib.Path, ...]:
   try:
     with zipfile.ZipFile(path) as opened:
       members = _members(opened, archive)
-      missing = {name: info for name, info in members.items()
-                 if not _is_there(folder / name, info, path)}
+      missing = {
+        name: info
+        for name, info in members.items()
+        if not _is_there(folder / name, info, path)
+      }
       for name, info in missing.items():
         _write(opened, info, scratch / name)
     # Nothing is damaged. The interactions come last: where they are, a run
@@ -266,14 +308,16 @@ def _unpack(archive: Archive, path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     if getattr(error, 'errno', None) not in (None, errno.EINVAL):
       raise
     raise _Refused(
-        f'is no whole zip archive ({str(error) or "cut off"})') from None
+      f'is no whole zip archive ({str(error) or "cut off"})'
+    ) from None
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
   return tuple(folder / name for name in sorted(members))
 
 
-def _members(opened: zipfile.ZipFile, archive: Archive
-             ) -> dict[str, zipfile.ZipInfo]:
+def _members(
+  opened: zipfile.ZipFile, archive: Archive
+) -> dict[str, zipfile.ZipInfo]:
   """The files of the archive's top folder, by their names in it.
 
   Raises:
@@ -283,24 +327,34 @@ def _members(opened: zipfile.ZipFile, archive: Archive
   for info in opened.infolist():
     # Read as Windows does, \ and drives are seen too.
     path = pathlib.PureWindowsPath(info.filename)
-    if (path.anchor or not path.parts
-        or any(part == '..' or ':' in part for part in path.parts)
-        or stat.S_ISLNK(info.external_attr >> 16)):
-      raise _Refused(f'is refused: its member {info.filename!r} is a link or '
-                     'leads out of the folder')
+    if (
+      path.anchor
+      or not path.parts
+      or any(part == '..' or ':' in part for part in path.parts)
+      or stat.S_ISLNK(info.external_attr >> 16)
+    ):
+      raise _Refused(
+        f'is refused: its member {info.filename!r} is a link or '
+        'leads out of the folder'
+      )
     if not info.filename.endswith(('/', '\\')):
       members[pathlib.PurePosixPath(*path.parts)] = info
   tops = [path.parent for path in members if path.name == archive.interactions]
   if not tops:
-    raise _Refused(f'holds no {archive.interactions}, the interactions of '
-                   f'{archive.name}')
+    raise _Refused(
+      f'holds no {archive.interactions}, the interactions of {archive.name}'
+    )
   top = min(tops, key=lambda path: len(path.parts))
-  return {str(path.relative_to(top)): info for path, info in members.items()
-          if path.is_relative_to(top)}
+  return {
+    str(path.relative_to(top)): info
+    for path, info in members.items()
+    if path.is_relative_to(top)
+  }
 
 
-def _is_there(file: pathlib.Path, info: zipfile.ZipInfo, archive: pathlib.Path
-              ) -> bool:
+def _is_there(
+  file: pathlib.Path, info: zipfile.ZipInfo, archive: pathlib.Path
+) -> bool:
   """Does the file need no unpacking?
 
   Raises:
@@ -308,15 +362,21 @@ def _is_there(file: pathlib.Path, info: zipfile.ZipInfo, archive: pathlib.Path
   """
   if not file.exists():
     return False
-  if file.is_file() and file.stat().st_size == info.file_size and (
-      zlib.crc32(file.read_bytes()) == info.CRC):
+  if (
+    file.is_file()
+    and file.stat().st_size == info.file_size
+    and (zlib.crc32(file.read_bytes()) == info.CRC)
+  ):
     return True
-  raise UserError(f'{file} is not the one in {archive.name}; move it away, or '
-                  'name another folder with --data_dir')
+  raise UserError(
+    f'{file} is not the one in {archive.name}; move it away, or '
+    'name another folder with --data_dir'
+  )
 
 
-def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, file: pathlib.Path
-           ) -> None:
+def _write(
+  opened: zipfile.ZipFile, info: zipfile.ZipInfo, file: pathlib.Path
+) -> None:
   file.parent.mkdir(parents=True, exist_ok=True)
   with opened.open(info) as source, file.open('wb') as target:
     shutil.copyfileobj(source, target)  # checks the CRC at its end
@@ -324,15 +384,32 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, file: pathlib.Path
 
 def _grouplens(name: str, known_hash: str | None, *files: str) -> Archive:
   return Archive(
-      name, f'https://files.grouplens.org/datasets/movielens/{name}.zip',
-      known_hash, *files)
+    name,
+    f'https://files.grouplens.org/datasets/movielens/{name}.zip',
+    known_hash,
+    *files,
+  )
 
 
-ARCHIVES: Mapping[str, Archive] = {archive.name: archive for archive in (
-    _grouplens('ml-100k', 'md5:0e33842e24a9c977be4e0107933c0723',
-               'ml-100k', 'u.data', 'u.item'),
-    _grouplens('ml-1m', 'md5:c4d9eecfca2ab87c1945afe126590906',
-               'ml-1m', 'ratings.dat', 'movies.dat'),
-    _grouplens('ml-latest-small', None,
-               'ml-latest', 'ratings.csv', 'movies.csv'),
-)}
+ARCHIVES: Mapping[str, Archive] = {
+  archive.name: archive
+  for archive in (
+    _grouplens(
+      'ml-100k',
+      'md5:0e33842e24a9c977be4e0107933c0723',
+      'ml-100k',
+      'u.data',
+      'u.item',
+    ),
+    _grouplens(
+      'ml-1m',
+      'md5:c4d9eecfca2ab87c1945afe126590906',
+      'ml-1m',
+      'ratings.dat',
+      'movies.dat',
+    ),
+    _grouplens(
+      'ml-latest-small', None, 'ml-latest', 'ratings.csv', 'movies.csv'
+    ),
+  )
+}

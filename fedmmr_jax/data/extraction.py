@@ -100,12 +100,16 @@ def read_texts(path: pathlib.Path) -> dict[str, str]:
     reason = ' '.join(str(error).split())[:80]
     raise UserError(f'--texts={path}: not JSON in UTF-8 ({reason})') from None
   if not isinstance(texts, dict):
-    raise UserError(f'--texts={path}: expected a JSON object {{"item id": '
-                    f'"text", …}}, found a {type(texts).__name__}')
+    raise UserError(
+      f'--texts={path}: expected a JSON object {{"item id": '
+      f'"text", …}}, found a {type(texts).__name__}'
+    )
   for item, text in texts.items():
     if not isinstance(text, str):
-      raise UserError(f'--texts={path}: the text of item {item!r} is no string '
-                      f'but {json.dumps(text)[:40]}')
+      raise UserError(
+        f'--texts={path}: the text of item {item!r} is no string '
+        f'but {json.dumps(text)[:40]}'
+      )
   return texts
 
 
@@ -125,10 +129,15 @@ def text_inputs(items: ItemTable, texts: dict, source: str) -> Inputs:
   """
   rows = _rows_by_id(items)
   # JSON may hold halves of UTF-16 pairs, which no tokenizer takes.
-  texts = {str(item): text.encode('utf-8', 'replace').decode('utf-8')
-           for item, text in texts.items()}
-  known = [(item, text) for item, text in texts.items()
-           if item in rows and text.strip()]
+  texts = {
+    str(item): text.encode('utf-8', 'replace').decode('utf-8')
+    for item, text in texts.items()
+  }
+  known = [
+    (item, text)
+    for item, text in texts.items()
+    if item in rows and text.strip()
+  ]
   unknown = [item for item in texts if item not in rows]
   if not known:
     raise UserError(_nothing_in_common(source, 'text', unknown, rows))
@@ -145,21 +154,29 @@ def image_inputs(items: ItemTable, folder: pathlib.Path) -> Inputs:
   if not folder.is_dir():
     raise UserError(f'--images={folder}: no such folder')
   rows = _rows_by_id(items)
-  found = [path for path in folder.iterdir()
-           if path.suffix.lower() in IMAGE_ENDS and path.is_file()]
+  found = [
+    path
+    for path in folder.iterdir()
+    if path.suffix.lower() in IMAGE_ENDS and path.is_file()
+  ]
   found.sort(key=lambda p: (IMAGE_ENDS.index(p.suffix.lower()), p.name))
   by_item = {}
   for path in found:
     by_item.setdefault(path.stem, path)
   unknown = [item for item in by_item if item not in rows]
-  known = sorted(((item, path) for item, path in by_item.items()
-                  if item in rows), key=lambda entry: rows[entry[0]])
+  known = sorted(
+    ((item, path) for item, path in by_item.items() if item in rows),
+    key=lambda entry: rows[entry[0]],
+  )
   if not known:
-    raise UserError(_nothing_in_common(
-        f'--images={folder}', 'image', unknown, rows))
+    raise UserError(
+      _nothing_in_common(f'--images={folder}', 'image', unknown, rows)
+    )
   # Not their content: that would read every file twice.
-  state = [(item, path.name, path.stat().st_size, path.stat().st_mtime_ns)
-           for item, path in known]
+  state = [
+    (item, path.name, path.stat().st_size, path.stat().st_mtime_ns)
+    for item, path in known
+  ]
   return _inputs(VISUAL, known, rows, unknown, state)
 
 
@@ -169,11 +186,15 @@ def _rows_by_id(items: ItemTable) -> dict[str, int]:
 
 def _nothing_in_common(source, what, unknown, rows) -> str:
   if not unknown:
-    return (f'{source}: no {what} in it; expected one named by its item\'s id, '
-            f'{next(iter(rows))} say')
-  return (f'{source}: no {what} of an item of the data set; there are '
-          f'{len(unknown)} for {shown(unknown)}, but the items are '
-          f'{shown(list(rows))}')
+    return (
+      f"{source}: no {what} in it; expected one named by its item's id, "
+      f'{next(iter(rows))} say'
+    )
+  return (
+    f'{source}: no {what} of an item of the data set; there are '
+    f'{len(unknown)} for {shown(unknown)}, but the items are '
+    f'{shown(list(rows))}'
+  )
 
 
 def shown(ids: Sequence[str]) -> str:
@@ -184,9 +205,13 @@ def shown(ids: Sequence[str]) -> str:
 def _inputs(kind, known, rows, unknown, state) -> Inputs:
   ids = [item for item, _ in known]
   return Inputs(
-      kind, ids, np.array([rows[item] for item in ids], np.int64),
-      [source for _, source in known], unknown,
-      hashlib.sha256(json.dumps(state).encode()).hexdigest())
+    kind,
+    ids,
+    np.array([rows[item] for item in ids], np.int64),
+    [source for _, source in known],
+    unknown,
+    hashlib.sha256(json.dumps(state).encode()).hexdigest(),
+  )
 
 
 def open_image(path: pathlib.Path) -> Any:
@@ -196,6 +221,7 @@ def open_image(path: pathlib.Path) -> Any:
     BrokenImage: it cannot be decoded to its end, or is too small or too large.
   """
   from PIL import Image, ImageOps  # an extra
+
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
@@ -211,8 +237,9 @@ def open_image(path: pathlib.Path) -> Any:
   except (Image.DecompressionBombWarning, Image.DecompressionBombError):
     raise BrokenImage(f'more than {Image.MAX_IMAGE_PIXELS} pixels') from None
   except Image.UnidentifiedImageError:
-    raise BrokenImage('empty' if not path.stat().st_size else
-                      'not an image') from None
+    raise BrokenImage(
+      'empty' if not path.stat().st_size else 'not an image'
+    ) from None
   except Exception as error:  # Pillow raises what the damage leads to
     reason = ' '.join(str(error).split())[:100]
     raise BrokenImage(reason or type(error).__name__) from None
@@ -221,6 +248,7 @@ def open_image(path: pathlib.Path) -> Any:
 def _rgb(image):
   """Of any mode; what is transparent becomes white."""
   from PIL import Image
+
   if image.mode.startswith('I'):  # 16 bits, which convert would cut off at 255
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   if 'A' in image.getbands() or 'transparency' in image.info:
@@ -252,8 +280,9 @@ class Partial:
     self._settings = settings
     self._kind, self._rows = settings['kind'], settings['rows']
     self._npy, self._json, self._lock_path = (
-        folder / f'.{self._kind}_features.partial.{end}'
-        for end in ('npy', 'json', 'lock'))
+      folder / f'.{self._kind}_features.partial.{end}'
+      for end in ('npy', 'json', 'lock')
+    )
     self.done, self.broken, self._matrix, self.note = 0, [], None, ''
 
   def __enter__(self) -> 'Partial':
@@ -264,8 +293,9 @@ class Partial:
     except BlockingIOError:
       self._lock.close()
       raise UserError(
-          f'{self._npy.parent}: another process is preparing its {self._kind} '
-          'features; wait for it, or name another --out') from None
+        f'{self._npy.parent}: another process is preparing its {self._kind} '
+        'features; wait for it, or name another --out'
+      ) from None
     if self._json.exists():
       try:
         self._go_on(json.loads(self._json.read_text('utf-8')))
@@ -282,11 +312,15 @@ class Partial:
 
   def _go_on(self, state: dict[str, Any]) -> None:
     before = state['settings']
-    changed = [name for name in self._settings
-               if before.get(name) != self._settings[name]]
+    changed = [
+      name
+      for name in self._settings
+      if before.get(name) != self._settings[name]
+    ]
     if changed:
-      self.note = ('an unfinished call differs in '
-                   f'{", ".join(changed)}: starting over')
+      self.note = (
+        f'an unfinished call differs in {", ".join(changed)}: starting over'
+      )
       return
     # A file that is too short would be made longer, without a word.
     if self._npy.stat().st_size != state['bytes']:
@@ -296,8 +330,13 @@ class Partial:
     self._matrix = matrix
     self.note = f'going on after {self.done}, where a call was cut off'
 
-  def add(self, count: int, rows: np.ndarray, vectors: np.ndarray,
-          broken: Sequence[dict[str, str]]) -> None:
+  def add(
+    self,
+    count: int,
+    rows: np.ndarray,
+    vectors: np.ndarray,
+    broken: Sequence[dict[str, str]],
+  ) -> None:
     """Takes the outcome of the next `count` inputs: rows and broken images."""
     if len(rows):
       if self._matrix is None:
@@ -309,7 +348,8 @@ class Partial:
   def _create(self, width: int) -> np.ndarray:
     self._json.unlink(missing_ok=True)  # it tells of another matrix
     matrix = np.lib.format.open_memmap(
-        self._npy, mode='w+', dtype=np.float32, shape=(self._rows, width))
+      self._npy, mode='w+', dtype=np.float32, shape=(self._rows, width)
+    )
     # On a full disk a hole in a mapped file would end the process without a
     # word; this raises.
     if hasattr(os, 'posix_fallocate'):
@@ -321,9 +361,17 @@ class Partial:
     """Brings it to the disk: first the rows, then that they are there."""
     if self._matrix is not None:
       self._matrix.flush()
-      replace(self._json, json.dumps({
-          'settings': self._settings, 'done': self.done,
-          'broken': self.broken, 'bytes': self._npy.stat().st_size}))
+      replace(
+        self._json,
+        json.dumps(
+          {
+            'settings': self._settings,
+            'done': self.done,
+            'broken': self.broken,
+            'bytes': self._npy.stat().st_size,
+          }
+        ),
+      )
 
   def finish(self, path: pathlib.Path, items: ItemTable) -> IntegrityReport:
     """Checks the matrix and puts it and its sidecar in their place.
@@ -336,17 +384,36 @@ class Partial:
       UserError: the matrix fails the check that loading makes.
     """
     report = features.check(
-        self._matrix, self._kind, str(path), self._rows,
-        np.concatenate([[0], items.rows]))
+      self._matrix,
+      self._kind,
+      str(path),
+      self._rows,
+      np.concatenate([[0], items.rows]),
+    )
     self.save()
-    described = {'format': sidecar.FORMAT} | self._settings | {
-        'width': report.shape[1], 'covered': report.covered,
-        'items': report.catalogue, 'broken': self.broken,
-        **({} if items.numbering_is_plain else {'item_rows': dict(zip(
-            map(str, items.ids.tolist()), items.rows.tolist()))}),
+    described = (
+      {'format': sidecar.FORMAT}
+      | self._settings
+      | {
+        'width': report.shape[1],
+        'covered': report.covered,
+        'items': report.catalogue,
+        'broken': self.broken,
+        **(
+          {}
+          if items.numbering_is_plain
+          else {
+            'item_rows': dict(
+              zip(map(str, items.ids.tolist()), items.rows.tolist())
+            )
+          }
+        ),
         'checksum': sidecar.checksum(self._npy),
-        'created': datetime.datetime.now(
-            datetime.timezone.utc).isoformat(timespec='seconds')}
+        'created': datetime.datetime.now(datetime.timezone.utc).isoformat(
+          timespec='seconds'
+        ),
+      }
+    )
     # The matrix last: after a kill in between, the same call has all its rows.
     replace(sidecar.path_of(path), json.dumps(described, indent=2) + '\n')
     os.replace(self._npy, path)
@@ -360,10 +427,16 @@ class Partial:
       path.unlink(missing_ok=True)
 
 
-def extract(inputs: Inputs, encode: Encode, partial: Partial,
-            path: pathlib.Path, items: ItemTable, batch_size: int,
-            normalise: bool,
-            advance: Callable[[int], Any] = lambda count: None) -> Extracted:
+def extract(
+  inputs: Inputs,
+  encode: Encode,
+  partial: Partial,
+  path: pathlib.Path,
+  items: ItemTable,
+  batch_size: int,
+  normalise: bool,
+  advance: Callable[[int], Any] = lambda count: None,
+) -> Extracted:
   """Computes what is missing of a matrix and puts it in its place.
 
   Args:
@@ -390,16 +463,21 @@ def extract(inputs: Inputs, encode: Encode, partial: Partial,
     first = partial.broken[0]
     partial.discard()
     raise UserError(
-        f'{inputs.sources[0].parent}: none of the {len(inputs.rows)} images '
-        f'can be read ({first["file"]}: {first["reason"]})')
+      f'{inputs.sources[0].parent}: none of the {len(inputs.rows)} images '
+      f'can be read ({first["file"]}: {first["reason"]})'
+    )
   return Extracted(path, partial.finish(path, items), partial.broken)
 
 
-def _batch(inputs: Inputs, encode: Encode, partial: Partial, batch_size: int,
-           normalise: bool) -> int:
+def _batch(
+  inputs: Inputs,
+  encode: Encode,
+  partial: Partial,
+  batch_size: int,
+  normalise: bool,
+) -> int:
   """One batch; returns how many inputs it took."""
-  taken = range(partial.done,
-                min(partial.done + batch_size, len(inputs.rows)))
+  taken = range(partial.done, min(partial.done + batch_size, len(inputs.rows)))
   read, kept, broken = [], [], []
   for i in taken:
     try:
@@ -414,8 +492,9 @@ def _batch(inputs: Inputs, encode: Encode, partial: Partial, batch_size: int,
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
       raise UserError(
-          f'item {inputs.ids[kept[bad[0]]]}: the model gives values that are '
-          f'not finite; name another --{MODEL_FLAG[inputs.kind]}')
+        f'item {inputs.ids[kept[bad[0]]]}: the model gives values that are '
+        f'not finite; name another --{MODEL_FLAG[inputs.kind]}'
+      )
   if normalise and read:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors = vectors / np.where(lengths > 0, lengths, 1)

@@ -45,12 +45,13 @@ class IntegrityReport(NamedTuple):
 
   def __str__(self) -> str:
     return (
-        f'{self.kind:6} features  ok  {self.source}\n'
-        f'         shape {self.shape[0]} x {self.shape[1]}  {self.dtype}  '
-        f'min {self.minimum:.4g}  max {self.maximum:.4g}  '
-        f'mean {self.mean:.4g}  std {self.std:.4g}\n'
-        f'         zero rows {self.zero_rows}  coverage {self.covered} of '
-        f'{self.catalogue} items ({self.covered / self.catalogue:.1%})')
+      f'{self.kind:6} features  ok  {self.source}\n'
+      f'         shape {self.shape[0]} x {self.shape[1]}  {self.dtype}  '
+      f'min {self.minimum:.4g}  max {self.maximum:.4g}  '
+      f'mean {self.mean:.4g}  std {self.std:.4g}\n'
+      f'         zero rows {self.zero_rows}  coverage {self.covered} of '
+      f'{self.catalogue} items ({self.covered / self.catalogue:.1%})'
+    )
 
 
 def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
@@ -73,14 +74,19 @@ def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
   path = pathlib.Path(flag)
   if not path.exists():
     raise UserError(
-        f'--{kind}_features={flag}: no such file; name a .npy matrix, or say '
-        f'--{kind}_features=none to train without')
+      f'--{kind}_features={flag}: no such file; name a .npy matrix, or say '
+      f'--{kind}_features=none to train without'
+    )
   return path
 
 
-def load(path: pathlib.Path, kind: str, num_rows: int, item_ids: np.ndarray,
-         items: ItemTable | None = None
-         ) -> tuple[np.ndarray, IntegrityReport]:
+def load(
+  path: pathlib.Path,
+  kind: str,
+  num_rows: int,
+  item_ids: np.ndarray,
+  items: ItemTable | None = None,
+) -> tuple[np.ndarray, IntegrityReport]:
   """Reads and checks a matrix and picks the rows of the catalogue.
 
   Args:
@@ -113,8 +119,9 @@ def load(path: pathlib.Path, kind: str, num_rows: int, item_ids: np.ndarray,
   return matrix[item_ids].astype(np.float32), report
 
 
-def of_mapping(rows: Mapping[Any, Any], kind: str,
-               item_ids: Sequence) -> np.ndarray:
+def of_mapping(
+  rows: Mapping[Any, Any], kind: str, item_ids: Sequence
+) -> np.ndarray:
   """[V, F] float32 of vectors by item id, checked as a file's would be.
 
   Args:
@@ -127,8 +134,10 @@ def of_mapping(rows: Mapping[Any, Any], kind: str,
   """
   widths = {np.shape(row) for row in rows.values()}
   if len(widths) != 1 or len(next(iter(widths))) != 1:
-    raise UserError(f'{kind} features: every item needs a vector of the same '
-                    f'width, found shapes {sorted(widths)}')
+    raise UserError(
+      f'{kind} features: every item needs a vector of the same '
+      f'width, found shapes {sorted(widths)}'
+    )
   matrix = np.zeros((1 + len(item_ids), *next(iter(widths))), np.float32)
   for number, item in enumerate(item_ids, 1):
     if item in rows:
@@ -137,48 +146,66 @@ def of_mapping(rows: Mapping[Any, Any], kind: str,
   return matrix
 
 
-def check(matrix: np.ndarray, kind: str, source: str, num_rows: int,
-          item_ids: np.ndarray) -> IntegrityReport:
+def check(
+  matrix: np.ndarray,
+  kind: str,
+  source: str,
+  num_rows: int,
+  item_ids: np.ndarray,
+) -> IntegrityReport:
   """Refuses a broken matrix; see `load`."""
   if matrix.ndim != 2 or matrix.dtype.kind not in 'fiu' or not matrix.shape[1]:
     raise UserError(
-        f'{source}: expected a matrix of numbers [items, features], found '
-        f'{matrix.dtype} of shape {matrix.shape}')
+      f'{source}: expected a matrix of numbers [items, features], found '
+      f'{matrix.dtype} of shape {matrix.shape}'
+    )
   if matrix.shape[0] != num_rows:
     raise UserError(
-        f'{source}: {matrix.shape[0]} rows, but the data set needs {num_rows}: '
-        f'one for each item id from 0 (padding) to {num_rows - 1}')
+      f'{source}: {matrix.shape[0]} rows, but the data set needs {num_rows}: '
+      f'one for each item id from 0 (padding) to {num_rows - 1}'
+    )
   # Written so that NaN and what overflows in float32 fail too.
   bad = np.argwhere(~(np.abs(matrix) <= np.finfo(np.float32).max))
   if len(bad):
     row, column = bad[0]
     raise UserError(
-        f'{source}, row {row}, column {column}: {matrix[row, column]} '
-        f'({len(bad)} such values); every value must be finite, in float32 '
-        'too, and a missing feature is an all-zero row')
+      f'{source}, row {row}, column {column}: {matrix[row, column]} '
+      f'({len(bad)} such values); every value must be finite, in float32 '
+      'too, and a missing feature is an all-zero row'
+    )
   present = np.any(matrix != 0, axis=1)
   values = matrix[present] if present.any() else matrix
   if (values == values[0, 0]).all():
     raise UserError(
-        f'{source}: every value is {values[0, 0]:g}, a constant matrix tells '
-        f'items apart in nothing; rebuild it or say --{kind}_features=none')
+      f'{source}: every value is {values[0, 0]:g}, a constant matrix tells '
+      f'items apart in nothing; rebuild it or say --{kind}_features=none'
+    )
   if len(values) > 1 and (values == values[0]).all():
     raise UserError(
-        f'{source}: every row is the same, which tells items apart in '
-        f'nothing; rebuild it or say --{kind}_features=none')
+      f'{source}: every row is the same, which tells items apart in '
+      f'nothing; rebuild it or say --{kind}_features=none'
+    )
   if np.any(matrix[0]):
     raise UserError(
-        f'{source}, row 0: not zero, but row 0 is padding; is the matrix '
-        'shifted by one row? Row i must belong to item id i')
+      f'{source}, row 0: not zero, but row 0 is padding; is the matrix '
+      'shifted by one row? Row i must belong to item id i'
+    )
   covered = int(present[item_ids[1:]].sum())
   if not covered:
     raise UserError(
-        f'{source}: no item of the catalogue has features; is it the matrix '
-        f'of another data set? Or say --{kind}_features=none')
+      f'{source}: no item of the catalogue has features; is it the matrix '
+      f'of another data set? Or say --{kind}_features=none'
+    )
   return IntegrityReport(
-      kind=kind, source=source, shape=matrix.shape, dtype=str(matrix.dtype),
-      minimum=float(values.min()), maximum=float(values.max()),
-      mean=float(values.mean(dtype=np.float64)),
-      std=float(values.std(dtype=np.float64)),
-      zero_rows=int((~present).sum()),
-      covered=covered, catalogue=len(item_ids) - 1)
+    kind=kind,
+    source=source,
+    shape=matrix.shape,
+    dtype=str(matrix.dtype),
+    minimum=float(values.min()),
+    maximum=float(values.max()),
+    mean=float(values.mean(dtype=np.float64)),
+    std=float(values.std(dtype=np.float64)),
+    zero_rows=int((~present).sum()),
+    covered=covered,
+    catalogue=len(item_ids) - 1,
+  )

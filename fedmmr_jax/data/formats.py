@@ -1,17 +1,20 @@
 """The formats of interaction files: telling them apart, reading them.
 
-| format | a line | file in a folder |
-|---|---|---|
-| ml-1m | `user::item::rating::timestamp` (MovieLens 1M, 10M) | `ratings.dat` |
-| ml-100k | user, item, rating, timestamp between tabs | `u.data` |
-| ml-latest | CSV `userId,movieId,rating,timestamp` (newer MovieLens sets) | `ratings.csv` |
-| sasrec | `user item`, in time order (Kang & McAuley 2018) | `*.txt` |
-| sequences | a user, then all its items in time order | `*.txt` |
-| recbole | tabs, header `user_id:token` … (Zhao et al. 2021) | `*.inter` |
-| amazon-reviews | a JSON object a line (Ni et al. 2019, Hou et al. 2024) | `*.json`, `*.jsonl` |
-| amazon-ratings | CSV without header: user, item, rating, timestamp, or item first | `*.csv` |
-| csv | header; commas, semicolons or tabs | `*.csv`, `*.tsv` |
-| parquet | | `*.parquet` |
+Each with the file that it is in a folder, and what a line holds:
+
+    ml-1m: `ratings.dat`; `user::item::rating::timestamp` (MovieLens 1M, 10M)
+    ml-100k: `u.data`; user, item, rating, timestamp between tabs
+    ml-latest: `ratings.csv`; CSV `userId,movieId,rating,timestamp` (newer
+      MovieLens sets)
+    sasrec: `*.txt`; `user item`, in time order (Kang & McAuley 2018)
+    sequences: `*.txt`; a user, then all its items in time order
+    recbole: `*.inter`; tabs, header `user_id:token` … (Zhao et al. 2021)
+    amazon-reviews: `*.json`, `*.jsonl`; a JSON object (Ni et al. 2019, Hou et
+      al. 2024)
+    amazon-ratings: `*.csv`; CSV without header: user, item, rating, timestamp,
+      or item first
+    csv: `*.csv`, `*.tsv`; header; commas, semicolons or tabs
+    parquet: `*.parquet`
 
 All but Parquet may be gzipped. Every line is an interaction, whatever its
 rating (implicit feedback).
@@ -21,7 +24,7 @@ import csv as csv_lib
 import json
 import pathlib
 import re
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Callable, cast, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +42,29 @@ from fedmmr_jax.errors import UserError
 AUTO = 'auto'
 # Names that a column goes by, compared without case.
 ALIASES = {
-    'user': ('user_id', 'userid', 'user', 'uid', 'reviewerid', 'customer_id',
-             'session_id'),
-    'item': ('item_id', 'itemid', 'item', 'iid', 'movieid', 'movie_id',
-             'parent_asin', 'asin', 'product_id', 'article_id', 'news_id'),
-    'time': ('timestamp', 'time', 'unixreviewtime', 'datetime', 'date', 'ts'),
+  'user': (
+    'user_id',
+    'userid',
+    'user',
+    'uid',
+    'reviewerid',
+    'customer_id',
+    'session_id',
+  ),
+  'item': (
+    'item_id',
+    'itemid',
+    'item',
+    'iid',
+    'movieid',
+    'movie_id',
+    'parent_asin',
+    'asin',
+    'product_id',
+    'article_id',
+    'news_id',
+  ),
+  'time': ('timestamp', 'time', 'unixreviewtime', 'datetime', 'date', 'ts'),
 }
 _MOVIELENS = ('user id', 'item id', 'rating', 'timestamp')
 _BLOCK = 1 << 26  # bytes; a review must fit into a block
@@ -110,8 +131,9 @@ def format_of(name: str) -> Format:
   return found
 
 
-def find(dataset: str, data_dir: str,
-         names: ColumnNames = ColumnNames()) -> Source:
+def find(
+  dataset: str, data_dir: str, names: ColumnNames = ColumnNames()
+) -> Source:
   """The interaction file, and its format.
 
   Args:
@@ -130,8 +152,9 @@ def find(dataset: str, data_dir: str,
     path = _find_in(path, dataset)
   elif not path.exists():
     raise UserError(
-        f'--data_dir={data_dir}: no such file or folder; name the folder of '
-        'the data set, or its interaction file')
+      f'--data_dir={data_dir}: no such file or folder; name the folder of '
+      'the data set, or its interaction file'
+    )
   if dataset != AUTO:
     return Source(path, dataset, detected=False)
   return Source(path, detect(path, names), detected=True)
@@ -146,8 +169,9 @@ def read(source: Source, names: ColumnNames = ColumnNames()) -> Interactions:
   form = format_of(source.format)
   if any(names) and source.format in FORMATS and source.format not in _NAMED:
     raise UserError(
-        f'{source.path}: {form.description}, has no named '
-        'columns; leave --user_column, --item_column and --time_column out')
+      f'{source.path}: {form.description}, has no named '
+      'columns; leave --user_column, --item_column and --time_column out'
+    )
   return form.read(source.path, names)
 
 
@@ -173,8 +197,11 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
     return 'recbole'
   # One will do: the reader says which other is missing.
   if _pick(fields, names, 'user') or _pick(fields, names, 'item'):
-    return ('ml-latest' if fields == ['userId', 'movieId', 'rating',
-                                      'timestamp'] else 'csv')
+    return (
+      'ml-latest'
+      if fields == ['userId', 'movieId', 'rating', 'timestamp']
+      else 'csv'
+    )
   if len(fields) == 4 and _is_number(fields[3]):
     if separator == ',':
       return 'amazon-ratings'
@@ -186,11 +213,13 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
       return 'sasrec'
     # Ids only: a line of words would have letters with spaces between.
     if all(re.fullmatch(r'[\w.:-]+', x) for x in first.split()) and any(
-        character.isdigit() for character in first):
+      character.isdigit() for character in first
+    ):
       return 'sequences'
   raise UserError(
-      f'{path}: cannot tell its format from {first[:60]!r}; say --dataset=…, '
-      'or name its columns with --user_column and --item_column')
+    f'{path}: cannot tell its format from {first[:60]!r}; say --dataset=…, '
+    'or name its columns with --user_column and --item_column'
+  )
 
 
 def _find_in(folder: pathlib.Path, dataset: str) -> pathlib.Path:
@@ -198,38 +227,62 @@ def _find_in(folder: pathlib.Path, dataset: str) -> pathlib.Path:
   patterns = dict.fromkeys(p for f in wanted.values() for p in f.files)
   found: list[pathlib.Path] = []
   for pattern in patterns:
-    matching = [path for end in ('', '.gz') for path in folder.glob(
-        pattern + end) if not _is_about_items(path)]
+    matching = [
+      path
+      for end in ('', '.gz')
+      for path in folder.glob(pattern + end)
+      if not _is_about_items(path)
+    ]
     if matching and '*' not in pattern:  # a name that says all
       return matching[0]
     found += [path for path in sorted(matching) if path not in found]
   if not found:
     raise UserError(
-        f'{folder / next(iter(patterns))}: no such file; --data_dir must be '
-        'the folder that holds ' + (
-            f'{dataset}\'s ' if dataset != AUTO else 'one of ')
-        + ', '.join(patterns) + ', or the file itself')
+      f'{folder / next(iter(patterns))}: no such file; --data_dir must be '
+      'the folder that holds '
+      + (f"{dataset}'s " if dataset != AUTO else 'one of ')
+      + ', '.join(patterns)
+      + ', or the file itself'
+    )
   if len(found) > 1:
     raise UserError(
-        f'{folder}: {", ".join(p.name for p in found)} could each be the '
-        f'interactions; name one: --data_dir={found[0]}')
+      f'{folder}: {", ".join(p.name for p in found)} could each be the '
+      f'interactions; name one: --data_dir={found[0]}'
+    )
   return found[0]
 
 
 def _is_about_items(path: pathlib.Path) -> bool:
   """Files that lie beside the interactions and are something else."""
   name = path.name.lower()
-  return (name.startswith(('meta_', 'items.', 'item_', 'movies.', 'tags.',
-                           'links.', 'genome', 'readme', '.'))
-          or name.endswith('_features.json'))
+  return name.startswith(
+    (
+      'meta_',
+      'items.',
+      'item_',
+      'movies.',
+      'tags.',
+      'links.',
+      'genome',
+      'readme',
+      '.',
+    )
+  ) or name.endswith('_features.json')
 
 
 # Delimited text.
 
 
 def _movielens(separator: str) -> Callable[..., Interactions]:
-  layout = Layout(separator, _MOVIELENS, 'user id', 'item id', 'timestamp',
-                  numbers=('rating', 'timestamp'), whole_ids=True)
+  layout = Layout(
+    separator,
+    _MOVIELENS,
+    'user id',
+    'item id',
+    'timestamp',
+    numbers=('rating', 'timestamp'),
+    whole_ids=True,
+  )
   return lambda path, names: _read_lines(path, layout)
 
 
@@ -241,13 +294,22 @@ def _read_lines(path, layout) -> Interactions:
 def _read_sasrec(path, names) -> Interactions:
   del names
   separator = '\t' if '\t' in text_files.head(path)[0] else ' '
-  return delimited.read(path, Layout(
-      separator, ('user id', 'item id'), 'user id', 'item id', '',
-      whole_ids=True))
+  return delimited.read(
+    path,
+    Layout(
+      separator,
+      ('user id', 'item id'),
+      'user id',
+      'item id',
+      '',
+      whole_ids=True,
+    ),
+  )
 
 
-def _read_headed(path, names: ColumnNames, whole: bool = False,
-                 typed: bool = False) -> Interactions:
+def _read_headed(
+  path, names: ColumnNames, whole: bool = False, typed: bool = False
+) -> Interactions:
   """CSV with a header; in RecBole's, each name bears its type (`typed`)."""
   header = text_files.head(path)[0]
   separator = '\t' if typed else _separator(header)
@@ -257,22 +319,41 @@ def _read_headed(path, names: ColumnNames, whole: bool = False,
   if len(set(fields)) < len(fields):
     raise UserError(f'{path}, line 1: two columns of one name in {header!r}')
   picked = _pick_all(fields, names, f'{path}, line 1')
-  return delimited.read(path, Layout(
-      separator, tuple(fields), *picked, whole_ids=whole, quoted=not typed,
-      has_header=True))
+  return delimited.read(
+    path,
+    Layout(
+      separator,
+      tuple(fields),
+      *picked,
+      whole_ids=whole,
+      quoted=not typed,
+      has_header=True,
+    ),
+  )
 
 
 def _read_amazon_ratings(path, names) -> Interactions:
   del names
   lines = [_split(line, ',') for line in text_files.head(path)]
   # Releases differ in which id comes first; a product's has 10 characters.
-  first, second = (sum(len(fields) > i and len(fields[i]) == _ASIN_LENGTH
-                       for fields in lines) for i in (0, 1))
+  first, second = (
+    sum(len(fields) > i and len(fields[i]) == _ASIN_LENGTH for fields in lines)
+    for i in (0, 1)
+  )
   item_first = first > second
   ids = ('item', 'user') if item_first else ('user', 'item')
-  return delimited.read(path, Layout(
-      ',', (*ids, 'rating', 'timestamp'), 'user', 'item', 'timestamp',
-      numbers=('rating', 'timestamp'), quoted=True))
+  return delimited.read(
+    path,
+    Layout(
+      ',',
+      (*ids, 'rating', 'timestamp'),
+      'user',
+      'item',
+      'timestamp',
+      numbers=('rating', 'timestamp'),
+      quoted=True,
+    ),
+  )
 
 
 def _read_sequences(path, names) -> Interactions:
@@ -282,22 +363,33 @@ def _read_sequences(path, names) -> Interactions:
   for number, line in text_files.lines(path):
     user, *own = text_files.decode(line, path, number).split()
     if user in users:
-      raise UserError(f'{path}, line {number}: a second line of user {user}; '
-                      'expected one line a user: <user id> <item id> <item id> '
-                      '…; lines of <user id> <item id> are --dataset=sasrec')
+      raise UserError(
+        f'{path}, line {number}: a second line of user {user}; '
+        'expected one line a user: <user id> <item id> <item id> '
+        '…; lines of <user id> <item id> are --dataset=sasrec'
+      )
     user_column.append(np.full(len(own), users.of(user)))
     item_column.append(np.fromiter(map(items.of, own), np.int64, len(own)))
   if not items:
-    raise UserError(f'{path}: no interaction in it; expected lines of '
-                    '<user id> <item id> <item id> …')
+    raise UserError(
+      f'{path}: no interaction in it; expected lines of '
+      '<user id> <item id> <item id> …'
+    )
   try:
     return delimited.from_numbered(
-        np.concatenate(user_column), users, np.concatenate(item_column), items,
-        None, whole=False)
+      np.concatenate(user_column),
+      users,
+      np.concatenate(item_column),
+      items,
+      None,
+      whole=False,
+    )
   except Doubt:
-    raise UserError(f'{path}: an id longer than {columns_lib.MAX_ID_LENGTH} '
-                    'characters, with a control character or missing (nan, '
-                    'null); is it a text?') from None
+    raise UserError(
+      f'{path}: an id longer than {columns_lib.MAX_ID_LENGTH} '
+      'characters, with a control character or missing (nan, '
+      'null); is it a text?'
+    ) from None
 
 
 # JSON lines and Parquet.
@@ -312,17 +404,26 @@ def _read_reviews(path, names) -> Interactions:
   except ValueError:
     pass  # the reader names it
   if not keys:
-    raise UserError(f'{path}, line 1: not a JSON object: '
-                    f'{first[:60]!r}') from None
+    raise UserError(
+      f'{path}, line 1: not a JSON object: {first[:60]!r}'
+    ) from None
   user, item, time = _pick_all(list(keys), names, f'{path}, line 1')
   try:
-    schema = pa.schema([(user, pa.string()), (item, pa.string()),
-                        *([(time, pa.int64())] if time else [])])
+    schema = pa.schema(
+      [
+        (user, pa.string()),
+        (item, pa.string()),
+        *([(time, pa.int64())] if time else []),
+      ]
+    )
     with text_files.open_arrow(path) as stream:
       table = arrow_json.read_json(
-          stream, arrow_json.ReadOptions(block_size=_BLOCK),
-          arrow_json.ParseOptions(explicit_schema=schema,
-                                  unexpected_field_behavior='ignore'))
+        stream,
+        arrow_json.ReadOptions(block_size=_BLOCK),
+        arrow_json.ParseOptions(
+          explicit_schema=schema, unexpected_field_behavior='ignore'
+        ),
+      )
     return _from_table(table, (user, item, time))
   except (Doubt, pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError):
     return _reviews_carefully(path, user, item, time)
@@ -332,10 +433,13 @@ def _reviews_carefully(path, user, item, time) -> Interactions:
   users, items = Numbering(), Numbering()
   user_column, item_column, times, numbers = [], [], [], []
   for number, line in text_files.lines(path):
+
     def wrong(what):
-      raise UserError(f'{path}, line {number}: {what} in {text[:60]!r}; expected '
-                      f'a JSON object with ' + ', '.join(filter(None, (
-                          user, item, time))))
+      raise UserError(
+        f'{path}, line {number}: {what} in {text[:60]!r}; expected '
+        f'a JSON object with ' + ', '.join(filter(None, (user, item, time)))
+      )
+
     text = text_files.decode(line, path, number)
     try:
       review = _json_object(text)
@@ -356,8 +460,9 @@ def _reviews_carefully(path, user, item, time) -> Interactions:
         wrong(f'{time} is neither a number nor a date')
       numbers.append(number)
   delimited.check_unit(path, time, times, numbers)
-  return delimited.from_numbered(user_column, users, item_column, items,
-                                 times if time else None, whole=False)
+  return delimited.from_numbered(
+    user_column, users, item_column, items, times if time else None, whole=False
+  )
 
 
 def _json_object(text: str) -> dict:
@@ -385,25 +490,35 @@ def _read_parquet(path, names) -> Interactions:
   for name in table.column_names:
     if table[name].null_count:
       row = table[name].is_null().to_numpy().argmax()
-      raise UserError(f'{path}, row {row}: {name} is missing; leave such rows '
-                      'out')
+      raise UserError(
+        f'{path}, row {row}: {name} is missing; leave such rows out'
+      )
   for name in picked[:2]:
     kind = table.schema.field(name).type
     if pa.types.is_dictionary(kind):
       kind = kind.value_type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind)
-            or pa.types.is_large_string(kind)):
-      raise UserError(f'{path}: {name} is of type {kind}; ids are whole numbers '
-                      'or strings')
+    if not (
+      pa.types.is_integer(kind)
+      or pa.types.is_string(kind)
+      or pa.types.is_large_string(kind)
+    ):
+      raise UserError(
+        f'{path}: {name} is of type {kind}; ids are whole numbers or strings'
+      )
   try:
     return _from_table(table, picked)
   except Doubt:
     raise UserError(
-        f'{path}: an id in {picked[0]} or {picked[1]} is empty or missing, '
-        f'longer than {columns_lib.MAX_ID_LENGTH} characters, beyond 63 bits or '
-        'holds a control character' + (
-            f', or {picked[2]} is neither a finite number nor a date, or not in '
-            'the unit of most others' if picked[2] else '')) from None
+      f'{path}: an id in {picked[0]} or {picked[1]} is empty or missing, '
+      f'longer than {columns_lib.MAX_ID_LENGTH} characters, beyond 63 bits or '
+      'holds a control character'
+      + (
+        f', or {picked[2]} is neither a finite number nor a date, or not in '
+        'the unit of most others'
+        if picked[2]
+        else ''
+      )
+    ) from None
 
 
 def _from_table(table: pa.Table, picked: Sequence[str]) -> Interactions:
@@ -422,13 +537,15 @@ def _pick(fields: Sequence[str], names: ColumnNames, what: str) -> str:
   asked = getattr(names, what)
   if asked:
     return asked if asked in fields else ''
-  by_name = {field.partition(':')[0].lower().replace(' ', '_'): field
-             for field in fields}
+  by_name = {
+    field.partition(':')[0].lower().replace(' ', '_'): field for field in fields
+  }
   return next((by_name[a] for a in ALIASES[what] if a in by_name), '')
 
 
-def _pick_all(fields: Sequence[str], names: ColumnNames,
-              where: str) -> tuple[str, str, str]:
+def _pick_all(
+  fields: Sequence[str], names: ColumnNames, where: str
+) -> tuple[str, str, str]:
   """(user, item, time or '').
 
   Raises:
@@ -438,27 +555,36 @@ def _pick_all(fields: Sequence[str], names: ColumnNames,
     asked = getattr(names, what)
     if not _pick(fields, names, what) and (asked or what != 'time'):
       raise UserError(
-          f'{where}: no column ' + (asked or f'of the {what}s') + ' among '
-          + ', '.join(fields) + f'; name it with --{what}_column')
-  picked = tuple(_pick(fields, names, what)
-                 for what in ('user', 'item', 'time'))
+        f'{where}: no column '
+        + (asked or f'of the {what}s')
+        + ' among '
+        + ', '.join(fields)
+        + f'; name it with --{what}_column'
+      )
+  picked = tuple(
+    _pick(fields, names, what) for what in ('user', 'item', 'time')
+  )
   if len(set(picked)) < len(picked):
-    raise UserError(f'{where}: users {picked[0]}, items {picked[1]} and times '
-                    f'{picked[2] or "-"} must be different columns')
-  return picked
+    raise UserError(
+      f'{where}: users {picked[0]}, items {picked[1]} and times '
+      f'{picked[2] or "-"} must be different columns'
+    )
+  return cast(tuple[str, str, str], picked)
 
 
 def _separator(line: str) -> str:
   """The one that occurs; a comma before a tab in doubt."""
-  return max(',;\t|', key=line.count) if any(
-      s in line for s in ',;\t|') else ' '
+  return (
+    max(',;\t|', key=line.count) if any(s in line for s in ',;\t|') else ' '
+  )
 
 
 def _split(line: str, separator: str) -> list[str]:
   if separator == ' ':
     return line.split()
-  return [field.strip() for field in next(csv_lib.reader(
-      [line], delimiter=separator))]
+  return [
+    field.strip() for field in next(csv_lib.reader([line], delimiter=separator))
+  ]
 
 
 def _is_number(text: str) -> bool:
@@ -470,24 +596,38 @@ def _is_number(text: str) -> bool:
 
 
 FORMATS: Mapping[str, Format] = {
-    'ml-1m': Format('MovieLens 1M, user::item::rating::timestamp',
-                    ('ratings.dat',), _movielens('::')),
-    'ml-100k': Format('MovieLens 100K, user, item, rating, timestamp and tabs',
-                      ('u.data',), _movielens('\t')),
-    'ml-latest': Format(
-        'MovieLens CSV', ('ratings.csv',),
-        lambda path, names: _read_headed(path, names, whole=True)),
-    'recbole': Format(
-        'RecBole atomic file', ('*.inter',),
-        lambda path, names: _read_headed(path, names, typed=True)),
-    'parquet': Format('Parquet', ('*.parquet',), _read_parquet),
-    'amazon-reviews': Format('Amazon reviews, a JSON object a line',
-                             ('*.json', '*.jsonl'), _read_reviews),
-    'amazon-ratings': Format('Amazon ratings, CSV without a header',
-                             ('*.csv',), _read_amazon_ratings),
-    'csv': Format('CSV with a header', ('*.csv', '*.tsv'), _read_headed),
-    'sasrec': Format('SASRec, "user item" lines in time order', ('*.txt',),
-                     _read_sasrec),
-    'sequences': Format('one user a line, items in time order', ('*.txt',),
-                        _read_sequences),
+  'ml-1m': Format(
+    'MovieLens 1M, user::item::rating::timestamp',
+    ('ratings.dat',),
+    _movielens('::'),
+  ),
+  'ml-100k': Format(
+    'MovieLens 100K, user, item, rating, timestamp and tabs',
+    ('u.data',),
+    _movielens('\t'),
+  ),
+  'ml-latest': Format(
+    'MovieLens CSV',
+    ('ratings.csv',),
+    lambda path, names: _read_headed(path, names, whole=True),
+  ),
+  'recbole': Format(
+    'RecBole atomic file',
+    ('*.inter',),
+    lambda path, names: _read_headed(path, names, typed=True),
+  ),
+  'parquet': Format('Parquet', ('*.parquet',), _read_parquet),
+  'amazon-reviews': Format(
+    'Amazon reviews, a JSON object a line', ('*.json', '*.jsonl'), _read_reviews
+  ),
+  'amazon-ratings': Format(
+    'Amazon ratings, CSV without a header', ('*.csv',), _read_amazon_ratings
+  ),
+  'csv': Format('CSV with a header', ('*.csv', '*.tsv'), _read_headed),
+  'sasrec': Format(
+    'SASRec, "user item" lines in time order', ('*.txt',), _read_sasrec
+  ),
+  'sequences': Format(
+    'one user a line, items in time order', ('*.txt',), _read_sequences
+  ),
 }

@@ -25,10 +25,12 @@ class Interactions(NamedTuple):
   item_ids: np.ndarray
 
   @classmethod
-  def of(cls, users: np.ndarray, items: np.ndarray,
-         times: np.ndarray | None = None) -> 'Interactions':
+  def of(
+    cls, users: np.ndarray, items: np.ndarray, times: np.ndarray | None = None
+  ) -> 'Interactions':
     """From arrays [n] of ids."""
     user_ids, users = np.unique(users, return_inverse=True)
     item_ids, items = np.unique(items, return_inverse=True)
-    return cls(users.astype(np.int32), items.astype(np.int32), times,
-               user_ids, item_ids)
+    return cls(
+      users.astype(np.int32), items.astype(np.int32), times, user_ids, item_ids
+    )

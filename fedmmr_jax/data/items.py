@@ -1,13 +1,15 @@
 """What a source tells of its items: ids, titles, texts.
 
-| item file | in a folder |
-|---|---|
-| MovieLens 1M: `MovieID::Title::Genre\\|Genre`, latin-1 | `movies.dat` |
-| MovieLens 100K: `\\|`-separated, latin-1, genres as 0 and 1 | `u.item` |
-| CSV with a header, UTF-8; newer MovieLens sets have `movies.csv` | `movies.csv`, `items.csv`, `items.tsv` |
-| RecBole | `*.item` |
-| Amazon metadata, a JSON object a line | `meta_*.json`, `meta_*.jsonl`, `items.jsonl` |
-| Parquet | `items.parquet` |
+The item files that are found in a folder:
+
+    `movies.dat`: MovieLens 1M, `MovieID::Title::Genre|Genre`, latin-1
+    `u.item`: MovieLens 100K, `|`-separated, latin-1, genres as 0 and 1
+    `movies.csv`, `items.csv`, `items.tsv`: CSV with a header, UTF-8; newer
+      MovieLens sets have `movies.csv`
+    `*.item`: RecBole
+    `meta_*.json`, `meta_*.jsonl`, `items.jsonl`: Amazon metadata, a JSON object
+      a line
+    `items.parquet`: Parquet
 
 All but Parquet may be gzipped.
 """
@@ -27,21 +29,54 @@ from fedmmr_jax.data.formats import ALIASES, Source
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.errors import UserError
 
-FILES = ('movies.dat', 'u.item', 'movies.csv', 'items.csv', 'items.tsv',
-         '*.item', 'items.parquet', 'items.jsonl', 'meta_*.jsonl',
-         'meta_*.json')
+FILES = (
+  'movies.dat',
+  'u.item',
+  'movies.csv',
+  'items.csv',
+  'items.tsv',
+  '*.item',
+  'items.parquet',
+  'items.jsonl',
+  'meta_*.jsonl',
+  'meta_*.json',
+)
 # Whole-number ids up to here are rows of a feature matrix as they stand.
 LARGEST_ROW = 10_000_000
-_TITLE = ('title', 'movie_title', 'name', 'product_name', 'item_name',
-          'product_title', 'headline')
+_TITLE = (
+  'title',
+  'movie_title',
+  'name',
+  'product_name',
+  'item_name',
+  'product_title',
+  'headline',
+)
 _GENRES = ('genres', 'genre', 'class', 'category', 'categories', 'tags')
 csv.field_size_limit(1 << 24)  # descriptions may be long
 _ABSTRACT = ('abstract', 'description', 'overview', 'summary', 'text')
 # u.item: what the 0 and 1 behind the fifth field stand for (u.genre).
 _GENRES_100K = (
-    'unknown', 'Action', 'Adventure', 'Animation', 'Children\'s', 'Comedy',
-    'Crime', 'Documentary', 'Drama', 'Fantasy', 'Film-Noir', 'Horror',
-    'Musical', 'Mystery', 'Romance', 'Sci-Fi', 'Thriller', 'War', 'Western')
+  'unknown',
+  'Action',
+  'Adventure',
+  'Animation',
+  "Children's",
+  'Comedy',
+  'Crime',
+  'Documentary',
+  'Drama',
+  'Fantasy',
+  'Film-Noir',
+  'Horror',
+  'Musical',
+  'Mystery',
+  'Romance',
+  'Sci-Fi',
+  'Thriller',
+  'War',
+  'Western',
+)
 
 
 class Item(NamedTuple):
@@ -97,9 +132,11 @@ class ItemTable(NamedTuple):
       return 'row i of a feature matrix is item i'
     if self.ids.dtype.kind == 'i' and np.array_equal(self.rows, self.ids + 1):
       return 'items start at 0: row i + 1 of a feature matrix is item i'
-    return (f'items are numbered in the order of their ids, {self.ids[0]} = 1 '
-            f'to {self.ids[-1]} = {len(self.ids)}: these are the rows of a '
-            'feature matrix')
+    return (
+      f'items are numbered in the order of their ids, {self.ids[0]} = 1 '
+      f'to {self.ids[-1]} = {len(self.ids)}: these are the rows of a '
+      'feature matrix'
+    )
 
   def rows_of(self, ids: np.ndarray) -> np.ndarray:
     """[m] rows of some of the items."""
@@ -117,13 +154,19 @@ def find(source: Source, item_file: str) -> pathlib.Path | None:
     if not path.exists():
       raise UserError(f'--item_file={item_file}: no such file')
     return path
-  found = list(dict.fromkeys(
-      path for pattern in FILES for end in ('', '.gz')
-      for path in sorted(source.folder.glob(pattern + end))))
+  found = list(
+    dict.fromkeys(
+      path
+      for pattern in FILES
+      for end in ('', '.gz')
+      for path in sorted(source.folder.glob(pattern + end))
+    )
+  )
   if len(found) > 1:
     raise UserError(
-        f'{source.folder}: {", ".join(p.name for p in found)} could each tell '
-        f'of the items; name one: --item_file={found[0]}')
+      f'{source.folder}: {", ".join(p.name for p in found)} could each tell '
+      f'of the items; name one: --item_file={found[0]}'
+    )
   return found[0] if found else None
 
 
@@ -142,21 +185,28 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   ids = interactions.item_ids
   if ids.dtype.kind == 'i':
     items = {int(i): item for i, item in items.items() if _is_whole(i)}
-    ids = np.union1d(ids, np.array(
-        [i for i in items if 0 <= i <= LARGEST_ROW], np.int64))
+    ids = np.union1d(
+      ids, np.array([i for i in items if 0 <= i <= LARGEST_ROW], np.int64)
+    )
     kept = ids[0] >= 0 and ids[-1] <= LARGEST_ROW
     rows = ids + (ids[0] == 0) if kept else 1 + np.arange(len(ids))
   else:
     rows = 1 + np.arange(len(ids))
   known = {i: items[i] for i in ids.tolist() if i in items}
   if described and not set(interactions.item_ids.tolist()) & set(known):
-    raise UserError(f'{path}: tells of no item of the interactions, whose ids '
-                    f'are {interactions.item_ids[0]} to '
-                    f'{interactions.item_ids[-1]}; is it of another data set?')
+    raise UserError(
+      f'{path}: tells of no item of the interactions, whose ids '
+      f'are {interactions.item_ids[0]} to '
+      f'{interactions.item_ids[-1]}; is it of another data set?'
+    )
   return ItemTable(
-      ids, rows, int(rows[-1]) + 1,
-      {i: item.title for i, item in known.items() if item.title},
-      {i: item.text for i, item in known.items() if item.text}, retold)
+    ids,
+    rows,
+    int(rows[-1]) + 1,
+    {i: item.title for i, item in known.items() if item.title},
+    {i: item.text for i, item in known.items() if item.text},
+    retold,
+  )
 
 
 def read(path: pathlib.Path) -> list[tuple[str, Item]]:
@@ -182,16 +232,19 @@ def read(path: pathlib.Path) -> list[tuple[str, Item]]:
 
 def _read_latin(path, separator: str) -> Iterator[tuple[str, Item]]:
   for number, line in text_files.lines(path):
-    fields = text_files.decode(
-        line, path, number, 'latin-1').split(separator)
+    fields = text_files.decode(line, path, number, 'latin-1').split(separator)
     if len(fields) < 3 or not (fields[0].isascii() and fields[0].isdigit()):
       raise UserError(
-          f'{path}, line {number}: expected '
-          f'"MovieID{separator}Title{separator}…", found '
-          f'{line[:60].decode("latin-1")!r}')
+        f'{path}, line {number}: expected '
+        f'"MovieID{separator}Title{separator}…", found '
+        f'{line[:60].decode("latin-1")!r}'
+      )
     if separator == '|':  # title, date, date, link, then a flag a genre
-      genres = [name for name, flag in zip(_GENRES_100K, fields[5:])
-                if flag.strip() == '1']
+      genres = [
+        name
+        for name, flag in zip(_GENRES_100K, fields[5:])
+        if flag.strip() == '1'
+      ]
     else:
       genres = _as_list(fields[2])
     yield fields[0], Item(fields[1], tuple(genres))
@@ -200,22 +253,25 @@ def _read_latin(path, separator: str) -> Iterator[tuple[str, Item]]:
 def _read_headed(path) -> Iterator[tuple[str, Item]]:
   """CSV, or RecBole's tabs with a type behind each name."""
   separator = max(',;\t', key=text_files.head(path)[0].count)
-  rows = _rows(path, separator, quoted=not path.name.removesuffix(
-      '.gz').endswith('.item'))
+  rows = _rows(
+    path, separator, quoted=not path.name.removesuffix('.gz').endswith('.item')
+  )
   _, header = next(rows)
   header = [field.partition(':')[0].strip().lower() for field in header]
   picked = _pick(header, f'{path}, line 1')
   for number, fields in rows:
     if len(fields) != len(header):
       raise UserError(
-          f'{path}, line {number}: {len(fields)} fields instead of '
-          f'{len(header)} in {separator.join(fields)[:60]!r}')
+        f'{path}, line {number}: {len(fields)} fields instead of '
+        f'{len(header)} in {separator.join(fields)[:60]!r}'
+      )
     values = dict(zip(header, fields))
     yield values[picked['id']].strip(), _item(values, picked)
 
 
-def _rows(path, separator: str,
-          quoted: bool) -> Iterator[tuple[int, list[str]]]:
+def _rows(
+  path, separator: str, quoted: bool
+) -> Iterator[tuple[int, list[str]]]:
   """Yields (number of its last line, fields); quoted ones may hold ends of
   lines, as descriptions do."""
   at = 0
@@ -230,8 +286,9 @@ def _rows(path, separator: str,
       for fields in csv.reader(texts(), delimiter=separator, strict=True):
         yield at, fields
     except csv.Error as error:
-      raise UserError(f'{path}, line {at}: not CSV ({error}); is a quote not '
-                      'closed?') from None
+      raise UserError(
+        f'{path}, line {at}: not CSV ({error}); is a quote not closed?'
+      ) from None
   else:  # in RecBole's files a quote is part of a title
     for text in texts():
       yield at, text.rstrip('\n').split(separator)
@@ -247,8 +304,9 @@ def _read_json(path) -> Iterator[tuple[str, Item]]:
         values = ast.literal_eval(text)
       values = {str(k).lower(): v for k, v in dict(values).items()}
     except (ValueError, SyntaxError, TypeError, RecursionError):
-      raise UserError(f'{path}, line {number}: not a JSON object: '
-                      f'{text[:60]!r}') from None
+      raise UserError(
+        f'{path}, line {number}: not a JSON object: {text[:60]!r}'
+      ) from None
     picked = _pick(list(values), f'{path}, line {number}')
     yield str(values[picked['id']]), _item(values, picked)
 
@@ -264,19 +322,29 @@ def _read_parquet(path) -> list[tuple[str, Item]]:
     raise UserError(f'{path}: two columns of one name')
   picked = _pick(found.column_names, str(path))
   wanted = found.select([name for name in picked.values() if name])
-  return [(str(values[picked['id']]), _item(values, picked))
-          for values in wanted.to_pylist()]
+  return [
+    (str(values[picked['id']]), _item(values, picked))
+    for values in wanted.to_pylist()
+  ]
 
 
 def _pick(names: list[str], where: str) -> dict[str, str]:
   """What -> the column that holds it, '' where none does."""
-  wanted = {'id': ALIASES['item'] + ('id',), 'title': _TITLE,
-            'genres': _GENRES, 'abstract': _ABSTRACT}
-  picked = {what: next((a for a in aliases if a in names), '')
-            for what, aliases in wanted.items()}
+  wanted = {
+    'id': ALIASES['item'] + ('id',),
+    'title': _TITLE,
+    'genres': _GENRES,
+    'abstract': _ABSTRACT,
+  }
+  picked = {
+    what: next((a for a in aliases if a in names), '')
+    for what, aliases in wanted.items()
+  }
   if not picked['id']:
-    raise UserError(f'{where}: no column of the item ids among '
-                    f'{", ".join(names)}; call it item_id')
+    raise UserError(
+      f'{where}: no column of the item ids among '
+      f'{", ".join(names)}; call it item_id'
+    )
   return picked
 
 
@@ -284,11 +352,15 @@ def _item(values: dict[str, Any], picked: dict[str, str]) -> Item:
   def of(what):
     value = values.get(picked[what])
     return '' if value is None else value
+
   abstract = of('abstract')
   if isinstance(abstract, list):
     abstract = ' '.join(map(str, abstract))
-  return Item(str(of('title')).strip(), tuple(_as_list(of('genres'))),
-              str(abstract).strip())
+  return Item(
+    str(of('title')).strip(),
+    tuple(_as_list(of('genres'))),
+    str(abstract).strip(),
+  )
 
 
 def _as_list(value: Any) -> list[str]:

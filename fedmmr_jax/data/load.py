@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import NamedTuple
+from typing import Any, cast, NamedTuple
 
 import numpy as np
 
@@ -51,14 +51,21 @@ def load(config: RunConfig | DataConfig, seed: int | None = None) -> Loaded:
   if isinstance(config, RunConfig):
     seed = config.seed if seed is None else seed
     config = config.data
-  loaded = (_load_synthetic(config, seed) if config.dataset == SYNTHETIC
-            else _load_files(config))
+  # Given, unless nothing is generated or held out.
+  seed = cast(int, seed)
+  loaded = (
+    _load_synthetic(config, seed)
+    if config.dataset == SYNTHETIC
+    else _load_files(config)
+  )
   if not config.cold_items:
     return loaded
   dataset, cold, dropped = cold_lib.hold_out(
-      loaded.dataset, config.cold_items, seed)
-  return loaded._replace(dataset=dataset, cold=cold,
-                         dropped_users=loaded.dropped_users + dropped)
+    loaded.dataset, config.cold_items, seed
+  )
+  return loaded._replace(
+    dataset=dataset, cold=cold, dropped_users=loaded.dropped_users + dropped
+  )
 
 
 def read_items(config: DataConfig) -> ItemTable:
@@ -71,66 +78,99 @@ def read_items(config: DataConfig) -> ItemTable:
   if config.dataset == SYNTHETIC:
     raise UserError('--dataset=synthetic has no item files; name a data set')
   source = _source(config)
-  return items.table(formats.read(source, _columns(config)),
-                     items.find(source, config.item_file))
+  return items.table(
+    formats.read(source, _columns(config)), items.find(source, config.item_file)
+  )
 
 
 def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
   selected, generated = synthetic.generate(
-      config.synthetic_users, config.synthetic_items, seed, _filters(config))
+    config.synthetic_users, config.synthetic_items, seed, _filters(config)
+  )
   dataset, num_rows = selected.dataset, config.synthetic_items + 1
-  matrices, reports = {}, []
+  matrices: dict[str, Any] = {}
+  reports = []
   for kind, matrix in generated.items():
     flag = getattr(config, f'{kind}_features')
     if flag == features.AUTO:
-      reports.append(features.check(
-          matrix, kind, f'generated from seed {seed}', num_rows,
-          dataset.item_ids))
+      reports.append(
+        features.check(
+          matrix,
+          kind,
+          f'generated from seed {seed}',
+          num_rows,
+          dataset.item_ids,
+        )
+      )
       matrices[kind] = matrix[dataset.item_ids]
     elif flag != features.NONE:
       matrices[kind], report = features.load(
-          features.resolve(flag, kind, pathlib.Path()), kind, num_rows,
-          dataset.item_ids)
+        cast(pathlib.Path, features.resolve(flag, kind, pathlib.Path())),
+        kind,
+        num_rows,
+        dataset.item_ids,
+      )
       reports.append(report)
   return _loaded(selected, matrices, reports)
 
 
 def _load_files(config: DataConfig) -> Loaded:
   source = _source(config)
-  # Resolved first: a wrong path should not cost the reading of the interactions.
-  paths = {kind: features.resolve(
-      getattr(config, f'{kind}_features'), kind, source.folder)
-           for kind in MODALITIES}
+  # Resolved first: a wrong path should not cost reading the interactions.
+  paths = {
+    kind: features.resolve(
+      getattr(config, f'{kind}_features'), kind, source.folder
+    )
+    for kind in MODALITIES
+  }
   item_file = items.find(source, config.item_file)
   interactions = formats.read(source, _columns(config))
   table = items.table(interactions, item_file)
   selected = select(_name(source), interactions, _filters(config))
   dataset = selected.dataset
   rows = np.append(0, table.rows_of(dataset.item_ids[1:]))
-  matrices, reports = {}, []
+  matrices: dict[str, Any] = {}
+  reports = []
   for kind, path in paths.items():
     if path is not None:
       matrices[kind], report = features.load(
-          path, kind, table.num_rows, rows, table)
+        path, kind, table.num_rows, rows, table
+      )
       reports.append(report)
   if table.titles:
-    matrices['titles'] = ('', *(
-        table.titles.get(i, '') for i in dataset.item_ids[1:].tolist()))
-  return _loaded(selected, matrices, reports, (
+    matrices['titles'] = (
+      '',
+      *(table.titles.get(i, '') for i in dataset.item_ids[1:].tolist()),
+    )
+  return _loaded(
+    selected,
+    matrices,
+    reports,
+    (
       f'read       {source}',
       f'           {len(interactions.users)} interactions of '
       f'{len(interactions.user_ids)} users and {len(interactions.item_ids)} '
       'items' + (f', items described in {item_file}' if item_file else ''),
-      *([] if table.numbering_is_plain
-        else [f'items      {table.numbering}']),
-      *([f'items      {table.retold} described more than once, and not '
-         'alike: the last line counts'] if table.retold else [])))
+      *([] if table.numbering_is_plain else [f'items      {table.numbering}']),
+      *(
+        [
+          f'items      {table.retold} described more than once, and not '
+          'alike: the last line counts'
+        ]
+        if table.retold
+        else []
+      ),
+    ),
+  )
 
 
 def _loaded(selected: Selected, matrices, reports, notes=()) -> Loaded:
   return Loaded(
-      dataclasses.replace(selected.dataset, **matrices), tuple(reports),
-      selected.dropped_users, (*notes, *selected.notes))
+    dataclasses.replace(selected.dataset, **matrices),
+    tuple(reports),
+    selected.dropped_users,
+    (*notes, *selected.notes),
+  )
 
 
 def _source(config: DataConfig) -> Source:
@@ -138,20 +178,22 @@ def _source(config: DataConfig) -> Source:
 
 
 def _columns(config: DataConfig) -> ColumnNames:
-  return ColumnNames(
-      config.user_column, config.item_column, config.time_column)
+  return ColumnNames(config.user_column, config.item_column, config.time_column)
 
 
 def _filters(config: DataConfig) -> Filters:
   try:
-    test_from = (columns.parse_time(config.test_from) if config.test_from
-                 else None)
+    test_from = (
+      columns.parse_time(config.test_from) if config.test_from else None
+    )
   except ValueError:
     raise UserError(
-        f'--test_from={config.test_from} is neither a date (2000-12-31) nor '
-        'seconds since 1970') from None
-  return Filters(config.k_core, config.min_interactions, config.top_k_users,
-                 test_from)
+      f'--test_from={config.test_from} is neither a date (2000-12-31) nor '
+      'seconds since 1970'
+    ) from None
+  return Filters(
+    config.k_core, config.min_interactions, config.top_k_users, test_from
+  )
 
 
 def _name(source: Source) -> str:

@@ -1,10 +1,16 @@
 """Interactions -> the clients and the catalogue of a run: filters, order in
 time, and what is held out of training.
 
-| split | a client's training | validation | test |
-|---|---|---|---|
-| leave_one_out | all but the last two items | the last but one | the last |
-| timeline | what came before the date, but the last item | the last item before the date | the first one from the date on; a client without has none |
+The splits, and what of a client each gives to training, validation and test:
+
+    leave_one_out
+      training: all but the last two items
+      validation: the last but one
+      test: the last
+    timeline
+      training: what came before the date, but the last item
+      validation: the last item before the date
+      test: the first one from the date on; a client without has none
 
 In a split along the timeline nothing of the future is in anybody's training (Ji
 et al. 2023, ACM TOIS 41(3)), as there is when each client's last items are held
@@ -57,8 +63,9 @@ class Selected(NamedTuple):
   notes: tuple[str, ...]
 
 
-def select(name: str, interactions: Interactions,
-           filters: Filters = Filters()) -> Selected:
+def select(
+  name: str, interactions: Interactions, filters: Filters = Filters()
+) -> Selected:
   """Groups interactions by user and renumbers users and items.
 
   Users keep the order of their ids, items too; only items that a kept user
@@ -68,8 +75,10 @@ def select(name: str, interactions: Interactions,
     UserError: nobody is left.
   """
   if filters.test_from is not None and interactions.times is None:
-    raise UserError(f'{name}: --split_by=timeline needs timestamps, and these '
-                    'interactions have none; say --split_by=leave_one_out')
+    raise UserError(
+      f'{name}: --split_by=timeline needs timestamps, and these '
+      'interactions have none; say --split_by=leave_one_out'
+    )
   table = _in_order(interactions)
   notes = _about_times(table)
   size = len(interactions.user_ids)
@@ -78,26 +87,32 @@ def select(name: str, interactions: Interactions,
   if filters.k_core:
     notes.append(_about_core(filters, table, kept))
   dropped = interactions.user_ids[
-      (np.bincount(table.users, minlength=size) > 0) & (sizes.used == 0)]
+    (np.bincount(table.users, minlength=size) > 0) & (sizes.used == 0)
+  ]
   if not len(kept.users):
     needed = max(filters.min_interactions, filters.k_core)
     raise UserError(
-        f'{name}: no user has the {needed} interactions that '
-        + ('training, validation and test need'
-           if needed == MIN_INTERACTIONS else
-           '--min_interactions and --k_core ask for'))
+      f'{name}: no user has the {needed} interactions that '
+      + (
+        'training, validation and test need'
+        if needed == MIN_INTERACTIONS
+        else '--min_interactions and --k_core ask for'
+      )
+    )
   if filters.top_k_users:
     kept = kept.where(_most_active(sizes.used, filters.top_k_users)[kept.users])
     sizes = kept.sizes(size, filters)
   if not (sizes.held_out == HELD_OUT)[kept.users].any():
-    raise UserError(f'{name}: no user has an interaction before --test_from and '
-                    'one from it on; choose a date within '
-                    + _span(table.times))
+    raise UserError(
+      f'{name}: no user has an interaction before --test_from and '
+      'one from it on; choose a date within ' + _span(table.times)
+    )
   kept = kept.where(kept.positions(size) < sizes.used[kept.users])
   if filters.test_from is not None:
     notes.append(_about_split(table, filters, sizes))
-  return Selected(_dataset(name, kept, interactions, sizes),
-                  dropped.tolist(), tuple(notes))
+  return Selected(
+    _dataset(name, kept, interactions, sizes), dropped.tolist(), tuple(notes)
+  )
 
 
 class _Sizes(NamedTuple):
@@ -116,8 +131,11 @@ class _Table(NamedTuple):
   times: np.ndarray | None
 
   def where(self, keep: np.ndarray) -> '_Table':
-    return _Table(self.users[keep], self.items[keep],
-                  None if self.times is None else self.times[keep])
+    return _Table(
+      self.users[keep],
+      self.items[keep],
+      None if self.times is None else self.times[keep],
+    )
 
   def positions(self, num_users: int) -> np.ndarray:
     """[n] how many of its user's lie before each."""
@@ -129,22 +147,28 @@ class _Table(NamedTuple):
     counts = np.bincount(self.users, minlength=num_users)
     if filters.test_from is None:
       return _Sizes(counts, np.full(num_users, HELD_OUT))
-    before = np.bincount(self.users[self.times < filters.test_from],
-                         minlength=num_users)
+    before = np.bincount(
+      self.users[self.times < filters.test_from], minlength=num_users
+    )
     has_test = counts > before
     return _Sizes(before + has_test, HELD_OUT - 1 + has_test)
 
 
 def _in_order(interactions: Interactions) -> _Table:
   users, items, times = interactions[:3]
-  order = (np.argsort(users, kind='stable') if times is None
-           else np.lexsort((times, users)))
-  return _Table(users[order], items[order],
-                None if times is None else times[order])
+  order = (
+    np.argsort(users, kind='stable')
+    if times is None
+    else np.lexsort((times, users))
+  )
+  return _Table(
+    users[order], items[order], None if times is None else times[order]
+  )
 
 
-def _filtered(table: _Table, interactions: Interactions,
-              filters: Filters) -> _Table:
+def _filtered(
+  table: _Table, interactions: Interactions, filters: Filters
+) -> _Table:
   """Takes away what is too rare until nothing is."""
   num_users, num_items = map(len, interactions[3:])
   needed = max(filters.min_interactions, filters.k_core)
@@ -152,8 +176,9 @@ def _filtered(table: _Table, interactions: Interactions,
     sizes = table.sizes(num_users, filters)
     keep = (sizes.used >= needed)[table.users]
     if filters.k_core:
-      trained = table.positions(num_users) < (
-          sizes.used - sizes.held_out)[table.users]
+      trained = (
+        table.positions(num_users) < (sizes.used - sizes.held_out)[table.users]
+      )
       counts = np.bincount(table.items[trained], minlength=num_items)
       keep &= (counts >= filters.k_core)[table.items]
     if keep.all():
@@ -168,28 +193,34 @@ def _most_active(used: np.ndarray, count: int) -> np.ndarray:
   return chosen
 
 
-def _dataset(name: str, kept: _Table, interactions: Interactions,
-             sizes: _Sizes) -> Dataset:
+def _dataset(
+  name: str, kept: _Table, interactions: Interactions, sizes: _Sizes
+) -> Dataset:
   is_kept = np.bincount(kept.users, minlength=len(sizes.used)) > 0
-  is_item = np.bincount(
-      kept.items, minlength=len(interactions.item_ids)) > 0
+  is_item = np.bincount(kept.items, minlength=len(interactions.item_ids)) > 0
   rows = np.cumsum(is_item, dtype=np.int32)
   item_ids = interactions.item_ids[is_item]
   empty = np.zeros((len(item_ids) + 1, 0), np.float32)
   held_out = sizes.held_out[is_kept]
   return Dataset(
-      name=name, items=rows[kept.items],
-      offsets=np.concatenate([[0], np.cumsum(sizes.used[is_kept])]),
-      user_ids=interactions.user_ids[is_kept],
-      item_ids=np.concatenate([np.zeros(1, item_ids.dtype), item_ids]),
-      visual=empty, text=empty,
-      held_out=HELD_OUT if (held_out == HELD_OUT).all() else held_out)
+    name=name,
+    items=rows[kept.items],
+    offsets=np.concatenate([[0], np.cumsum(sizes.used[is_kept])]),
+    user_ids=interactions.user_ids[is_kept],
+    item_ids=np.concatenate([np.zeros(1, item_ids.dtype), item_ids]),
+    visual=empty,
+    text=empty,
+    held_out=HELD_OUT if (held_out == HELD_OUT).all() else held_out,
+  )
 
 
 def _span(times: np.ndarray) -> str:
   return ' to '.join(
-      datetime.datetime.fromtimestamp(t, datetime.timezone.utc).strftime(
-          '%Y-%m-%d') for t in (times.min(), times.max()))
+    datetime.datetime.fromtimestamp(t, datetime.timezone.utc).strftime(
+      '%Y-%m-%d'
+    )
+    for t in (times.min(), times.max())
+  )
 
 
 def _about_times(table: _Table) -> list[str]:
@@ -198,22 +229,29 @@ def _about_times(table: _Table) -> list[str]:
   tied = (np.diff(table.users) == 0) & (np.diff(table.times) == 0)
   if not tied.any():
     return []
-  return [f'time       {tied.mean():.1%} of the interactions bear the time of '
-          'the user\'s one before; they keep the order of the file']
+  return [
+    f'time       {tied.mean():.1%} of the interactions bear the time of '
+    "the user's one before; they keep the order of the file"
+  ]
 
 
 def _about_core(filters: Filters, before: _Table, kept: _Table) -> str:
   def lost(name):
-    return (len(np.unique(getattr(before, name)))
-            - len(np.unique(getattr(kept, name))))
-  return (f'{filters.k_core}-core     {lost("users")} users, {lost("items")} '
-          f'items and {len(before.users) - len(kept.users)} interactions left '
-          'out')
+    return len(np.unique(getattr(before, name))) - len(
+      np.unique(getattr(kept, name))
+    )
+
+  return (
+    f'{filters.k_core}-core     {lost("users")} users, {lost("items")} '
+    f'items and {len(before.users) - len(kept.users)} interactions left '
+    'out'
+  )
 
 
 def _about_split(before: _Table, filters: Filters, sizes: _Sizes) -> str:
   future = (before.times >= filters.test_from).sum()
   tested = ((sizes.held_out == HELD_OUT) & (sizes.used > 0)).sum()
-  return (f'split      along the timeline: {future} interactions lie after the '
-          f'date, the first one of each of {tested} clients is its test item')
-
+  return (
+    f'split      along the timeline: {future} interactions lie after the '
+    f'date, the first one of each of {tested} clients is its test item'
+  )

@@ -37,8 +37,9 @@ def checksum(matrix: pathlib.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def check(matrix: pathlib.Path, items: ItemTable | None
-          ) -> dict[str, Any] | None:
+def check(
+  matrix: pathlib.Path, items: ItemTable | None
+) -> dict[str, Any] | None:
   """Does a matrix belong to its sidecar, and to the data set?
 
   Args:
@@ -58,13 +59,15 @@ def check(matrix: pathlib.Path, items: ItemTable | None
     return None
   if found['checksum'] != checksum(matrix):
     raise UserError(
-        f'{matrix}: not the matrix that {path.name} describes, one of the two '
-        'was exchanged; prepare the features again, or remove the .json')
+      f'{matrix}: not the matrix that {path.name} describes, one of the two '
+      'was exchanged; prepare the features again, or remove the .json'
+    )
   if items and found['data_fingerprint'] != data_fingerprint(items):
     raise UserError(
-        f'{matrix}: prepared for another data set, {path.name} names other '
-        'items or other rows for them; prepare the features again (if row by '
-        'row the items are the same, remove the .json)')
+      f'{matrix}: prepared for another data set, {path.name} names other '
+      'items or other rows for them; prepare the features again (if row by '
+      'row the items are the same, remove the .json)'
+    )
   return found
 
 
@@ -76,12 +79,15 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
   except (OSError, ValueError, RecursionError) as error:
     reason = ' '.join(str(error).split())[:80]
     raise UserError(
-        f'{path}: the description of the matrix beside it is not readable JSON '
-        f'({reason}); prepare the features again, or remove the file') from None
+      f'{path}: the description of the matrix beside it is not readable JSON '
+      f'({reason}); prepare the features again, or remove the file'
+    ) from None
   if not isinstance(found, dict) or found.get('format') != FORMAT:
     return None
   for key in ('checksum', 'data_fingerprint', 'model'):
     if not isinstance(found.get(key), str):
-      raise UserError(f'{path}: damaged, it has no {key!r}; prepare the '
-                      'features again, or remove the file')
+      raise UserError(
+        f'{path}: damaged, it has no {key!r}; prepare the '
+        'features again, or remove the file'
+      )
   return found

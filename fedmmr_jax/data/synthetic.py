@@ -26,16 +26,16 @@ VISUAL_DIM, TEXT_DIM = 64, 48
 FIRST_DAY, DAY = 946_684_800, 86_400  # 2000-01-01, in seconds since 1970
 SPREAD = 30  # days over which users begin
 MIN_LENGTH, MAX_LENGTH = 15, 60
-DRIFT = 0.25       # probability to leave the current cluster after an item
-CYCLE = 0.8        # probability that it then is the cycle's next cluster
-MAX_TRIES = 20     # draws of seen items after which a user leaves a cluster
-MISSING = 0.1      # share of items without image, and without text
-NOISE = 1.0        # length of the noise relative to the cluster's direction
+DRIFT = 0.25  # probability to leave the current cluster after an item
+CYCLE = 0.8  # probability that it then is the cycle's next cluster
+MAX_TRIES = 20  # draws of seen items after which a user leaves a cluster
+MISSING = 0.1  # share of items without image, and without text
+NOISE = 1.0  # length of the noise relative to the cluster's direction
 
 
-def generate(num_users: int, num_items: int, seed: int,
-             filters: Filters = Filters()
-             ) -> tuple[Selected, dict[str, np.ndarray]]:
+def generate(
+  num_users: int, num_items: int, seed: int, filters: Filters = Filters()
+) -> tuple[Selected, dict[str, np.ndarray]]:
   """Draws a data set.
 
   Args:
@@ -53,16 +53,23 @@ def generate(num_users: int, num_items: int, seed: int,
   cluster = rng.integers(NUM_CLUSTERS, size=num_items + 1)
   popularity = 1.0 / (1 + rng.permutation(num_items + 1)) ** 0.8
   users, items = _walks(
-      rng, num_users, _Clusters.build(cluster[1:], popularity[1:]))
+    rng, num_users, _Clusters.build(cluster[1:], popularity[1:])
+  )
   selected = select(
-      'synthetic', Interactions.of(users, items, _times(users)), filters)
+    'synthetic', Interactions.of(users, items, _times(users)), filters
+  )
   dataset = selected.dataset
-  titles = ('', *(f'item {i} of cluster {cluster[i]}'
-                  for i in dataset.item_ids[1:]))
-  matrices = {'visual': _features(rng, cluster, VISUAL_DIM),
-              'text': _features(rng, cluster, TEXT_DIM)}
+  titles = (
+    '',
+    *(f'item {i} of cluster {cluster[i]}' for i in dataset.item_ids[1:]),
+  )
+  matrices = {
+    'visual': _features(rng, cluster, VISUAL_DIM),
+    'text': _features(rng, cluster, TEXT_DIM),
+  }
   return selected._replace(
-      dataset=dataclasses.replace(dataset, titles=titles)), matrices
+    dataset=dataclasses.replace(dataset, titles=titles)
+  ), matrices
 
 
 def _times(users: np.ndarray) -> np.ndarray:
@@ -89,20 +96,29 @@ class _Clusters(NamedTuple):
   @classmethod
   def build(cls, cluster, popularity) -> '_Clusters':
     order = np.argsort(cluster, kind='stable')
-    return cls(order + 1, np.concatenate([[0], np.cumsum(popularity[order])]),
-               np.searchsorted(cluster[order], np.arange(NUM_CLUSTERS + 1)))
+    return cls(
+      order + 1,
+      np.concatenate([[0], np.cumsum(popularity[order])]),
+      np.searchsorted(cluster[order], np.arange(NUM_CLUSTERS + 1)),
+    )
 
   def draw(self, rng, cluster) -> np.ndarray:
     """An item of each given cluster by popularity; 0 if it is empty."""
     low, high = self.bounds[cluster], self.bounds[cluster + 1]
     start, end = self.popularity[low], self.popularity[high]
-    at = np.searchsorted(
-        self.popularity, start + rng.random(len(cluster)) * (end - start),
-        side='right') - 1
+    at = (
+      np.searchsorted(
+        self.popularity,
+        start + rng.random(len(cluster)) * (end - start),
+        side='right',
+      )
+      - 1
+    )
     # The minimum guards against a draw rounded up to the cluster's end.
     at = np.minimum(at, np.maximum(high - 1, low))
-    return np.where(high > low, self.items[np.minimum(
-        at, len(self.items) - 1)], 0)
+    return np.where(
+      high > low, self.items[np.minimum(at, len(self.items) - 1)], 0
+    )
 
 
 def _walks(rng, num_users, clusters) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +136,8 @@ def _walks(rng, num_users, clusters) -> tuple[np.ndarray, np.ndarray]:
     while waiting.size:
       item = clusters.draw(rng, current[waiting])
       fresh = (item > 0) & ~np.any(
-          walked[waiting, :step] == item[:, None], axis=1)
+        walked[waiting, :step] == item[:, None], axis=1
+      )
       walked[waiting[fresh], step] = item[fresh]
       waiting = waiting[~fresh]
       tries += 1
@@ -128,8 +145,10 @@ def _walks(rng, num_users, clusters) -> tuple[np.ndarray, np.ndarray]:
         current[waiting] = (current[waiting] + 1) % NUM_CLUSTERS
     leaves = rng.random(num_users) < DRIFT
     elsewhere = np.where(
-        rng.random(num_users) < CYCLE, (current + 1) % NUM_CLUSTERS,
-        rng.integers(NUM_CLUSTERS, size=num_users))
+      rng.random(num_users) < CYCLE,
+      (current + 1) % NUM_CLUSTERS,
+      rng.integers(NUM_CLUSTERS, size=num_users),
+    )
     current = np.where(leaves, elsewhere, current)
   taken = np.arange(longest) < length[:, None]
   users = np.repeat(np.arange(1, num_users + 1), length)
@@ -140,7 +159,7 @@ def _features(rng, cluster, width) -> np.ndarray:
   """[items + 1, width] float32 unit rows; zero where missing, and row 0."""
   direction = rng.normal(size=(NUM_CLUSTERS, width))
   direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-  noise = rng.normal(size=(len(cluster), width)) * NOISE / width ** 0.5
+  noise = rng.normal(size=(len(cluster), width)) * NOISE / width**0.5
   rows = direction[cluster] + noise
   rows /= np.linalg.norm(rows, axis=1, keepdims=True)
   rows[rng.random(len(rows)) < MISSING] = 0

@@ -28,7 +28,8 @@ def open_binary(path: pathlib.Path) -> BinaryIO:
 def open_arrow(path: pathlib.Path) -> pa.NativeFile:
   """The uncompressed bytes, for Arrow's readers."""
   return pa.input_stream(
-      str(path), compression='gzip' if is_gzip(path) else None)
+    str(path), compression='gzip' if is_gzip(path) else None
+  )
 
 
 def lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
@@ -46,8 +47,9 @@ def lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 def count_ends(path: pathlib.Path) -> int:
   """Ends of lines, fast."""
   with readable(path), open_binary(path) as file:
-    return sum(chunk.count(b'\n') for chunk in iter(
-        lambda: file.read(1 << 22), b''))
+    return sum(
+      chunk.count(b'\n') for chunk in iter(lambda: file.read(1 << 22), b'')
+    )
 
 
 def head(path: pathlib.Path) -> list[str]:
@@ -58,16 +60,20 @@ def head(path: pathlib.Path) -> list[str]:
   """
   with readable(path), open_binary(path) as file:
     start = file.read(_HEAD)
-  found = [line.decode('utf-8-sig', 'replace')
-           for line in start.splitlines() if line.strip()]
+  found = [
+    line.decode('utf-8-sig', 'replace')
+    for line in start.splitlines()
+    if line.strip()
+  ]
   if not found:
     raise UserError(f'{path}: the file is empty')
   # Cut within a line: what is left of it tells nothing.
   return found[:-1] if len(start) == _HEAD and len(found) > 1 else found
 
 
-def decode(line: bytes, path: pathlib.Path, number: int,
-           encoding: str = 'utf-8') -> str:
+def decode(
+  line: bytes, path: pathlib.Path, number: int, encoding: str = 'utf-8'
+) -> str:
   """A line's text.
 
   Raises:
@@ -78,11 +84,12 @@ def decode(line: bytes, path: pathlib.Path, number: int,
   try:
     return line.decode(encoding)
   except UnicodeDecodeError as error:
-    shown = line[max(error.start - 20, 0):error.end + 20]
+    shown = line[max(error.start - 20, 0) : error.end + 20]
     raise UserError(
-        f'{path}, line {number}: not UTF-8 at '
-        f'{shown.decode("latin-1")!r}; re-encode the file, from latin-1 say '
-        'with iconv -f latin1 -t utf8') from None
+      f'{path}, line {number}: not UTF-8 at '
+      f'{shown.decode("latin-1")!r}; re-encode the file, from latin-1 say '
+      'with iconv -f latin1 -t utf8'
+    ) from None
 
 
 class readable:
@@ -98,9 +105,10 @@ class readable:
     del kind, trace
     if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
       raise UserError(
-          f'{self._path}: the compressed file is cut off or damaged; fetch it '
-          'again') from None
+        f'{self._path}: the compressed file is cut off or damaged; fetch it '
+        'again'
+      ) from None
     if isinstance(error, OSError):
       raise UserError(
-          f'{self._path}: cannot be read '
-          f'({error.strerror or error})') from None
+        f'{self._path}: cannot be read ({error.strerror or error})'
+      ) from None

@@ -42,8 +42,15 @@ FROM_FIRST = (ZEROED, SHUFFLED)  # they need the first variant's states
 SPECIAL = (POPULARITY, LOCAL_ONLY, ZEROED, SHUFFLED)
 HEADLINES = (('sampled', 'HR@10'), ('full', 'NDCG@10'))
 TRAINING_FIGURES = (
-    'rec_loss', 'contrastive_loss', 'w_visual', 'w_semantic', 'hardest_share',
-    'gradient_backbone', 'gradient_visual', 'gradient_semantic')
+  'rec_loss',
+  'contrastive_loss',
+  'w_visual',
+  'w_semantic',
+  'hardest_share',
+  'gradient_backbone',
+  'gradient_visual',
+  'gradient_semantic',
+)
 
 
 class Variant(NamedTuple):
@@ -77,24 +84,30 @@ class Outcome(NamedTuple):
   first_training: dict[str, float | None]
   seconds: float
 
-  def of_each_user(self, protocol: str, metric: str,
-                   split: str = 'test') -> np.ndarray:
+  def of_each_user(
+    self, protocol: str, metric: str, split: str = 'test'
+  ) -> np.ndarray:
     """[users] a metric, mean over the seeds."""
     ranks = getattr(self.ranks[split], protocol)
     return np.mean(
-        [metrics_lib.ranking_of_each(r)[metric] for r in ranks], axis=0)
+      [metrics_lib.ranking_of_each(r)[metric] for r in ranks], axis=0
+    )
 
-  def of_each_seed(self, protocol: str, metric: str,
-                   split: str = 'test') -> list[float]:
+  def of_each_seed(
+    self, protocol: str, metric: str, split: str = 'test'
+  ) -> list[float]:
     """A metric, mean over the users."""
     ranks = getattr(self.ranks[split], protocol)
     return [metrics_lib.ranking(r)[metric] for r in ranks]
 
-  def difference(self, baseline: 'Outcome', protocol: str,
-                 metric: str) -> Difference:
+  def difference(
+    self, baseline: 'Outcome', protocol: str, metric: str
+  ) -> Difference:
     """To another variant, on the test split, paired over users."""
-    return paired_bootstrap(self.of_each_user(protocol, metric),
-                            baseline.of_each_user(protocol, metric))
+    return paired_bootstrap(
+      self.of_each_user(protocol, metric),
+      baseline.of_each_user(protocol, metric),
+    )
 
 
 # Variant -> (protocol, metric) of HEADLINES -> difference to the first variant.
@@ -104,9 +117,13 @@ Differences = dict[str, dict[tuple[str, str], Difference]]
 def differences(outcomes: dict[str, Outcome]) -> Differences:
   """Of every variant to the first one, on the test split."""
   baseline = next(iter(outcomes.values()))
-  return {name: {headline: outcome.difference(baseline, *headline)
-                 for headline in HEADLINES}
-          for name, outcome in outcomes.items()}
+  return {
+    name: {
+      headline: outcome.difference(baseline, *headline)
+      for headline in HEADLINES
+    }
+    for name, outcome in outcomes.items()
+  }
 
 
 def read_variants(path: pathlib.Path) -> list[Variant]:
@@ -131,8 +148,10 @@ def read_variants(path: pathlib.Path) -> list[Variant]:
   if not variants:
     raise UserError(f'{path}: no variant; a line is name: --flag=value …')
   if variants[0].special:
-    raise UserError(f'{path}: the first variant is the baseline, and must be '
-                    f'trained by rounds, not {variants[0].special}')
+    raise UserError(
+      f'{path}: the first variant is the baseline, and must be '
+      f'trained by rounds, not {variants[0].special}'
+    )
   return variants
 
 
@@ -149,17 +168,23 @@ def _parse(line: str, place: str) -> Variant:
       flags[match[1]] = match[2]
     else:
       raise UserError(
-          f'{place}: {word!r} is neither --flag=value nor, in front, one of '
-          + ', '.join(SPECIAL))
+        f'{place}: {word!r} is neither --flag=value nor, in front, one of '
+        + ', '.join(SPECIAL)
+      )
   if flags and special in FROM_FIRST:
-    raise UserError(f'{place}: {special} takes no flags, it is the first '
-                    'variant with other features')
+    raise UserError(
+      f'{place}: {special} takes no flags, it is the first '
+      'variant with other features'
+    )
   return Variant(name.strip(), special, flags)
 
 
-def run_trained(config: RunConfig, loaded: Loaded, seeds: Sequence[int],
-                on_round: Callable[[int, str], None]
-                ) -> tuple[Outcome, list[Simulation], list[FederationState]]:
+def run_trained(
+  config: RunConfig,
+  loaded: Loaded,
+  seeds: Sequence[int],
+  on_round: Callable[[int, str], None],
+) -> tuple[Outcome, list[Simulation], list[FederationState]]:
   """Trains a variant from every seed and tests each at its best round.
 
   Args:
@@ -175,8 +200,11 @@ def run_trained(config: RunConfig, loaded: Loaded, seeds: Sequence[int],
   base = simulation_lib.build(config, loaded.dataset, loaded.cold)
   simulations = [base.with_seed(seed) for seed in seeds]
   size = round_lib.state_bytes(base.abstract_state) * len(seeds)
-  groups = ([simulations] if size <= round_lib.MOST_STATE_BYTES
-            else [[s] for s in simulations])
+  groups = (
+    [simulations]
+    if size <= round_lib.MOST_STATE_BYTES
+    else [[s] for s in simulations]
+  )
   best: list[_Best] = []
   first, last = [], []
   for group in groups:
@@ -186,8 +214,12 @@ def run_trained(config: RunConfig, loaded: Loaded, seeds: Sequence[int],
     last += last_means
   states = [b.state for b in best]
   outcome = Outcome(
-      _rank(simulations, states), [b.round for b in best], _mean(last),
-      _mean(first), time.perf_counter() - started)
+    _rank(simulations, states),
+    [b.round for b in best],
+    _mean(last),
+    _mean(first),
+    time.perf_counter() - started,
+  )
   return outcome, simulations, states
 
 
@@ -199,8 +231,9 @@ class _Best(NamedTuple):
   state: FederationState
 
 
-def run_round(simulations: Sequence[Simulation], states: FederationState,
-              number: int) -> tuple[FederationState, dict[str, Mean]]:
+def run_round(
+  simulations: Sequence[Simulation], states: FederationState, number: int
+) -> tuple[FederationState, dict[str, Mean]]:
   """One round of simulations that differ in their seed, side by side.
 
   Args:
@@ -213,10 +246,12 @@ def run_round(simulations: Sequence[Simulation], states: FederationState,
   """
   base = simulations[0]
   cohorts = np.stack([s.sample_cohort(number) for s in simulations])
-  keys = jnp.stack([round_lib.round_key(s.config.seed, number)
-                    for s in simulations])
+  keys = jnp.stack(
+    [round_lib.round_key(s.config.seed, number) for s in simulations]
+  )
   return round_lib.run_round_of_seeds(
-      base.program, states, cohorts, keys, base.catalogue, base.data)
+    base.program, states, cohorts, keys, base.catalogue, base.data
+  )
 
 
 def _train_group(simulations, on_round):
@@ -230,15 +265,18 @@ def _train_group(simulations, on_round):
   """
   config = simulations[0].config
   states = jax.tree.map(
-      lambda *x: jnp.stack(x), *[s.init_state() for s in simulations])
+    lambda *x: jnp.stack(x), *[s.init_state() for s in simulations]
+  )
   best = [_Best(-1.0, 0, None)] * len(simulations)
   first = None
   for number in range(1, config.server.num_rounds + 1):
     states, means = run_round(simulations, states, number)
     round_lib.check_finite_state(states, number)
     if first is None or number == config.server.num_rounds:
-      last = [metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
-              for i in range(len(simulations))]
+      last = [
+        metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
+        for i in range(len(simulations))
+      ]
       first = first or last
     text = ''
     if training.due(number, config):
@@ -254,9 +292,14 @@ def _train_group(simulations, on_round):
   return best, first, last
 
 
-def run_special(variant: Variant, config: RunConfig, loaded: Loaded,
-                seeds: Sequence[int], simulations: Sequence[Simulation],
-                states: Sequence[FederationState]) -> Outcome:
+def run_special(
+  variant: Variant,
+  config: RunConfig,
+  loaded: Loaded,
+  seeds: Sequence[int],
+  simulations: Sequence[Simulation],
+  states: Sequence[FederationState],
+) -> Outcome:
   """The outcome of a variant that is not trained by rounds.
 
   Args:
@@ -269,17 +312,18 @@ def run_special(variant: Variant, config: RunConfig, loaded: Loaded,
   """
   started = time.perf_counter()
   if variant.special in FROM_FIRST:
-    ranks = _rank([s.with_features(variant.special[1:]) for s in simulations],
-                  states)
+    ranks = _rank(
+      [s.with_features(variant.special[1:]) for s in simulations], states
+    )
   else:
     base = simulation_lib.build(config, loaded.dataset, loaded.cold)
     found = []
     for seed in seeds:
       simulation = base.with_seed(seed)
       if variant.special == POPULARITY:
-        found.append({
-            split: simulation.rank_by_popularity(split)
-            for split in base.splits})
+        found.append(
+          {split: simulation.rank_by_popularity(split) for split in base.splits}
+        )
       else:
         found.append(simulation.rank_local_only(simulation.init_state()))
     ranks = {split: _stacked([f[split] for f in found]) for split in found[0]}
@@ -287,13 +331,19 @@ def run_special(variant: Variant, config: RunConfig, loaded: Loaded,
   return Outcome(ranks, [], nothing, nothing, time.perf_counter() - started)
 
 
-def _rank(simulations: Sequence[Simulation],
-          states: Sequence[FederationState]) -> dict[str, Ranks]:
+def _rank(
+  simulations: Sequence[Simulation], states: Sequence[FederationState]
+) -> dict[str, Ranks]:
   """Split -> ranks of the states, [seeds, users]."""
-  return {split: _stacked([
-      simulation.evaluate(state, split)[1]
-      for simulation, state in zip(simulations, states)])
-          for split in simulations[0].splits}
+  return {
+    split: _stacked(
+      [
+        simulation.evaluate(state, split)[1]
+        for simulation, state in zip(simulations, states)
+      ]
+    )
+    for split in simulations[0].splits
+  }
 
 
 def _stacked(ranks: Sequence[Ranks]) -> Ranks:

@@ -1,19 +1,28 @@
-"""Is there a leak? What a reviewer would ask, answered on the very functions that
-a run uses, not on a description of them.
+"""Is there a leak? What a reviewer would ask, answered on the very functions
+that a run uses, not on a description of them.
 
-| check | how |
-|---|---|
-| training negatives | the sampler draws for every client; its held-out items must come as often as any other unseen item |
-| windows | histories are replaced by their positions: no window may show one behind the training items, every training item but the first is a target once |
-| round | all held-out items are exchanged for others: the sketch is taken anew, and parameters, prototypes and memories after the rounds must not differ in a bit |
-| memory | after the rounds each client remembers training items only |
-| catalogue filter | what negatives avoid, and what a k-core counts, are training items |
-| evaluation negatives | unseen before the target, distinct, candidates |
-| validation candidates | the later, test item is ranked above the validation item: it must count there, and come among the negatives as often as any other |
-| canary | each client alone, from a random model: it cannot learn more than what it consumed, so that far above popularity it knows its target |
+The checks, and how each is made:
 
-The canary sings with `--leaky_negatives`, where held-out items are never drawn as
-negatives: of the unseen items they alone are not pushed down. That is the
+    training negatives: the sampler draws for every client; its held-out items
+      must come as often as any other unseen item
+    windows: histories are replaced by their positions: no window may show one
+      behind the training items, every training item but the first is a target
+      once
+    round: all held-out items are exchanged for others: the sketch is taken
+      anew, and parameters, prototypes and memories after the rounds must not
+      differ in a bit
+    memory: after the rounds each client remembers training items only
+    catalogue filter: what negatives avoid, and what a k-core counts, are
+      training items
+    evaluation negatives: unseen before the target, distinct, candidates
+    validation candidates: the later, test item is ranked above the validation
+      item: it must count there, and come among the negatives as often as any
+      other
+    canary: each client alone, from a random model: it cannot learn more than
+      what it consumed, so that far above popularity it knows its target
+
+The canary sings with `--leaky_negatives`, where held-out items are never drawn
+as negatives: of the unseen items they alone are not pushed down. That is the
 original system's leak.
 """
 
@@ -36,16 +45,26 @@ from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.simulation import Simulation
 from fedmmr_jax.streams import generator, Stream
 
-DRAWS = 10_000     # negatives of a client
-DEVIATIONS = 5     # of a binomial count, before it is no chance
+DRAWS = 10_000  # negatives of a client
+DEVIATIONS = 5  # of a binomial count, before it is no chance
 # A canary whose HR@10 is surely above popularity's by more knows its targets.
 MARGIN = 0.1
 # How the canary trains: long and fast enough to sing.
-CANARY = {'client_optimizer': 'adam', 'client_learning_rate': 1e-2,
-          'client_schedule': 'constant', 'client_warmup_rounds': 0,
-          'max_local_steps': 0, 'local_epochs': 10, 'drift_control': 'none',
-          'proximal_mu': 0.0, 'freeze': '', 'item_embedding': 'id',
-          'experts': 'none', 'memory': 'none', 'global_memory': False}
+CANARY = {
+  'client_optimizer': 'adam',
+  'client_learning_rate': 1e-2,
+  'client_schedule': 'constant',
+  'client_warmup_rounds': 0,
+  'max_local_steps': 0,
+  'local_epochs': 10,
+  'drift_control': 'none',
+  'proximal_mu': 0.0,
+  'freeze': '',
+  'item_embedding': 'id',
+  'experts': 'none',
+  'memory': 'none',
+  'global_memory': False,
+}
 
 
 class Check(NamedTuple):
@@ -69,31 +88,49 @@ def all_checks(simulation: Simulation, rounds: int = 2) -> list[Check]:
     simulation: with popular negatives.
     rounds: of the comparison with other held-out items.
   """
-  return [training_negatives(simulation), training_windows(simulation),
-          *trained_rounds(simulation, rounds), catalogue_filter(simulation),
-          evaluation_negatives(simulation), validation_candidates(simulation)]
+  return [
+    training_negatives(simulation),
+    training_windows(simulation),
+    *trained_rounds(simulation, rounds),
+    catalogue_filter(simulation),
+    evaluation_negatives(simulation),
+    validation_candidates(simulation),
+  ]
 
 
 def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
   """Draws negatives for every client, and counts the held-out items."""
   config = simulation.compiled_config
-  per_draw = max(config.client.num_negatives * (
-      1 if config.client.negatives == 'shared'
-      else windows.targets_of_step(config)), 1)
+  per_draw = max(
+    config.client.num_negatives
+    * (
+      1
+      if config.client.negatives == 'shared'
+      else windows.targets_of_step(config)
+    ),
+    1,
+  )
   num_keys = -(-draws // per_draw)
 
   def count(client):
     view = client_view(simulation.data, client, simulation.max_items)
     position = jnp.arange(len(view.history))
-    held_out = jnp.where((position >= view.num_train) & (
-        position < view.num_items), view.history, 0)
+    held_out = jnp.where(
+      (position >= view.num_train) & (position < view.num_items),
+      view.history,
+      0,
+    )
     # What the client has consumed in training too may not be drawn.
-    consumed = jnp.zeros(simulation.model.num_rows, bool).at[jnp.where(
-        position < view.num_train, view.history, 0)].set(True)
+    consumed = (
+      jnp.zeros(simulation.model.num_rows, bool)
+      .at[jnp.where(position < view.num_train, view.history, 0)]
+      .set(True)
+    )
     wanted = jnp.zeros_like(consumed).at[held_out].set(True) & ~consumed
     wanted = wanted.at[0].set(False)
-    keys = jax.random.split(jax.random.fold_in(
-        jax.random.key(int(Stream.AUDIT)), client), num_keys)
+    keys = jax.random.split(
+      jax.random.fold_in(jax.random.key(int(Stream.AUDIT)), client), num_keys
+    )
 
     def look(key):
       negatives = scoring.draw_negatives(key, view, config)
@@ -104,20 +141,26 @@ def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
     free = view.num_drawable - 1 - jnp.sum(consumed[1:])
     return jnp.sum(drawn), jnp.sum(trained), jnp.sum(wanted) / free
 
-  drawn, trained, share = (np.asarray(x, np.float64) for x in jax.jit(
-      lambda clients: jax.lax.map(count, clients))(
-          jnp.arange(simulation.dataset.num_clients)))
+  drawn, trained, share = (
+    np.asarray(x, np.float64)
+    for x in jax.jit(lambda clients: jax.lax.map(count, clients))(
+      jnp.arange(simulation.dataset.num_clients)
+    )
+  )
   total = num_keys * per_draw
   expected = total * share.sum()
   deviation = np.sqrt(total * (share * (1 - share)).sum())
   return Check(
-      'training negatives',
-      bool(abs(drawn.sum() - expected) <= DEVIATIONS * deviation
-           and trained.sum() == 0),
-      f'of {total:,} draws for each of {len(share):,} clients '
-      f'{drawn.sum():,.0f} are items held out of its training, '
-      f'{expected:,.0f} ± {deviation:,.0f} expected if they are drawn like any '
-      f'unseen item; {trained.sum():,.0f} are training items')
+    'training negatives',
+    bool(
+      abs(drawn.sum() - expected) <= DEVIATIONS * deviation
+      and trained.sum() == 0
+    ),
+    f'of {total:,} draws for each of {len(share):,} clients '
+    f'{drawn.sum():,.0f} are items held out of its training, '
+    f'{expected:,.0f} ± {deviation:,.0f} expected if they are drawn like any '
+    f'unseen item; {trained.sum():,.0f} are training items',
+  )
 
 
 def training_windows(simulation: Simulation) -> Check:
@@ -133,7 +176,8 @@ def training_windows(simulation: Simulation) -> Check:
 
     index = jnp.arange(most)
     batch = windows.cut_windows(
-        view, index, index < own, stride, config.model.max_seq_len)
+      view, index, index < own, stride, config.model.max_seq_len
+    )
     targets = jnp.where(batch.valid, batch.targets, 0)
     latest = jnp.maximum(jnp.max(batch.windows), jnp.max(targets))
     # Of positions 2 to num_train, how often each is a target.
@@ -142,34 +186,52 @@ def training_windows(simulation: Simulation) -> Check:
     expected = (position >= 2) & (position <= view.num_train)
     return latest, jnp.sum(times != expected)
 
-  latest, missing = map(np.asarray, jax.jit(
-      lambda clients: jax.lax.map(look, clients))(
-          jnp.arange(simulation.dataset.num_clients)))
+  latest, missing = map(
+    np.asarray,
+    jax.jit(lambda clients: jax.lax.map(look, clients))(
+      jnp.arange(simulation.dataset.num_clients)
+    ),
+  )
   # The bound is the host's: what the device says of itself proves nothing.
   beyond = latest - simulation.num_train
   return Check(
-      'windows', bool((beyond <= 0).all() and (missing == 0).all()),
-      f'{(beyond > 0).sum()} of {len(beyond):,} clients have a window that '
-      'reaches behind their training items; '
-      f'{(missing != 0).sum()} have a training item that is not a target once')
+    'windows',
+    bool((beyond <= 0).all() and (missing == 0).all()),
+    f'{(beyond > 0).sum()} of {len(beyond):,} clients have a window that '
+    'reaches behind their training items; '
+    f'{(missing != 0).sum()} have a training item that is not a target once',
+  )
 
 
 def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
   """Trains with the held-out items and with others in their place."""
   # Built anew: what the items start from is sketched from histories too.
   other = simulation_lib.build(
-      simulation.config, exchanged(simulation.dataset, simulation.config.seed),
-      simulation.cold)
+    simulation.config,
+    exchanged(simulation.dataset, simulation.config.seed),
+    simulation.cold,
+  )
   states = [_trained(one, rounds) for one in (simulation, other)]
-  own, theirs = (jax.tree.map(np.asarray, jax.device_get(
-      (s.server.params, s.server.prototypes, s.memories))) for s in states)
+  own, theirs = (
+    jax.tree.map(
+      np.asarray,
+      jax.device_get((s.server.params, s.server.prototypes, s.memories)),
+    )
+    for s in states
+  )
   changed = (simulation.dataset.items != other.dataset.items).sum()
-  differing = [jax.tree_util.keystr(path) for (path, a), b in zip(
-      jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(theirs))
-               if not np.array_equal(a, b)]
+  differing = [
+    jax.tree_util.keystr(path)
+    for (path, a), b in zip(
+      jax.tree_util.tree_leaves_with_path(own), jax.tree.leaves(theirs)
+    )
+    if not np.array_equal(a, b)
+  ]
   names = 'parameters, prototypes and memories'
-  checks = [Check(
-      f'{rounds} rounds', not differing,
+  checks = [
+    Check(
+      f'{rounds} rounds',
+      not differing,
       f'with {changed:,} held-out items exchanged for others, {names} are '
       + ('the same in every bit' if not differing else
          f'different in {len(differing)} arrays, {differing[0]} the first'))]
@@ -178,14 +240,23 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
         'memory', True, 'a model without experts keeps none')]
   memories = own[2].item
   foreign = sum(
-      len(np.setdiff1d(memories[k], [0, *simulation.dataset.sequence(k)[
-          :simulation.num_train[k]]]))
-      for k in range(simulation.dataset.num_clients))
-  checks.append(Check(
-      'memory', foreign == 0,
+    len(
+      np.setdiff1d(
+        memories[k],
+        [0, *simulation.dataset.sequence(k)[: simulation.num_train[k]]],
+      )
+    )
+    for k in range(simulation.dataset.num_clients)
+  )
+  checks.append(
+    Check(
+      'memory',
+      foreign == 0,
       f'{(memories > 0).sum():,} entries of '
       f'{(memories > 0).any(axis=1).sum():,} clients, {foreign} of them not '
-      'their training items'))
+      'their training items',
+    )
+  )
   return checks
 
 
@@ -195,12 +266,14 @@ def exchanged(dataset: Dataset, seed: int) -> Dataset:
   rng = generator(seed, Stream.AUDIT)
   items = dataset.items.copy()
   for client in range(dataset.num_clients):
-    start, end = dataset.offsets[client:client + 2]
-    unseen = np.setdiff1d(np.arange(1, dataset.num_rows - dataset.num_cold),
-                          dataset.items[start:end])
+    start, end = dataset.offsets[client : client + 2]
+    unseen = np.setdiff1d(
+      np.arange(1, dataset.num_rows - dataset.num_cold),
+      dataset.items[start:end],
+    )
     first = start + dataset.num_train[client]
     count = min(end - first, len(unseen))
-    items[first:first + count] = rng.choice(unseen, count, replace=False)
+    items[first : first + count] = rng.choice(unseen, count, replace=False)
   return dataclasses.replace(dataset, items=items)
 
 
@@ -210,79 +283,102 @@ def catalogue_filter(simulation: Simulation) -> Check:
   avoided = np.asarray(data.avoided)
   own = np.split(avoided, np.cumsum(np.asarray(data.avoided_length))[:-1])
   foreign = sum(
-      len(np.setxor1d(own[k], dataset.sequence(k)[:simulation.num_train[k]]))
-      for k in range(dataset.num_clients))
+    len(np.setxor1d(own[k], dataset.sequence(k)[: simulation.num_train[k]]))
+    for k in range(dataset.num_clients)
+  )
   counts = popularity.training_counts(dataset)[1:]
   k_core = simulation.config.data.k_core
   # The most active users may have been taken after the core was.
-  rare = (counts[:dataset.num_items - dataset.num_cold] < k_core).sum() if (
-      k_core and not simulation.config.data.top_k_users) else 0
+  rare = (
+    (counts[: dataset.num_items - dataset.num_cold] < k_core).sum()
+    if (k_core and not simulation.config.data.top_k_users)
+    else 0
+  )
   unknown = (counts == 0).sum() - dataset.num_cold
   return Check(
-      'catalogue filter', bool(foreign == 0 and rare == 0),
-      f'{foreign} items are kept from a client\'s negatives without being in '
-      f'its training; {unknown} of {dataset.num_items:,} items are known from '
-      'held-out interactions only, and drawn and ranked like any other'
-      + (f'; {rare} have fewer than --k_core={k_core} training interactions'
-         if k_core else ''))
+    'catalogue filter',
+    bool(foreign == 0 and rare == 0),
+    f"{foreign} items are kept from a client's negatives without being in "
+    f'its training; {unknown} of {dataset.num_items:,} items are known from '
+    'held-out interactions only, and drawn and ranked like any other'
+    + (
+      f'; {rare} have fewer than --k_core={k_core} training interactions'
+      if k_core
+      else ''
+    ),
+  )
 
 
 def evaluation_negatives(simulation: Simulation) -> Check:
   """The frozen draws of both sampled protocols."""
   dataset = simulation.dataset
   seen = repeated = outside = 0
-  for negatives in (simulation.data.sampled_negatives,
-                    simulation.data.popular_negatives):
+  for negatives in (
+    simulation.data.sampled_negatives,
+    simulation.data.popular_negatives,
+  ):
     negatives = np.asarray(negatives)
-    outside += ((negatives < 1) | (
-        negatives >= dataset.num_rows - dataset.num_cold)).sum()
+    outside += (
+      (negatives < 1) | (negatives >= dataset.num_rows - dataset.num_cold)
+    ).sum()
     for client, of_splits in enumerate(negatives):
       for after_train, drawn in enumerate(of_splits):
-        seen += np.isin(
-            drawn, dataset.until_target(client, after_train)).sum()
+        seen += np.isin(drawn, dataset.until_target(client, after_train)).sum()
         repeated += len(drawn) - len(np.unique(drawn))
   number = negatives.shape[-1]
   return Check(
-      'evaluation negatives', not (seen or repeated or outside),
-      f'{number} uniform and {number} by popularity for each target of '
-      f'{dataset.num_clients:,} clients: {seen} consumed by it before, '
-      f'{repeated} drawn twice, {outside} no candidates')
+    'evaluation negatives',
+    not (seen or repeated or outside),
+    f'{number} uniform and {number} by popularity for each target of '
+    f'{dataset.num_clients:,} clients: {seen} consumed by it before, '
+    f'{repeated} drawn twice, {outside} no candidates',
+  )
 
 
 def validation_candidates(simulation: Simulation) -> Check:
   """Ranks each validation item with no score above it but the test item's."""
   dataset, data = simulation.dataset, simulation.data
-  clients = np.array([k for k in range(dataset.num_clients)
-                      if dataset.new_test_item(k).size], int)
+  clients = np.array(
+    [k for k in range(dataset.num_clients) if dataset.new_test_item(k).size],
+    int,
+  )
   if not clients.size:
-    return Check('validation candidates', True,
-                 'nobody has a test item that is new to it')
+    return Check(
+      'validation candidates', True, 'nobody has a test item that is new to it'
+    )
 
   @jax.jit
   def rank(client):
     view = client_view(data, client, simulation.max_items)
-    target, later = (view.history[view.num_train + after_train]
-                     for after_train in ranking.SPLITS.values())
+    target, later = (
+      view.history[view.num_train + after_train]
+      for after_train in ranking.SPLITS.values()
+    )
     scores = jnp.zeros(simulation.model.num_rows)
     scores = scores.at[target].set(1).at[later].set(2)
     return ranking.rank_client(scores, view, view.num_train)
 
   ranks = jax.tree.map(np.asarray, jax.lax.map(rank, clients))
-  consumed = np.array([len(np.unique(dataset.until_target(k, 0)))
-                       for k in clients])
+  consumed = np.array(
+    [len(np.unique(dataset.until_target(k, 0))) for k in clients]
+  )
   share = data.sampled_negatives.shape[-1] / (
-      dataset.num_items - dataset.num_cold - consumed)
+    dataset.num_items - dataset.num_cold - consumed
+  )
   expected, deviation = share.sum(), np.sqrt((share * (1 - share)).sum())
   missing = (ranks.full != 1).sum()
   return Check(
-      'validation candidates',
-      bool(missing == 0
-           and abs(ranks.sampled.sum() - expected) <= DEVIATIONS * deviation),
-      f'of {len(clients):,} clients {missing} have a test item that is no '
-      f'candidate at validation; {ranks.sampled.sum()} have it among the '
-      f'uniform negatives, {expected:.0f} ± {deviation:.0f} expected if it is '
-      f'drawn like any unseen item, {ranks.popular.sum()} among those by '
-      'popularity')
+    'validation candidates',
+    bool(
+      missing == 0
+      and abs(ranks.sampled.sum() - expected) <= DEVIATIONS * deviation
+    ),
+    f'of {len(clients):,} clients {missing} have a test item that is no '
+    f'candidate at validation; {ranks.sampled.sum()} have it among the '
+    f'uniform negatives, {expected:.0f} ± {deviation:.0f} expected if it is '
+    f'drawn like any unseen item, {ranks.popular.sum()} among those by '
+    'popularity',
+  )
 
 
 class Trained(NamedTuple):
@@ -300,35 +396,54 @@ def canary(simulation: Simulation) -> tuple[Check, Trained]:
   The check is about the simulation's own negatives.
   """
   config = RunConfig.from_flat_dict(
-      simulation.config.as_flat_dict() | CANARY).validate()
+    simulation.config.as_flat_dict() | CANARY
+  ).validate()
   found = {}
   for leaky in (False, True):
     alone = _with_leak(simulation, config, leaky)
     found[leaky] = alone.rank_local_only(alone.init_state())['test']
   trained = Trained(simulation.rank_by_popularity('test'), *found.values())
   # What a client has trained on it may know.
-  new = np.array([item not in simulation.dataset.sequence(k)[
-      :simulation.num_train[k]] for k, item in zip(*simulation.targets('test'))])
+  new = np.array(
+    [
+      item not in simulation.dataset.sequence(k)[: simulation.num_train[k]]
+      for k, item in zip(*simulation.targets('test'))
+    ]
+  )
   if not new.any():
-    return Check('canary', True, 'cannot tell: every client has consumed its '
-                 'test item in training too'), trained
-  trained = Trained(*(jax.tree.map(lambda x: np.asarray(x)[new], ranks)
-                      for ranks in trained))
+    return Check(
+      'canary',
+      True,
+      'cannot tell: every client has consumed its test item in training too',
+    ), trained
+  trained = Trained(
+    *(jax.tree.map(lambda x: np.asarray(x)[new], ranks) for ranks in trained)
+  )
   by_popularity, clean, leaky = (hit_rate(ranks) for ranks in trained)
   if by_popularity + MARGIN >= 1:
-    return Check('canary', True, 'cannot tell: HR@10 (sampled) of popularity is '
-                 f'{by_popularity:.3f} already'), trained
-  own = (trained.leaky if simulation.config.client.leaky_negatives
-         else trained.clean)
-  lead = paired_bootstrap(*(
+    return Check(
+      'canary',
+      True,
+      'cannot tell: HR@10 (sampled) of popularity is '
+      f'{by_popularity:.3f} already',
+    ), trained
+  own = (
+    trained.leaky if simulation.config.client.leaky_negatives else trained.clean
+  )
+  lead = paired_bootstrap(
+    *(
       metrics_lib.ranking_of_each(ranks.sampled)['HR@10']
-      for ranks in (own, trained.popularity)))
+      for ranks in (own, trained.popularity)
+    )
+  )
   return Check(
-      'canary', lead.low <= MARGIN,
-      f'HR@10 (sampled) of clients that train alone: {hit_rate(own):.3f}, of '
-      f'popularity {by_popularity:.3f} (difference {lead.low:+.3f} to '
-      f'{lead.high:+.3f}); with leaky negatives {leaky:.3f}, without '
-      f'{clean:.3f}'), trained
+    'canary',
+    lead.low <= MARGIN,
+    f'HR@10 (sampled) of clients that train alone: {hit_rate(own):.3f}, of '
+    f'popularity {by_popularity:.3f} (difference {lead.low:+.3f} to '
+    f'{lead.high:+.3f}); with leaky negatives {leaky:.3f}, without '
+    f'{clean:.3f}',
+  ), trained
 
 
 def federated(simulation: Simulation, rounds: int) -> Trained:
@@ -351,8 +466,10 @@ def _trained(simulation: Simulation, rounds: int) -> FederationState:
   return last.state
 
 
-def _with_leak(simulation: Simulation, config: RunConfig,
-               leaky: bool) -> Simulation:
-  config = dataclasses.replace(config, client=dataclasses.replace(
-      config.client, leaky_negatives=leaky))
+def _with_leak(
+  simulation: Simulation, config: RunConfig, leaky: bool
+) -> Simulation:
+  config = dataclasses.replace(
+    config, client=dataclasses.replace(config.client, leaky_negatives=leaky)
+  )
   return simulation_lib.build(config, simulation.dataset, simulation.cold)

@@ -27,8 +27,9 @@ class Difference(NamedTuple):
     return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(values: np.ndarray, baseline: np.ndarray,
-                     resamples: int = RESAMPLES) -> Difference:
+def paired_bootstrap(
+  values: np.ndarray, baseline: np.ndarray, resamples: int = RESAMPLES
+) -> Difference:
   """Percentile bootstrap over users (Efron 1979; for ranking metrics Sakai
   2006).
 

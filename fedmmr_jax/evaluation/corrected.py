@@ -10,9 +10,9 @@ metric M(r) is estimated by a function f(x) that minimises, r being uniform,
 
 f is the solution of a linear system. It may leave a metric's range for single
 users; what counts is the mean over users, and that stays noisy: for the 1,000
-test items of a MovieLens-1M run whose HR@10 in full is 0.123, the estimate has a
-bias of −0.030 and a standard error of 0.009 with γ = 0.1, −0.011 and 0.017 with
-0.01, −0.004 and 0.027 with 0.001.
+test items of a MovieLens-1M run whose HR@10 in full is 0.123, the estimate has
+a bias of −0.030 and a standard error of 0.009 with γ = 0.1, −0.011 and 0.017
+with 0.01, −0.004 and 0.027 with 0.001.
 """
 
 import functools
@@ -27,9 +27,12 @@ DIGITS = 3
 _BLOCK = 10_000  # ranks at a time: a catalogue of millions must fit too
 
 
-def estimate_of_each(sampled: np.ndarray, candidates: np.ndarray,
-                     num_sampled: int, gamma: float = GAMMA
-                     ) -> dict[str, np.ndarray]:
+def estimate_of_each(
+  sampled: np.ndarray,
+  candidates: np.ndarray,
+  num_sampled: int,
+  gamma: float = GAMMA,
+) -> dict[str, np.ndarray]:
   """Estimates of `metrics.ranking_of_each` of the full ranks, [K] each.
 
   Args:
@@ -44,8 +47,9 @@ def estimate_of_each(sampled: np.ndarray, candidates: np.ndarray,
   for number in np.unique(rounded):
     users = rounded == number
     for name, values in _solution(int(number), num_sampled, gamma).items():
-      result.setdefault(name, np.zeros(len(sampled)))[users] = (
-          values[sampled[users]])
+      result.setdefault(name, np.zeros(len(sampled)))[users] = values[
+        sampled[users]
+      ]
   return result
 
 
@@ -53,13 +57,15 @@ def _round(numbers: np.ndarray) -> np.ndarray:
   """To DIGITS leading digits."""
   numbers = np.asarray(numbers, np.int64)
   step = 10 ** np.maximum(
-      np.floor(np.log10(np.maximum(numbers, 1))).astype(int) + 1 - DIGITS, 0)
+    np.floor(np.log10(np.maximum(numbers, 1))).astype(int) + 1 - DIGITS, 0
+  )
   return (numbers + step // 2) // step * step
 
 
 @functools.lru_cache(maxsize=None)
-def _solution(candidates: int, num_sampled: int, gamma: float
-              ) -> dict[str, np.ndarray]:
+def _solution(
+  candidates: int, num_sampled: int, gamma: float
+) -> dict[str, np.ndarray]:
   """Metric -> f, [n + 1] by the number of sampled ones that are as good."""
   system, right = 0.0, 0.0
   for start in range(0, candidates + 1, _BLOCK):
@@ -67,27 +73,32 @@ def _solution(candidates: int, num_sampled: int, gamma: float
     probability = hypergeometric(ranks, candidates, num_sampled)
     exact = metrics_lib.ranking_of_each(ranks)
     system += (1 - gamma) * probability.T @ probability + gamma * np.diag(
-        probability.sum(axis=0))
+      probability.sum(axis=0)
+    )
     right += probability.T @ np.stack(list(exact.values()), axis=1)
   return dict(zip(exact, np.linalg.solve(system, right).T))
 
 
-def hypergeometric(ranks: np.ndarray, candidates: int,
-                   num_sampled: int) -> np.ndarray:
+def hypergeometric(
+  ranks: np.ndarray, candidates: int, num_sampled: int
+) -> np.ndarray:
   """[m, n + 1] probability of x sampled ones among the r best of N, for some
   r [m]."""
-  logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(
-      1, candidates + 1, dtype=np.float64)))])
+  logs = np.concatenate(
+    [[0.0], np.cumsum(np.log(np.arange(1, candidates + 1, dtype=np.float64)))]
+  )
 
   def log_binomial(top, bottom):
     possible = (bottom >= 0) & (bottom <= top)
     bottom = np.where(possible, bottom, 0)
     return np.where(
-        possible, logs[top] - logs[bottom] - logs[top - bottom], -np.inf)
+      possible, logs[top] - logs[bottom] - logs[top - bottom], -np.inf
+    )
 
   rank = ranks[:, None]
   among = np.arange(num_sampled + 1)
   return np.exp(
-      log_binomial(rank, among)
-      + log_binomial(candidates - rank, num_sampled - among)
-      - log_binomial(np.int64(candidates), np.int64(num_sampled)))
+    log_binomial(rank, among)
+    + log_binomial(candidates - rank, num_sampled - among)
+    - log_binomial(np.int64(candidates), np.int64(num_sampled))
+  )

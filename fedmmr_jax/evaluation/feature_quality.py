@@ -24,16 +24,16 @@ from fedmmr_jax.streams import generator, Stream
 QUINTILES = 5
 SHARES = (0.5, 0.9, 0.99)  # of the variance
 NUM_NEIGHBOURS = 5
-RESAMPLES = 1_000      # of the clients, for the intervals
+RESAMPLES = 1_000  # of the clients, for the intervals
 UNIT_TOLERANCE = 1e-3  # what float16 files round
-BLOCK = 1 << 10        # pairs at a time: their features stay in the caches
+BLOCK = 1 << 10  # pairs at a time: their features stay in the caches
 
 # Thresholds of verdict() and warnings().
-SOME_EFFECT = 0.1    # standard deviations
+SOME_EFFECT = 0.1  # standard deviations
 BEYOND_CHANCE = 2.0  # times `CoConsumption.chance`
-LOW_COVERAGE = 0.8   # of the interactions
-MANY_SHARED = 0.05   # of the covered items
-LARGE_MEAN = 0.5     # of the mean square length
+LOW_COVERAGE = 0.8  # of the interactions
+MANY_SHARED = 0.05  # of the covered items
+LARGE_MEAN = 0.5  # of the mean square length
 
 
 class Coverage(NamedTuple):
@@ -174,8 +174,9 @@ class Quality(NamedTuple):
     return bool((abs(self.norms - 1) < UNIT_TOLERANCE).all())
 
 
-def measure(dataset: Dataset, kind: str, items: np.ndarray,
-            seed: int) -> Quality:
+def measure(
+  dataset: Dataset, kind: str, items: np.ndarray, seed: int
+) -> Quality:
   """Looks at the features of one kind from all sides.
 
   Args:
@@ -189,13 +190,15 @@ def measure(dataset: Dataset, kind: str, items: np.ndarray,
   centred = _centred(features, present)
   unit = _unit(centred)
   return Quality(
-      kind, features.shape[1],
-      coverage(present, popularity.training_counts(dataset)),
-      np.sqrt(np.square(features[present], dtype=np.float64).sum(axis=1)),
-      duplicates(features, present),
-      spectrum(features, centred, present),
-      neighbours(unit, present, items),
-      co_consumption(dataset, unit, present, seed))
+    kind,
+    features.shape[1],
+    coverage(present, popularity.training_counts(dataset)),
+    np.sqrt(np.square(features[present], dtype=np.float64).sum(axis=1)),
+    duplicates(features, present),
+    spectrum(features, centred, present),
+    neighbours(unit, present, items),
+    co_consumption(dataset, unit, present, seed),
+  )
 
 
 def coverage(present: np.ndarray, counts: np.ndarray) -> Coverage:
@@ -209,10 +212,12 @@ def coverage(present: np.ndarray, counts: np.ndarray) -> Coverage:
   fifths = [f for f in np.array_split(by_count, QUINTILES) if len(f)]
   total = max(counts.sum(), 1)
   return Coverage(
-      float(present[1:].mean()), float(counts[present].sum() / total),
-      np.array([len(f) for f in fifths]),
-      np.array([counts[f].sum() / total for f in fifths]),
-      np.array([present[f].mean() for f in fifths]))
+    float(present[1:].mean()),
+    float(counts[present].sum() / total),
+    np.array([len(f) for f in fifths]),
+    np.array([counts[f].sum() / total for f in fifths]),
+    np.array([present[f].mean() for f in fifths]),
+  )
 
 
 def duplicates(features: np.ndarray, present: np.ndarray) -> Duplicates:
@@ -226,15 +231,18 @@ def duplicates(features: np.ndarray, present: np.ndarray) -> Duplicates:
   # As plain bytes, rows sort fast; adding 0 makes a 0 of −0, which differs.
   rows = np.ascontiguousarray(features[items] + 0)
   _, which, count = np.unique(
-      rows.view(f'V{rows.itemsize * rows.shape[1]}')[:, 0],
-      return_inverse=True, return_counts=True)
+    rows.view(f'V{rows.itemsize * rows.shape[1]}')[:, 0],
+    return_inverse=True,
+    return_counts=True,
+  )
   shared = count > 1
   most = items[which == count.argmax()] if shared.any() else items[:0]
   return Duplicates(int(count[shared].sum()), int(shared.sum()), most)
 
 
-def spectrum(features: np.ndarray, centred: np.ndarray,
-             present: np.ndarray) -> Spectrum:
+def spectrum(
+  features: np.ndarray, centred: np.ndarray, present: np.ndarray
+) -> Spectrum:
   """Variance along the principal components, and what the mean is of it all.
 
   Args:
@@ -252,13 +260,16 @@ def spectrum(features: np.ndarray, centred: np.ndarray,
   total = (rows / np.sqrt(square)[:, None]).sum(axis=0)
   rank = np.exp(-(some * np.log(some)).sum()) if len(some) else 0.0
   return Spectrum(
-      explained, float(rank),
-      float(np.square(rows.mean(axis=0)).sum() / square.mean()),
-      float((total @ total - n) / (n * (n - 1))) if n > 1 else 0.0)
+    explained,
+    float(rank),
+    float(np.square(rows.mean(axis=0)).sum() / square.mean()),
+    float((total @ total - n) / (n * (n - 1))) if n > 1 else 0.0,
+  )
 
 
-def neighbours(unit: np.ndarray, present: np.ndarray,
-               items: np.ndarray) -> tuple[Neighbours, ...]:
+def neighbours(
+  unit: np.ndarray, present: np.ndarray, items: np.ndarray
+) -> tuple[Neighbours, ...]:
   """The nearest of each of some items, by cosine.
 
   Args:
@@ -276,8 +287,9 @@ def neighbours(unit: np.ndarray, present: np.ndarray,
   return tuple(found)
 
 
-def co_consumption(dataset: Dataset, unit: np.ndarray, present: np.ndarray,
-                   seed: int) -> CoConsumption | None:
+def co_consumption(
+  dataset: Dataset, unit: np.ndarray, present: np.ndarray, seed: int
+) -> CoConsumption | None:
   """Do items that follow one another lie closer than random pairs?
 
   An item followed by itself is no pair, nor are two with a missing one between.
@@ -300,7 +312,8 @@ def co_consumption(dataset: Dataset, unit: np.ndarray, present: np.ndarray,
   if matched is None or not (differs := matched != first).any():
     return None
   first, second, owner, matched = (
-      a[differs] for a in (first, second, owner, matched))
+    a[differs] for a in (first, second, owner, matched)
+  )
   catalogue = np.flatnonzero(present)
   one = rng.integers(len(catalogue), size=len(first))
   other = one + rng.integers(1, len(catalogue), size=len(first))
@@ -309,16 +322,21 @@ def co_consumption(dataset: Dataset, unit: np.ndarray, present: np.ndarray,
   chance = _chance(first, second, matched, weight)
   consecutive = _cosines(unit, first, second)
   matched = _cosines(unit, first, matched)
-  uniform = _cosines(
-      unit, catalogue[one], catalogue[other % len(catalogue)])
+  uniform = _cosines(unit, catalogue[one], catalogue[other % len(catalogue)])
   return CoConsumption(
-      consecutive, matched, uniform, weight, chance,
-      compare(consecutive, matched, owner),
-      compare(consecutive, uniform, owner))
+    consecutive,
+    matched,
+    uniform,
+    weight,
+    chance,
+    compare(consecutive, matched, owner),
+    compare(consecutive, uniform, owner),
+  )
 
 
-def compare(cosines: np.ndarray, others: np.ndarray,
-            owner: np.ndarray) -> Comparison:
+def compare(
+  cosines: np.ndarray, others: np.ndarray, owner: np.ndarray
+) -> Comparison:
   """Compares pairs, every client counting the same.
 
   Args:
@@ -328,15 +346,21 @@ def compare(cosines: np.ndarray, others: np.ndarray,
   """
   count, weight = np.bincount(owner), _weight(owner)
   of_client, others_of_client = (
-      np.bincount(owner, weights=values) / count for values in
-      (cosines, others))
+    np.bincount(owner, weights=values) / count for values in (cosines, others)
+  )
   difference = bootstrap.paired_bootstrap(
-      of_client, others_of_client, RESAMPLES)
+    of_client, others_of_client, RESAMPLES
+  )
   mean = float(others_of_client.mean())
   std = float(np.sqrt(weight @ np.square(others - mean)))
   return Comparison(
-      float(of_client.mean()), mean, std, difference,
-      difference.mean / std if std else 0.0, _auc(cosines, others, weight))
+    float(of_client.mean()),
+    mean,
+    std,
+    difference,
+    difference.mean / std if std else 0.0,
+    _auc(cosines, others, weight),
+  )
 
 
 def verdict(quality: Quality) -> str:
@@ -348,42 +372,57 @@ def verdict(quality: Quality) -> str:
   (With MovieLens-1M's rows mixed up 24 times, 8 intervals excluded 0; no effect
   reached 0.01.)
   """
-  start = (f'{quality.kind}: covers {quality.coverage.interactions:.1%} of the '
-           'training interactions; consecutive items are ')
+  start = (
+    f'{quality.kind}: covers {quality.coverage.interactions:.1%} of the '
+    'training interactions; consecutive items are '
+  )
   pairs = quality.co_consumption
   if pairs is None:
     return start + 'too few to judge it by'
   found = pairs.to_matched
   size = f'({abs(found.effect):.2f} sd, AUC {found.auc:.2f})'
   beyond_chance = abs(found.effect) >= BEYOND_CHANCE * pairs.chance
-  if found.difference.is_clear and beyond_chance and (
-      abs(found.effect) >= SOME_EFFECT):
+  if (
+    found.difference.is_clear
+    and beyond_chance
+    and (abs(found.effect) >= SOME_EFFECT)
+  ):
     distance = f'{abs(found.difference.mean):.3f} {size}'
     return start + (
-        f'closer than random pairs by {distance}: it carries something about '
-        'taste' if found.difference.mean > 0 else
-        f'farther apart than random pairs by {distance}: clients move on to '
-        'unlike items, or its rows belong to others')
+      f'closer than random pairs by {distance}: it carries something about '
+      'taste'
+      if found.difference.mean > 0
+      else f'farther apart than random pairs by {distance}: clients move on to '
+      'unlike items, or its rows belong to others'
+    )
   if BEYOND_CHANCE * pairs.chance > SOME_EFFECT:
     return f'{start}too few to tell them from random pairs {size}'
-  return (f'{start}no closer than random pairs {size}: expect training to '
-          'learn nothing from it')
+  return (
+    f'{start}no closer than random pairs {size}: expect training to '
+    'learn nothing from it'
+  )
 
 
 def warnings(quality: Quality) -> list[str]:
   """What else looks wrong, a line each; mostly none."""
   lines, covered = [], len(quality.norms)
   if quality.coverage.interactions < LOW_COVERAGE:
-    lines.append(f'{quality.kind}: '
-                 f'{1 - quality.coverage.interactions:.0%} of the training '
-                 'interactions are with items that lack it')
+    lines.append(
+      f'{quality.kind}: '
+      f'{1 - quality.coverage.interactions:.0%} of the training '
+      'interactions are with items that lack it'
+    )
   if quality.duplicates.items > MANY_SHARED * covered:
-    lines.append(f'{quality.kind}: {quality.duplicates.items} of {covered} '
-                 'items share their row with another; placeholders?')
+    lines.append(
+      f'{quality.kind}: {quality.duplicates.items} of {covered} '
+      'items share their row with another; placeholders?'
+    )
   if quality.spectrum.mean_share > LARGE_MEAN:
-    lines.append(f'{quality.kind}: {quality.spectrum.mean_share:.0%} of the '
-                 'square length is the same for all items; '
-                 '--feature_scaling=centred takes it away')
+    lines.append(
+      f'{quality.kind}: {quality.spectrum.mean_share:.0%} of the '
+      'square length is the same for all items; '
+      '--feature_scaling=centred takes it away'
+    )
   return lines
 
 
@@ -409,9 +448,11 @@ def find_items(dataset: Dataset, text: str) -> np.ndarray:
     row = _find(dataset, name)
     if not row:
       what = 'id or title' if any(dataset.titles) else 'id (it has no titles)'
-      raise UserError(f'--items: {dataset.name} has no item with the {what} '
-                      f'{name!r}, or a filter leaves it out; put ; between '
-                      'names')
+      raise UserError(
+        f'--items: {dataset.name} has no item with the {what} '
+        f'{name!r}, or a filter leaves it out; put ; between '
+        'names'
+      )
     rows.append(row)
   return np.array(list(dict.fromkeys(rows)), np.int64)
 
@@ -424,8 +465,9 @@ def most_consumed(dataset: Dataset, count: int) -> np.ndarray:
 
 def title_of(dataset: Dataset, row: int) -> str:
   """An item's title, or its id where it has none."""
-  return (dataset.titles[row] if dataset.titles else ''
-          ) or str(dataset.item_ids[row])
+  return (dataset.titles[row] if dataset.titles else '') or str(
+    dataset.item_ids[row]
+  )
 
 
 def _find(dataset, name) -> int:
@@ -437,8 +479,9 @@ def _find(dataset, name) -> int:
     return int(by_id[0]) + 1
   name = name.casefold()
   titles = [title.casefold() for title in dataset.titles]
-  rows = ([row for row, title in enumerate(titles) if title == name]
-          or [row for row, title in enumerate(titles) if name in title])
+  rows = [row for row, title in enumerate(titles) if title == name] or [
+    row for row, title in enumerate(titles) if name in title
+  ]
   counts = popularity.training_counts(dataset)
   return max(rows, key=lambda row: counts[row], default=0)
 
@@ -462,8 +505,12 @@ def _consecutive(items, client, present):
   """(first, second, owner) [n]: pairs of different items that have the
   feature, one behind the other at the same client."""
   first, second = items[:-1], items[1:]
-  pair = ((client[:-1] == client[1:]) & (first != second)
-          & present[first] & present[second])
+  pair = (
+    (client[:-1] == client[1:])
+    & (first != second)
+    & present[first]
+    & present[second]
+  )
   return first[pair], second[pair], client[:-1][pair]
 
 
@@ -502,8 +549,9 @@ def _chance(first, second, matched, weight) -> float:
   """
   pairs = np.stack([np.tile(first, 2), np.concatenate([second, matched])])
   _, which = np.unique(
-      pairs.min(axis=0) * (int(pairs.max()) + 1) + pairs.max(axis=0),
-      return_inverse=True)
+    pairs.min(axis=0) * (int(pairs.max()) + 1) + pairs.max(axis=0),
+    return_inverse=True,
+  )
   net = np.bincount(which, weights=np.concatenate([weight, -weight]))
   return float(np.linalg.norm(net))
 
@@ -521,6 +569,8 @@ def _auc(values, others, weight) -> float:
   """P(value > other) + ½ P(value = other), pairs weighted alike in both."""
   order = np.argsort(others)
   below = np.concatenate([[0], weight[order].cumsum()])
-  less, at_most = (below[np.searchsorted(others[order], values, side)]
-                   for side in ('left', 'right'))
+  less, at_most = (
+    below[np.searchsorted(others[order], values, side)]
+    for side in ('left', 'right')
+  )
   return float(weight @ (less + at_most) / 2)

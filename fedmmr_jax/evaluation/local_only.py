@@ -21,9 +21,15 @@ from fedmmr_jax.federation.server import ServerState
 from fedmmr_jax.models.feddmmr import Catalogue
 
 
-def rank_all(program: RoundProgram, server: ServerState, clients: np.ndarray,
-             key: jax.Array, splits: jax.Array, catalogue: Catalogue,
-             data: FederatedData) -> Ranks:
+def rank_all(
+  program: RoundProgram,
+  server: ServerState,
+  clients: np.ndarray,
+  key: jax.Array,
+  splits: np.ndarray,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> Ranks:
   """Trains each client alone for `local_epochs` and ranks its targets.
 
   Args:
@@ -39,15 +45,28 @@ def rank_all(program: RoundProgram, server: ServerState, clients: np.ndarray,
     Ranks with axes [G, C, n], on the host.
   """
   results = devices.run(
-      rank_shard, (program,), devices.deal(clients), server,
-      key, splits, catalogue, data)
+    rank_shard,
+    (program,),
+    devices.deal(clients),
+    server,
+    key,
+    splits,
+    catalogue,
+    data,
+  )
   return devices.undealt([each for _, each in results], len(clients))
 
 
 @partial(devices.jit, static_argnames='program')
-def rank_shard(program: RoundProgram, chunks: jax.Array, server: ServerState,
-               key: jax.Array, splits: jax.Array, catalogue: Catalogue,
-               data: FederatedData) -> tuple[None, Ranks]:
+def rank_shard(
+  program: RoundProgram,
+  chunks: jax.Array,
+  server: ServerState,
+  key: jax.Array,
+  splits: jax.Array,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> tuple[None, Ranks]:
   """(None, the ranks [g, C, n] of some chunks' clients)."""
   model, config = program.client.model, program.config
   broadcast = server.broadcast(catalogue, config)
@@ -55,17 +74,28 @@ def rank_shard(program: RoundProgram, chunks: jax.Array, server: ServerState,
 
   def rank_one(client, view, max_steps):
     update = client_lib.local_update(
-        program.client, broadcast, view, empty, None,
-        jax.random.fold_in(key, client), max_steps)
+      program.client,
+      broadcast,
+      view,
+      empty,
+      None,
+      jax.random.fold_in(key, client),
+      max_steps,
+    )
     ids = update.vocabulary.ids
     trained = jax.tree.map(
-        jnp.add, vocabulary.take(broadcast.params, ids), update.delta)
-    own = broadcast._replace(params=vocabulary.put(
-        broadcast.params, ids, update.vocabulary.is_first, trained))
+      jnp.add, vocabulary.take(broadcast.params, ids), update.delta
+    )
+    own = broadcast._replace(
+      params=vocabulary.put(
+        broadcast.params, ids, update.vocabulary.is_first, trained
+      )
+    )
 
     return jax.lax.map(
-        partial(ranking.rank_target, model, config, own, view,
-                update.memory), splits)
+      partial(ranking.rank_target, model, config, own, view, update.memory),
+      splits,
+    )
 
   def rank_chunk(chunk):
     views, max_steps = round_lib.chunk_views(program, data, chunk)

@@ -15,11 +15,17 @@ from fedmmr_jax.evaluation.ranking import Ranks
 def training_counts(dataset: Dataset) -> np.ndarray:
   """[V] int: training interactions with each item."""
   return np.bincount(
-      dataset.items[dataset.is_train], minlength=dataset.num_rows)
+    dataset.items[dataset.is_train], minlength=dataset.num_rows
+  )
 
 
-def rank(counts: np.ndarray, data: FederatedData, clients: np.ndarray,
-         split: str, max_items: int) -> Ranks:
+def rank(
+  counts: np.ndarray,
+  data: FederatedData,
+  clients: np.ndarray,
+  split: str,
+  max_items: int,
+) -> Ranks:
   """Ranks of the clients' targets, [n] on the host.
 
   Args:
@@ -29,8 +35,13 @@ def rank(counts: np.ndarray, data: FederatedData, clients: np.ndarray,
     split: a key of `ranking.SPLITS`.
     max_items: H, the longest client's number of interactions.
   """
-  ranks = _rank(jnp.asarray(counts, jnp.float32), data, clients,
-                ranking.SPLITS[split], max_items)
+  ranks = _rank(
+    jnp.asarray(counts, jnp.float32),
+    data,
+    clients,
+    ranking.SPLITS[split],
+    max_items,
+  )
   return jax.tree.map(np.asarray, ranks)
 
 
@@ -39,4 +50,5 @@ def _rank(scores, data, clients, after_train, max_items) -> Ranks:
   def rank_one(client):
     view = client_view(data, client, max_items)
     return ranking.rank_client(scores, view, view.num_train + after_train)
+
   return jax.lax.map(rank_one, clients)

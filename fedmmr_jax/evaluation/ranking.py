@@ -5,7 +5,7 @@ would read as rank 0, a perfect hit: it is counted and raised instead.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,26 +46,38 @@ class Ranks(NamedTuple):
   full: jax.Array
   sampled: jax.Array
   bad_scores: jax.Array
-  popular: jax.Array = 0
+  popular: jax.Array | int = 0
 
 
-def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
-                    window: jax.Array, memory: Memory | None,
-                    earlier: jax.Array | None = None) -> jax.Array:
+def score_catalogue(
+  model: FedDMMR,
+  config: RunConfig,
+  broadcast: Broadcast,
+  window: jax.Array,
+  memory: Memory | None,
+  earlier: jax.Array | None = None,
+) -> jax.Array:
   """[V] scores of all items for one client's window [L], the `earlier` items
   of which ([H] int32, 0 = none) make its profile.
 
   The catalogue goes by in blocks, so that what lies between an item and its
   score never exists for all items at once.
   """
-  apply = partial(model.apply, {'params': broadcast.params})
+  apply: Callable[..., Any] = partial(model.apply, {'params': broadcast.params})
   profile = None
   if config.model.profile != 'none' and earlier is not None:
     profile = profile_lib.mean(
-        model, broadcast.params, earlier, broadcast.catalogue)
-  state = last(apply(
-      window, broadcast.catalogue, last_only=True, profile=profile,
-      method='encode'))
+      model, broadcast.params, earlier, broadcast.catalogue
+    )
+  state = last(
+    apply(
+      window,
+      broadcast.catalogue,
+      last_only=True,
+      profile=profile,
+      method='encode',
+    )
+  )
   view = client_lib.memory_view(memory, broadcast, config)
   num_blocks = -(-model.num_rows // config.evaluation.items_per_eval_block)
   block_size = -(-model.num_rows // num_blocks)  # equal, but for the last
@@ -77,13 +89,18 @@ def score_catalogue(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
     return model.score(state, candidates)
 
   scores = jax.lax.map(score_block, jnp.arange(num_blocks))
-  return scores.reshape(-1)[:model.num_rows]
+  return scores.reshape(-1)[: model.num_rows]
 
 
 @partial(devices.jit, static_argnames=('model', 'config'))
-def score_client(model: FedDMMR, config: RunConfig, server: ServerState,
-                 history: jax.Array, memory: Memory | None,
-                 catalogue: Catalogue) -> jax.Array:
+def score_client(
+  model: FedDMMR,
+  config: RunConfig,
+  server: ServerState,
+  history: jax.Array,
+  memory: Memory | None,
+  catalogue: Catalogue,
+) -> jax.Array:
   """[V] scores of all items for one client, asked after its last item.
 
   Args:
@@ -96,12 +113,18 @@ def score_client(model: FedDMMR, config: RunConfig, server: ServerState,
   """
   length = config.model.max_seq_len
   return score_catalogue(
-      model, config, server.broadcast(catalogue, config), history[-length:],
-      memory, history[:-length])
+    model,
+    config,
+    server.broadcast(catalogue, config),
+    history[-length:],
+    memory,
+    history[:-length],
+  )
 
 
-def rank_client(scores: jax.Array, client: ClientData,
-                target_at: jax.Array) -> Ranks:
+def rank_client(
+  scores: jax.Array, client: ClientData, target_at: jax.Array
+) -> Ranks:
   """Ranks one client's target.
 
   Args:
@@ -113,8 +136,9 @@ def rank_client(scores: jax.Array, client: ClientData,
   """
   target = client.history[target_at]
   at_least = scores >= scores[target]
-  consumed = jnp.where(jnp.arange(len(client.history)) <= target_at,
-                       client.history, 0)
+  consumed = jnp.where(
+    jnp.arange(len(client.history)) <= target_at, client.history, 0
+  )
   unconsumed = jnp.ones(scores.shape, bool).at[consumed].set(False)
   # Row 0 is no item.
   unconsumed = unconsumed.at[0].set(False)
@@ -122,32 +146,51 @@ def rank_client(scores: jax.Array, client: ClientData,
   unconsumed &= jnp.arange(len(scores)) < client.num_drawable
   split = target_at - client.num_train
   return Ranks(
-      full=jnp.sum(at_least & unconsumed),
-      sampled=jnp.sum(at_least[client.sampled_negatives[split]]),
-      bad_scores=jnp.sum(~jnp.isfinite(scores)),
-      popular=jnp.sum(at_least[client.popular_negatives[split]]))
+    full=jnp.sum(at_least & unconsumed),
+    sampled=jnp.sum(at_least[client.sampled_negatives[split]]),
+    bad_scores=jnp.sum(~jnp.isfinite(scores)),
+    popular=jnp.sum(at_least[client.popular_negatives[split]]),
+  )
 
 
-def rank_target(model: FedDMMR, config: RunConfig, broadcast: Broadcast,
-                client: ClientData, memory: Memory | None,
-                after_train: jax.Array) -> Ranks:
+def rank_target(
+  model: FedDMMR,
+  config: RunConfig,
+  broadcast: Broadcast,
+  client: ClientData,
+  memory: Memory | None,
+  after_train: jax.Array,
+) -> Ranks:
   """Ranks one client's target, `after_train` [] int32 items after its training
   ones, with the parameters of `broadcast` and its memory."""
   target_at = client.num_train + after_train
   position = target_at + jnp.arange(-config.model.max_seq_len, 0)
   window = jnp.where(position >= 0, client.history[position], 0)
-  before_window = (jnp.arange(len(client.history))
-                   < target_at - config.model.max_seq_len)
+  before_window = (
+    jnp.arange(len(client.history)) < target_at - config.model.max_seq_len
+  )
   scores = score_catalogue(
-      model, config, broadcast, window, memory,
-      jnp.where(before_window, client.history, 0))
+    model,
+    config,
+    broadcast,
+    window,
+    memory,
+    jnp.where(before_window, client.history, 0),
+  )
   return rank_client(scores, client, target_at)
 
 
-def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
-             server: ServerState, memories: Memory | None, clients: np.ndarray,
-             after_train: int, catalogue: Catalogue,
-             data: FederatedData) -> Ranks:
+def rank_all(
+  model: FedDMMR,
+  config: RunConfig,
+  max_items: int,
+  server: ServerState,
+  memories: Memory | None,
+  clients: np.ndarray,
+  after_train: int,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> Ranks:
   """Ranks the targets of many clients, each with its own memory.
 
   Args:
@@ -165,27 +208,41 @@ def rank_all(model: FedDMMR, config: RunConfig, max_items: int,
     Ranks with axes [G, C], on the host.
   """
   results = devices.run(
-      rank_shard, (model, config, max_items), devices.deal(clients), server,
-      memories, jnp.int32(after_train), catalogue, data)
+    rank_shard,
+    (model, config, max_items),
+    devices.deal(clients),
+    server,
+    memories,
+    jnp.int32(after_train),
+    catalogue,
+    data,
+  )
   return devices.undealt([each for _, each in results], len(clients))
 
 
 @partial(devices.jit, static_argnames=('model', 'config', 'max_items'))
-def rank_shard(model: FedDMMR, config: RunConfig, max_items: int,
-               chunks: jax.Array, server: ServerState, memories: Memory | None,
-               after_train: jax.Array, catalogue: Catalogue,
-               data: FederatedData) -> tuple[None, Ranks]:
+def rank_shard(
+  model: FedDMMR,
+  config: RunConfig,
+  max_items: int,
+  chunks: jax.Array,
+  server: ServerState,
+  memories: Memory | None,
+  after_train: jax.Array,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> tuple[None, Ranks]:
   """(None, the ranks [g, C] of some chunks' clients)."""
   broadcast = server.broadcast(catalogue, config)
 
   def rank_one(index, memory):
     client = client_view(data, index, max_items)
-    return rank_target(
-        model, config, broadcast, client, memory, after_train)
+    return rank_target(model, config, broadcast, client, memory, after_train)
 
   return None, jax.lax.map(
-      lambda chunk: jax.vmap(rank_one)(
-          chunk, memory_lib.fetch(memories, chunk)), chunks)
+    lambda chunk: jax.vmap(rank_one)(chunk, memory_lib.fetch(memories, chunk)),
+    chunks,
+  )
 
 
 def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
@@ -198,11 +255,18 @@ def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
   return np.sort(chosen)
 
 
-def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
-             server: ServerState, memories: Memory | None, split: str,
-             clients: np.ndarray, clients_per_chunk: int,
-             catalogue: Catalogue, data: FederatedData
-             ) -> tuple[dict[str, dict[str, float]], Ranks]:
+def evaluate(
+  model: FedDMMR,
+  config: RunConfig,
+  max_items: int,
+  server: ServerState,
+  memories: Memory | None,
+  split: str,
+  clients: np.ndarray,
+  clients_per_chunk: int,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> tuple[dict[str, dict[str, float]], Ranks]:
   """Metrics of one split under both protocols.
 
   Args:
@@ -218,9 +282,18 @@ def evaluate(model: FedDMMR, config: RunConfig, max_items: int,
     UserError: a score is NaN or infinite.
   """
   chunks = round_lib.in_chunks(clients, clients_per_chunk)
-  ranks = rank_all(model, config, max_items, server, memories, chunks,
-                   SPLITS[split], catalogue, data)
-  ranks = jax.tree.map(lambda x: x.reshape(-1)[:len(clients)], ranks)
+  ranks = rank_all(
+    model,
+    config,
+    max_items,
+    server,
+    memories,
+    chunks,
+    SPLITS[split],
+    catalogue,
+    data,
+  )
+  ranks = jax.tree.map(lambda x: x.reshape(-1)[: len(clients)], ranks)
   check_finite(ranks, split)
   return metrics_of(ranks), ranks
 
@@ -230,12 +303,15 @@ def check_finite(ranks: Ranks, split: str) -> None:
   bad = np.flatnonzero(ranks.bad_scores)
   if bad.size:
     raise UserError(
-        f'{split}: {bad.size} of {len(ranks.bad_scores)} clients have scores '
-        'that are NaN or infinite, the training diverged; lower '
-        '--client_learning_rate or --server_learning_rate')
+      f'{split}: {bad.size} of {len(ranks.bad_scores)} clients have scores '
+      'that are NaN or infinite, the training diverged; lower '
+      '--client_learning_rate or --server_learning_rate'
+    )
 
 
 def metrics_of(ranks: Ranks) -> dict[str, dict[str, float]]:
   """{'sampled': {'HR@10': …}, 'full': {…}} of ranks [n]."""
-  return {'sampled': metrics_lib.ranking(ranks.sampled),
-          'full': metrics_lib.ranking(ranks.full)}
+  return {
+    'sampled': metrics_lib.ranking(ranks.sampled),
+    'full': metrics_lib.ranking(ranks.full),
+  }

@@ -61,30 +61,40 @@ class UserResults(NamedTuple):
 
   def where(self, chosen: np.ndarray) -> 'UserResults':
     """Those of some of the users."""
-    return UserResults(*(
-        x if np.ndim(x) == 0 else x[chosen] for x in self))
+    return UserResults(*(x if np.ndim(x) == 0 else x[chosen] for x in self))
 
-  def of_each(self, naming: Callable[..., dict] = metrics.ranking_of_each
-              ) -> Metrics:
+  def of_each(
+    self, naming: Callable[..., dict] = metrics.ranking_of_each
+  ) -> Metrics:
     """Protocol -> metric -> [n] values, 'corrected' under the usual names
     only."""
-    found = {protocol: naming(ranks) for protocol, ranks in zip(
-        PROTOCOLS, (self.full, self.sampled, self.popular))}
+    found = {
+      protocol: naming(ranks)
+      for protocol, ranks in zip(
+        PROTOCOLS, (self.full, self.sampled, self.popular)
+      )
+    }
     if naming is metrics.ranking_of_each:
       found['corrected'] = corrected.estimate_of_each(
-          self.sampled, self.candidates, self.num_sampled)
+        self.sampled, self.candidates, self.num_sampled
+      )
     return found
 
-  def means(self, naming: Callable[..., dict] = metrics.ranking_of_each
-            ) -> Means:
+  def means(
+    self, naming: Callable[..., dict] = metrics.ranking_of_each
+  ) -> Means:
     """Protocol -> metric -> mean over the users."""
-    return {protocol: {name: float(np.mean(values))
-                       for name, values in by_metric.items()}
-            for protocol, by_metric in self.of_each(naming).items()}
+    return {
+      protocol: {
+        name: float(np.mean(values)) for name, values in by_metric.items()
+      }
+      for protocol, by_metric in self.of_each(naming).items()
+    }
 
 
-def evaluate(simulation: Simulation, state: FederationState,
-             split: str) -> UserResults:
+def evaluate(
+  simulation: Simulation, state: FederationState, split: str
+) -> UserResults:
   """Ranks the targets of a split under all protocols, in one pass.
 
   Args:
@@ -106,15 +116,21 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
   clients, targets = simulation.targets(split)
   dataset = simulation.ranked_dataset(split)
   after_train = SPLITS['val' if split == 'val' else 'test']
-  consumed = np.array([
-      len(np.unique(dataset.until_target(k, after_train))) for k in clients])
+  consumed = np.array(
+    [len(np.unique(dataset.until_target(k, after_train))) for k in clients]
+  )
   counts = popularity.training_counts(simulation.dataset)
   return UserResults(
-      dataset.user_ids[clients], dataset.item_ids[targets],
-      simulation.num_train[clients], counts[targets],
-      dataset.num_items - dataset.num_cold - consumed,
-      simulation.data.sampled_negatives.shape[-1],
-      ranks.full, ranks.sampled, ranks.popular)
+    dataset.user_ids[clients],
+    dataset.item_ids[targets],
+    simulation.num_train[clients],
+    counts[targets],
+    dataset.num_items - dataset.num_cold - consumed,
+    simulation.data.sampled_negatives.shape[-1],
+    ranks.full,
+    ranks.sampled,
+    ranks.popular,
+  )
 
 
 def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
@@ -125,25 +141,38 @@ def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
   """
   lengths = _parts(results.num_train, 4)
   trained = results.target_popularity > 0
-  popular = {f'{name}: {label}': trained & chosen for name, (
-      label, chosen) in zip(('tail', 'middle', 'head'), _parts(
-          results.target_popularity, 3, among=trained))}
+  popular = {
+    f'{name}: {label}': trained & chosen
+    for name, (label, chosen) in zip(
+      ('tail', 'middle', 'head'),
+      _parts(results.target_popularity, 3, among=trained),
+    )
+  }
   popular['new: 0'] = ~trained
-  found = {'training items of the user': dict(lengths),
-           'training interactions with the target': popular}
-  return {title: {label: results.where(chosen)
-                  for label, chosen in parts.items() if chosen.any()}
-          for title, parts in found.items()}
+  found = {
+    'training items of the user': dict(lengths),
+    'training interactions with the target': popular,
+  }
+  return {
+    title: {
+      label: results.where(chosen)
+      for label, chosen in parts.items()
+      if chosen.any()
+    }
+    for title, parts in found.items()
+  }
 
 
-def _parts(values: np.ndarray, count: int,
-           among: np.ndarray | None = None) -> list[tuple[str, np.ndarray]]:
+def _parts(
+  values: np.ndarray, count: int, among: np.ndarray | None = None
+) -> list[tuple[str, np.ndarray]]:
   """(bounds, [n] bool) of parts of equal size, as far as ties allow it."""
   among = np.ones(len(values), bool) if among is None else among
   if not among.any():
     return []
-  edges = np.unique(np.quantile(
-      values[among], np.arange(1, count) / count, method='lower'))
+  edges = np.unique(
+    np.quantile(values[among], np.arange(1, count) / count, method='lower')
+  )
   part = np.searchsorted(edges, values, side='left')
   found = []
   for number in range(len(edges) + 1):
@@ -154,25 +183,33 @@ def _parts(values: np.ndarray, count: int,
   return found
 
 
-def difference(results: UserResults, other: UserResults,
-               naming: Callable[..., dict] = metrics.ranking_of_each
-               ) -> dict[str, dict[str, Difference]]:
+def difference(
+  results: UserResults,
+  other: UserResults,
+  naming: Callable[..., dict] = metrics.ranking_of_each,
+) -> dict[str, dict[str, Difference]]:
   """Protocol -> metric -> this minus the other, paired over users.
 
   Raises:
     UserError: they do not rank the same targets of the same users.
   """
-  if not (np.array_equal(results.users, other.users)
-          and np.array_equal(results.targets, other.targets)):
+  if not (
+    np.array_equal(results.users, other.users)
+    and np.array_equal(results.targets, other.targets)
+  ):
     raise UserError(
-        'the two runs do not rank the same targets of the same users, so that '
-        'they cannot be paired; compare runs on the same data, with the same '
-        '--top_k_users, filters and split')
+      'the two runs do not rank the same targets of the same users, so that '
+      'they cannot be paired; compare runs on the same data, with the same '
+      '--top_k_users, filters and split'
+    )
   mine, theirs = results.of_each(naming), other.of_each(naming)
-  return {protocol: {
+  return {
+    protocol: {
       metric: bootstrap.paired_bootstrap(values, theirs[protocol][metric])
-      for metric, values in by_metric.items()}
-          for protocol, by_metric in mine.items()}
+      for metric, values in by_metric.items()
+    }
+    for protocol, by_metric in mine.items()
+  }
 
 
 def check_path(path: str) -> None:
@@ -191,16 +228,26 @@ def write(results: UserResults, path: pathlib.Path) -> None:
     UserError: another ending.
   """
   check_path(str(path))
-  table = pa.table({
-      'user': results.users, 'target': results.targets,
+  table = pa.table(
+    {
+      'user': results.users,
+      'target': results.targets,
       'num_train': results.num_train,
       'target_popularity': results.target_popularity,
       'candidates': results.candidates,
-      **{f'rank_{name}': 1 + ranks for name, ranks in zip(
-          PROTOCOLS, (results.full, results.sampled, results.popular))},
-      **{f'{protocol}/{metric}': values
-         for protocol, by_metric in results.of_each().items()
-         for metric, values in by_metric.items()}})
+      **{
+        f'rank_{name}': 1 + ranks
+        for name, ranks in zip(
+          PROTOCOLS, (results.full, results.sampled, results.popular)
+        )
+      },
+      **{
+        f'{protocol}/{metric}': values
+        for protocol, by_metric in results.of_each().items()
+        for metric, values in by_metric.items()
+      },
+    }
+  )
   if path.suffix == '.csv':
     arrow_csv.write_csv(table, path)
   else:

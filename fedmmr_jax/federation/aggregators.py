@@ -52,8 +52,9 @@ class Aggregator:
     memory for the whole cohort. None = nothing."""
     return None
 
-  def finish(self, total: Tree, collected: Tree, state: Tree,
-             params: Params) -> tuple[Params, Tree]:
+  def finish(
+    self, total: Tree, collected: Tree, state: Tree, params: Params
+  ) -> tuple[Params, Tree]:
     """(delta for the server optimizer, what is kept for the next round).
 
     Args:
@@ -65,8 +66,12 @@ class Aggregator:
     raise NotImplementedError
 
 
-def add_weighted(total: Params, weights: jax.Array, updates: ClientUpdate,
-                 tree: Params | None = None) -> Params:
+def add_weighted(
+  total: Params,
+  weights: jax.Array,
+  updates: ClientUpdate,
+  tree: Params | None = None,
+) -> Params:
   """`total` + Σ_c weight_c · delta_c, each item row where it belongs.
 
   Args:
@@ -76,8 +81,11 @@ def add_weighted(total: Params, weights: jax.Array, updates: ClientUpdate,
     tree: another tree of the clients' rows than their deltas.
   """
   return vocabulary.add_weighted(
-      total, weights, updates.vocabulary.ids,
-      updates.delta if tree is None else tree)
+    total,
+    weights,
+    updates.vocabulary.ids,
+    updates.delta if tree is None else tree,
+  )
 
 
 class WeightedSum(NamedTuple):
@@ -101,15 +109,17 @@ class FedAvg(Aggregator):
   clients' positives."""
 
   def zero(self, params):
-    return WeightedSum(jax.tree.map(jnp.zeros_like, params), jnp.zeros(()),
-                       jnp.zeros(()))
+    return WeightedSum(
+      jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(())
+    )
 
   def add(self, total, updates):
     weight = updates.weight
     return WeightedSum(
-        add_weighted(total.delta, weight, updates),
-        total.weight + jnp.sum(weight),
-        total.steps + jnp.sum(weight * updates.steps))
+      add_weighted(total.delta, weight, updates),
+      total.weight + jnp.sum(weight),
+      total.steps + jnp.sum(weight * updates.steps),
+    )
 
   def finish(self, total, collected, state, params):
     divisor = jnp.where(total.weight > 0, total.weight, 1.0)
@@ -126,19 +136,21 @@ class FedNova(FedAvg):
   def add(self, total, updates):
     weight = updates.weight
     return WeightedSum(
-        add_weighted(total.delta, weight / updates.steps, updates),
-        total.weight + jnp.sum(weight),
-        total.steps + jnp.sum(weight * updates.steps))
+      add_weighted(total.delta, weight / updates.steps, updates),
+      total.weight + jnp.sum(weight),
+      total.steps + jnp.sum(weight * updates.steps),
+    )
 
   def finish(self, total, collected, state, params):
     delta, state = super().finish(total, collected, state, params)
     divisor = jnp.where(total.weight > 0, total.weight, 1.0)
-    return jax.tree.map(
-        lambda x: x * (total.steps / divisor), delta), state
+    return jax.tree.map(lambda x: x * (total.steps / divisor), delta), state
 
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
-    'fedavg': FedAvg, 'fednova': FedNova}
+  'fedavg': FedAvg,
+  'fednova': FedNova,
+}
 
 
 def of(config: RunConfig) -> Aggregator:
@@ -149,4 +161,5 @@ def of(config: RunConfig) -> Aggregator:
   """
   name = config.server.aggregator
   return parts.built(
-      parts.find(name, AGGREGATORS, 'aggregator'), Aggregator, name)
+    parts.find(name, AGGREGATORS, 'aggregator'), Aggregator, name
+  )

@@ -21,8 +21,9 @@ from fedmmr_jax.streams import generator, Stream
 _SMALLEST = 1e-6  # eigenvalue of ΩᵀY that counts, relative to the largest
 
 
-def put_into(content: np.ndarray, dataset: Dataset,
-             config: RunConfig) -> np.ndarray:
+def put_into(
+  content: np.ndarray, dataset: Dataset, config: RunConfig
+) -> np.ndarray:
   """[V, D] content whose last directions are co-occurrence, if so configured.
 
   Whom the sketch asks does not depend on the run's seed, so that seeds side by
@@ -32,22 +33,27 @@ def put_into(content: np.ndarray, dataset: Dataset,
   if not model.collaborative_dim:
     return content
   rng = generator(0, Stream.COLLABORATIVE, 0)
-  asked = round(config.server.client_fraction * dataset.num_clients
-                * model.collaborative_rounds)
+  asked = round(
+    config.server.client_fraction
+    * dataset.num_clients
+    * model.collaborative_rounds
+  )
   clients = rng.choice(
-      dataset.num_clients, min(max(1, asked), dataset.num_clients),
-      replace=False)
+    dataset.num_clients, min(max(1, asked), dataset.num_clients), replace=False
+  )
   probe = rng.standard_normal((dataset.num_rows, model.hidden_dim))
-  found = factors(sketch(dataset, clients, probe), probe,
-                  model.collaborative_dim)
-  kept = content[:, :model.hidden_dim - model.collaborative_dim]
+  found = factors(
+    sketch(dataset, clients, probe), probe, model.collaborative_dim
+  )
+  kept = content[:, : model.hidden_dim - model.collaborative_dim]
   # Without any features there is no content to keep.
   free = model.hidden_dim - kept.shape[1] - found.shape[1]
   return np.concatenate([np.pad(kept, ((0, 0), (0, free))), found], axis=1)
 
 
-def sketch(dataset: Dataset, clients: np.ndarray,
-           probe: np.ndarray) -> np.ndarray:
+def sketch(
+  dataset: Dataset, clients: np.ndarray, probe: np.ndarray
+) -> np.ndarray:
   """Σ_k x_k x_kᵀ Ω over some clients.
 
   Args:
@@ -61,8 +67,7 @@ def sketch(dataset: Dataset, clients: np.ndarray,
   total = np.zeros_like(probe)
   for client in clients:
     start = dataset.offsets[client]
-    items = np.unique(
-        dataset.items[start:start + dataset.num_train[client]])
+    items = np.unique(dataset.items[start : start + dataset.num_train[client]])
     total[items] += probe[items].sum(axis=0)
   return total
 
@@ -89,5 +94,4 @@ def factors(sketched: np.ndarray, probe: np.ndarray, dim: int) -> np.ndarray:
   found = np.pad(found, ((0, 0), (0, dim - found.shape[1])))
   # Nobody's items have rows of rounding only.
   found[~sketched.any(axis=1)] = 0
-  return (found / content_lib.root_mean_square_length(found)).astype(
-      np.float32)
+  return (found / content_lib.root_mean_square_length(found)).astype(np.float32)

@@ -45,8 +45,11 @@ _most_workers = 0
 
 def cores() -> int:
   """How many cores this process may use."""
-  return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-          else os.cpu_count() or 1)  # macOS has no affinity
+  return (
+    len(os.sched_getaffinity(0))
+    if hasattr(os, 'sched_getaffinity')
+    else os.cpu_count() or 1
+  )  # macOS has no affinity
 
 
 def workers() -> int:
@@ -86,8 +89,11 @@ def copied(tree: Any) -> Any:
 def kept_everywhere(tree: Any) -> Any:
   """The same within a jitted function: its outputs lie as its inputs did, so
   that a second call compiles nothing."""
-  return tree if count() == 1 else jax.lax.with_sharding_constraint(
-      tree, everywhere())
+  return (
+    tree
+    if count() == 1
+    else jax.lax.with_sharding_constraint(tree, everywhere())
+  )
 
 
 def deal(chunks: np.ndarray) -> np.ndarray:
@@ -102,8 +108,11 @@ def deal(chunks: np.ndarray) -> np.ndarray:
   """
   n = num_shards()
   missing = -chunks.shape[-2] % n
-  padded = np.pad(chunks, [(0, 0)] * (chunks.ndim - 2) + [(0, missing), (0, 0)],
-                  constant_values=PADDING_CLIENT)
+  padded = np.pad(
+    chunks,
+    [(0, 0)] * (chunks.ndim - 2) + [(0, missing), (0, 0)],
+    constant_values=PADDING_CLIENT,
+  )
   dealt = padded.reshape(*chunks.shape[:-2], -1, n, chunks.shape[-1])
   return np.moveaxis(dealt, -2, 0)
 
@@ -118,15 +127,21 @@ def undealt(shards: list[Any], num_chunks: int) -> Any:
   Returns:
     A tree of NumPy arrays [G, …].
   """
+
   def join(*parts):
     whole = np.concatenate([np.asarray(part) for part in parts])
     dealt = whole.reshape(num_shards(), -1, *whole.shape[1:])
     return np.moveaxis(dealt, 0, 1).reshape(whole.shape)[:num_chunks]
+
   return jax.tree.map(join, *shards)
 
 
-def run(program: Callable[..., tuple[Any, Any]], static: tuple[Any, ...],
-        shards: np.ndarray, *shared: Any) -> list[tuple[Any, Any]]:
+def run(
+  program: Callable[..., tuple[Any, Any]],
+  static: tuple[Any, ...],
+  shards: np.ndarray,
+  *shared: Any,
+) -> list[tuple[Any, Any]]:
   """Calls `program(*static, shard, *shared)` for each shard.
 
   Args:
@@ -163,9 +178,12 @@ def _run_on_mesh(program, static, shards, *shared):
     return jax.tree.map(lambda x: x[None], result)
 
   results = jax.shard_map(
-      run_one, mesh=_mesh(),
-      in_specs=(PartitionSpec(AXIS), *[PartitionSpec()] * len(shared)),
-      out_specs=PartitionSpec(AXIS), check_vma=False)(shards, *shared)
+    run_one,
+    mesh=_mesh(),
+    in_specs=(PartitionSpec(AXIS), *[PartitionSpec()] * len(shared)),
+    out_specs=PartitionSpec(AXIS),
+    check_vma=False,
+  )(shards, *shared)
   return [jax.tree.map(lambda x: x[i], results) for i in range(len(shards))]
 
 

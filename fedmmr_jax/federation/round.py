@@ -2,12 +2,12 @@
 
 A cohort of C clients comes as chunks [G, C/G], dealt into shards (`devices`).
 A shard is one jitted program, which scans its chunks with a running weighted
-sum of the deltas, so memory does not grow with the cohort (but for what a client
-keeps or sends one by one: its memory and prototypes, 9 kB, and SCAFFOLD's
-control variate); inside a chunk the clients are vmapped. A second program adds
-the shards' sums and makes the server's step. Clients of a chunk run as many
-steps as its longest needs, a traced number: one compilation serves every
-cohort. Sorting the cohort by length keeps the masked steps few.
+sum of the deltas, so memory does not grow with the cohort (but for what a
+client keeps or sends one by one: its memory and prototypes, 9 kB, and
+SCAFFOLD's control variate); inside a chunk the clients are vmapped. A second
+program adds the shards' sums and makes the server's step. Clients of a chunk
+run as many steps as its longest needs, a traced number: one compilation serves
+every cohort. Sorting the cohort by length keeps the masked steps few.
 """
 
 import dataclasses
@@ -40,8 +40,9 @@ from fedmmr_jax.models import content
 from fedmmr_jax.models.feddmmr import Catalogue
 from fedmmr_jax.streams import generator, Stream
 
-# More than this, and what drift control keeps at the clients is refused, and the seeds of
-# an ablation run one after another. A round and its saving hold copies besides.
+# More than this, and what drift control keeps at the clients is refused, and
+# the seeds of an ablation run one after another. A round and its saving hold
+# copies besides.
 MOST_STATE_BYTES = 4_000_000_000
 
 
@@ -80,32 +81,45 @@ class FederationState(NamedTuple):
   controls: Any = None
 
 
-def init(program: RoundProgram, catalogue: Catalogue, seed: int,
-         num_clients: int) -> FederationState:
+def init(
+  program: RoundProgram, catalogue: Catalogue, seed: int, num_clients: int
+) -> FederationState:
   """State before round 1, drawn from the seed."""
   model, config = program.client.model, program.config
   key = jax.random.fold_in(jax.random.key(seed), 0)
-  params = jax.jit(partial(model.init, method='initialise'))(
-      key, catalogue)['params']
+  params = jax.jit(partial(model.init, method='initialise'))(key, catalogue)[
+    'params'
+  ]
   if config.model.item_embedding != 'id':
     # The model's parameters are drawn from what Flax derives of the key and
     # their names, so that the key itself is drawn from here alone. (To derive
     # another would be cleaner, and another table for every seed.)
     params[vocabulary.ITEM_TABLE] = content.initial_table(
-        key, catalogue.content, config.model.embedding_init_std,
-        config.model.item_embedding == 'content_plus_id')
-  server = server_lib.init(params, config, catalogue.text.shape[-1],
-                           program.aggregator, program.client.drift)
+      key,
+      catalogue.content,
+      config.model.embedding_init_std,
+      config.model.item_embedding == 'content_plus_id',
+    )
+  server = server_lib.init(
+    params,
+    config,
+    catalogue.text.shape[-1],
+    program.aggregator,
+    program.client.drift,
+  )
 
   def for_each(tree):
     return jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)).copy(), tree)
+      lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)).copy(), tree
+    )
 
   return FederationState(
-      server=server,
-      memories=for_each(None if model.is_backbone_only
-                        else memory_lib.init(config.memory)),
-      controls=for_each(program.client.drift.client_state(params)))
+    server=server,
+    memories=for_each(
+      None if model.is_backbone_only else memory_lib.init(config.memory)
+    ),
+    controls=for_each(program.client.drift.client_state(params)),
+  )
 
 
 def state_bytes(state: FederationState | Params) -> int:
@@ -114,8 +128,8 @@ def state_bytes(state: FederationState | Params) -> int:
 
 
 def check_size(state: FederationState) -> None:
-  """Raises UserError if what drift control keeps at the clients (SCAFFOLD: a set
-  of parameters each) is more than a machine should hold.
+  """Raises UserError if what drift control keeps at the clients (SCAFFOLD: a
+  set of parameters each) is more than a machine should hold.
 
   Args:
     state: the state of all clients, or what has its shapes.
@@ -125,11 +139,12 @@ def check_size(state: FederationState) -> None:
     clients = len(jax.tree.leaves(state.controls)[0])
     numbers = sum(x.size for x in jax.tree.leaves(state.server.params))
     raise UserError(
-        f'drift control keeps {bytes_ // clients:,} bytes for each of '
-        f'{clients:,} clients, {bytes_:,} in all, more than the '
-        f'{MOST_STATE_BYTES:,} allowed (the model has {numbers:,} numbers); take '
-        '--drift_control=mime_lite, which keeps nothing, or fewer clients '
-        '(--top_k_users), fewer items (--k_core), a smaller --hidden_dim')
+      f'drift control keeps {bytes_ // clients:,} bytes for each of '
+      f'{clients:,} clients, {bytes_:,} in all, more than the '
+      f'{MOST_STATE_BYTES:,} allowed (the model has {numbers:,} numbers); take '
+      '--drift_control=mime_lite, which keeps nothing, or fewer clients '
+      '(--top_k_users), fewer items (--k_core), a smaller --hidden_dim'
+    )
 
 
 def round_key(seed: int, round_number: int) -> jax.Array:
@@ -139,7 +154,7 @@ def round_key(seed: int, round_number: int) -> jax.Array:
 
 def warm_key(seed: int) -> jax.Array:
   """Key of `warm_memories`; rounds never get so far."""
-  return jax.random.fold_in(jax.random.key(seed), 2 ** 32 - 1)
+  return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
 
 
 def cohort_size(config: RunConfig, num_clients: int) -> int:
@@ -147,8 +162,9 @@ def cohort_size(config: RunConfig, num_clients: int) -> int:
   return max(1, round(config.server.client_fraction * num_clients))
 
 
-def sample_cohort(config: RunConfig, round_number: int,
-                  num_train: np.ndarray) -> np.ndarray:
+def sample_cohort(
+  config: RunConfig, round_number: int, num_train: np.ndarray
+) -> np.ndarray:
   """Draws the clients of a round, without replacement.
 
   Args:
@@ -161,12 +177,16 @@ def sample_cohort(config: RunConfig, round_number: int,
   """
   size = cohort_size(config, len(num_train))
   rng = generator(config.seed, Stream.COHORT, round_number)
-  return chunked(rng.choice(len(num_train), size, replace=False), num_train,
-                 config.server.clients_per_chunk)
+  return chunked(
+    rng.choice(len(num_train), size, replace=False),
+    num_train,
+    config.server.clients_per_chunk,
+  )
 
 
-def chunked(clients: np.ndarray, num_train: np.ndarray,
-            per_chunk: int) -> np.ndarray:
+def chunked(
+  clients: np.ndarray, num_train: np.ndarray, per_chunk: int
+) -> np.ndarray:
   """[G, per_chunk] int32: clients of similar length side by side.
 
   Longest first, ties by number: the order they come in does not matter.
@@ -176,24 +196,26 @@ def chunked(clients: np.ndarray, num_train: np.ndarray,
 
 
 def in_chunks(clients: np.ndarray, per_chunk: int) -> np.ndarray:
-  """[G, ≤ per_chunk] int32 in the given order; PADDING_CLIENT fills the last."""
+  """[G, ≤ per_chunk] int32, in order; PADDING_CLIENT fills the last."""
   # Every shard gets some.
   per_chunk = min(per_chunk, -(-len(clients) // devices.num_shards()))
-  padded = np.pad(clients, (0, -len(clients) % per_chunk),
-                  constant_values=PADDING_CLIENT)
+  padded = np.pad(
+    clients, (0, -len(clients) % per_chunk), constant_values=PADDING_CLIENT
+  )
   return padded.astype(np.int32).reshape(-1, per_chunk)
 
 
-def executed_steps(cohort: np.ndarray, num_train: np.ndarray,
-                   config: RunConfig) -> int:
+def executed_steps(
+  cohort: np.ndarray, num_train: np.ndarray, config: RunConfig
+) -> int:
   """Local steps of an epoch over a cohort [G, C/G], masked ones included."""
-  longest = windows.num_steps(
-      _num_train(cohort, num_train), config).max(axis=1)
+  longest = windows.num_steps(_num_train(cohort, num_train), config).max(axis=1)
   return int(longest.sum()) * cohort.shape[1]
 
 
-def masked_fraction(cohort: np.ndarray, num_train: np.ndarray,
-                    config: RunConfig) -> float:
+def masked_fraction(
+  cohort: np.ndarray, num_train: np.ndarray, config: RunConfig
+) -> float:
   """Share of a round's executed window slots that train nothing; 0 of none."""
   stride = windows.window_stride(config.client, config.model.max_seq_len)
   own = _num_train(cohort, num_train)
@@ -208,9 +230,14 @@ def _num_train(cohort, num_train):
   return np.where(cohort >= 0, num_train[cohort], 0)
 
 
-def run_round(program: RoundProgram, state: FederationState,
-              cohort: np.ndarray, key: jax.Array, catalogue: Catalogue,
-              data: FederatedData) -> tuple[FederationState, dict[str, Mean]]:
+def run_round(
+  program: RoundProgram,
+  state: FederationState,
+  cohort: np.ndarray,
+  key: jax.Array,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> tuple[FederationState, dict[str, Mean]]:
   """One round of federated learning.
 
   Args:
@@ -226,14 +253,19 @@ def run_round(program: RoundProgram, state: FederationState,
   """
   shards = devices.deal(cohort)
   results = devices.run(
-      train_shard, (program,), shards, state, key, catalogue, data)
+    train_shard, (program,), shards, state, key, catalogue, data
+  )
   return finish_round(program, state, shards, results, data.num_train)
 
 
 def run_round_of_seeds(
-    program: RoundProgram, states: FederationState, cohorts: np.ndarray,
-    keys: jax.Array, catalogue: Catalogue, data: FederatedData
-    ) -> tuple[FederationState, dict[str, Mean]]:
+  program: RoundProgram,
+  states: FederationState,
+  cohorts: np.ndarray,
+  keys: jax.Array,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> tuple[FederationState, dict[str, Mean]]:
   """One round of several runs that differ in their seed, side by side.
 
   Args:
@@ -242,9 +274,9 @@ def run_round_of_seeds(
   """
   shards = devices.deal(cohorts)
   results = devices.run(
-      train_shard_of_seeds, (program,), shards, states, keys, catalogue, data)
-  return finish_round_of_seeds(
-      program, states, shards, results, data.num_train)
+    train_shard_of_seeds, (program,), shards, states, keys, catalogue, data
+  )
+  return finish_round_of_seeds(program, states, shards, results, data.num_train)
 
 
 class Kept(NamedTuple):
@@ -264,10 +296,14 @@ class Kept(NamedTuple):
 
 
 @partial(devices.jit, static_argnames='program')
-def train_shard(program: RoundProgram, chunks: jax.Array,
-                state: FederationState, key: jax.Array, catalogue: Catalogue,
-                data: FederatedData
-                ) -> tuple[tuple[Upload, dict[str, Mean]], Kept]:
+def train_shard(
+  program: RoundProgram,
+  chunks: jax.Array,
+  state: FederationState,
+  key: jax.Array,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> tuple[tuple[Upload, dict[str, Mean]], Kept]:
   """Trains the clients of some chunks [g, C/G].
 
   Returns:
@@ -278,19 +314,24 @@ def train_shard(program: RoundProgram, chunks: jax.Array,
 
 @partial(devices.jit, static_argnames='program')
 def train_shard_of_seeds(
-    program: RoundProgram, chunks: jax.Array, states: FederationState,
-    keys: jax.Array, catalogue: Catalogue, data: FederatedData
-    ) -> tuple[tuple[Upload, dict[str, Mean]], Kept]:
+  program: RoundProgram,
+  chunks: jax.Array,
+  states: FederationState,
+  keys: jax.Array,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> tuple[tuple[Upload, dict[str, Mean]], Kept]:
   """`train_shard` with a leading axis, the seeds, on chunks, states, keys and
   results."""
   return jax.vmap(
-      partial(_train_chunks, program, 'seed', catalogue, data),
-      axis_name='seed')(chunks, states, keys)
+    partial(_train_chunks, program, 'seed', catalogue, data), axis_name='seed'
+  )(chunks, states, keys)
 
 
 def _train_chunks(program, seed_axis, catalogue, data, chunks, state, key):
   broadcast = state.server.broadcast(
-      catalogue, program.config, program.client.drift)
+    catalogue, program.config, program.client.drift
+  )
 
   def train_chunk(sums, clients):
     upload, metrics = sums
@@ -300,28 +341,54 @@ def _train_chunks(program, seed_axis, catalogue, data, chunks, state, key):
       # between old and new parameters in every step.
       max_steps = jax.lax.pmax(max_steps, seed_axis)
     updates = jax.vmap(
-        lambda view, memory, kept, client: client_lib.local_update(
-            program.client, broadcast, view, memory, kept,
-            jax.random.fold_in(key, client), max_steps)
-    )(views, memory_lib.fetch(state.memories, clients),
-      memory_lib.fetch(state.controls, clients), clients)
+      lambda view, memory, kept, client: client_lib.local_update(
+        program.client,
+        broadcast,
+        view,
+        memory,
+        kept,
+        jax.random.fold_in(key, client),
+        max_steps,
+      )
+    )(
+      views,
+      memory_lib.fetch(state.memories, clients),
+      memory_lib.fetch(state.controls, clients),
+      clients,
+    )
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
-    return ((add_updates(program.aggregator, upload, updates, clients),
-             metrics_lib.merge(metrics, chunk_metrics)),
-            Kept(updates.memory, updates.kept, updates.prototypes,
-                 program.aggregator.collect(updates)))
+    return (
+      (
+        add_updates(program.aggregator, upload, updates, clients),
+        metrics_lib.merge(metrics, chunk_metrics),
+      ),
+      Kept(
+        updates.memory,
+        updates.kept,
+        updates.prototypes,
+        program.aggregator.collect(updates),
+      ),
+    )
 
   no_metrics = client_lib.empty_metrics() | {
-      'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
-  nothing = (no_upload(program, state.server.params),
-             jax.tree.map(jnp.asarray, no_metrics))
+    'memory_fill': metrics_lib.EMPTY,
+    'memory_age': metrics_lib.EMPTY,
+  }
+  nothing = (
+    no_upload(program, state.server.params),
+    jax.tree.map(jnp.asarray, no_metrics),
+  )
   return jax.lax.scan(train_chunk, nothing, chunks)
 
 
 @partial(devices.jit, static_argnames='program', donate_argnames='state')
-def finish_round(program: RoundProgram, state: FederationState,
-                 shards: jax.Array, results: list, num_train: jax.Array
-                 ) -> tuple[FederationState, dict[str, Mean]]:
+def finish_round(
+  program: RoundProgram,
+  state: FederationState,
+  shards: jax.Array,
+  results: list,
+  num_train: jax.Array,
+) -> tuple[FederationState, dict[str, Mean]]:
   """The server's part of a round.
 
   Args:
@@ -339,13 +406,17 @@ def finish_round(program: RoundProgram, state: FederationState,
 
 @partial(devices.jit, static_argnames='program', donate_argnames='states')
 def finish_round_of_seeds(
-    program: RoundProgram, states: FederationState, shards: jax.Array,
-    results: list, num_train: jax.Array
-    ) -> tuple[FederationState, dict[str, Mean]]:
+  program: RoundProgram,
+  states: FederationState,
+  shards: jax.Array,
+  results: list,
+  num_train: jax.Array,
+) -> tuple[FederationState, dict[str, Mean]]:
   """`finish_round` with a leading axis, the seeds, on states and results;
   shards are [n, seeds, g, C/G]."""
   return jax.vmap(partial(_finish, program, num_train), in_axes=(0, 1, 0))(
-      states, shards, results)
+    states, shards, results
+  )
 
 
 def _finish(program, num_train, state, shards, results):
@@ -353,28 +424,46 @@ def _finish(program, num_train, state, shards, results):
   upload, metrics = results[0][0]
   for (more, more_metrics), _ in results[1:]:
     upload = Upload(
-        program.aggregator.merge(upload.total, more.total),
-        *jax.tree.map(jnp.add, upload[1:], more[1:]))
+      program.aggregator.merge(upload.total, more.total),
+      *jax.tree.map(jnp.add, upload[1:], more[1:]),
+    )
     metrics = metrics_lib.merge(metrics, more_metrics)
   kept = jax.tree.map(
-      lambda *x: jnp.concatenate(x), *[each for _, each in results])
+    lambda *x: jnp.concatenate(x), *[each for _, each in results]
+  )
   cohort = shards.reshape(-1, shards.shape[-1])
   all_weights = windows.num_positives(num_train, program.config)
   everybody = Cohort(
-      upload.weight, jnp.sum(all_weights).astype(jnp.float32), upload.size,
-      jnp.float32(len(num_train)))
+    upload.weight,
+    jnp.sum(all_weights).astype(jnp.float32),
+    upload.size,
+    jnp.float32(len(num_train)),
+  )
   collected = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:]), kept.collected)
+    lambda x: x.reshape(-1, *x.shape[2:]), kept.collected
+  )
   server = server_lib.aggregate(
-      state.server, upload, collected, kept.prototypes, everybody,
-      program.config, program.aggregator, program.client.drift)
-  return devices.kept_everywhere(FederationState(
-      server, memory_lib.store(state.memories, cohort, kept.memory),
-      memory_lib.store(state.controls, cohort, kept.control))), metrics
+    state.server,
+    upload,
+    collected,
+    kept.prototypes,
+    everybody,
+    program.config,
+    program.aggregator,
+    program.client.drift,
+  )
+  return devices.kept_everywhere(
+    FederationState(
+      server,
+      memory_lib.store(state.memories, cohort, kept.memory),
+      memory_lib.store(state.controls, cohort, kept.control),
+    )
+  ), metrics
 
 
-def check_finite_state(state: FederationState, round_number: int,
-                       saved: str = '') -> None:
+def check_finite_state(
+  state: FederationState, round_number: int, saved: str = ''
+) -> None:
   """Raises UserError if the training diverged.
 
   Args:
@@ -384,36 +473,48 @@ def check_finite_state(state: FederationState, round_number: int,
   """
   if not jax.device_get(_all_finite(state.server)):
     raise UserError(
-        f'round {round_number}: parameters are NaN or infinite, the training '
-        f'diverged{saved and f" ({saved})"}; start anew with a lower '
-        '--client_learning_rate or --server_learning_rate')
+      f'round {round_number}: parameters are NaN or infinite, the training '
+      f'diverged{saved and f" ({saved})"}; start anew with a lower '
+      '--client_learning_rate or --server_learning_rate'
+    )
 
 
 @jax.jit
 def _all_finite(tree) -> jax.Array:
   """[] bool: is no parameter and no moment NaN or infinite?"""
-  return jnp.all(jnp.stack(
-      [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+  return jnp.all(
+    jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
+  )
 
 
-def chunk_views(program: RoundProgram, data: FederatedData,
-                clients: jax.Array) -> tuple[ClientData, jax.Array]:
+def chunk_views(
+  program: RoundProgram, data: FederatedData, clients: jax.Array
+) -> tuple[ClientData, jax.Array]:
   """The data of a chunk's clients [C/G], and how many local steps the longest
   of them needs, [] int32."""
-  views = jax.vmap(
-      lambda client: client_view(data, client, program.max_items))(clients)
+  views = jax.vmap(lambda client: client_view(data, client, program.max_items))(
+    clients
+  )
   return views, jnp.max(windows.num_steps(views.num_train, program.config))
 
 
 def no_upload(program: RoundProgram, params: Params) -> Upload:
   """What nobody sent: where `add_updates` starts."""
   control = program.client.drift.no_upload(params)
-  return Upload(total=program.aggregator.zero(params), control=control,
-                weight=jnp.zeros(()), size=jnp.zeros(()))
+  return Upload(
+    total=program.aggregator.zero(params),
+    control=control,
+    weight=jnp.zeros(()),
+    size=jnp.zeros(()),
+  )
 
 
-def add_updates(aggregator: Aggregator, upload: Upload, updates: ClientUpdate,
-                clients: jax.Array) -> Upload:
+def add_updates(
+  aggregator: Aggregator,
+  upload: Upload,
+  updates: ClientUpdate,
+  clients: jax.Array,
+) -> Upload:
   """Adds the updates of a chunk, [C/G] clients, PADDING_CLIENT where none.
 
   Weights are counts in float32: exact up to 2^24 = 16.8 million positives a
@@ -424,14 +525,21 @@ def add_updates(aggregator: Aggregator, upload: Upload, updates: ClientUpdate,
   if control is not None:
     control = add_weighted(control, updates.weight, updates, updates.control)
   return Upload(
-      total=aggregator.add(upload.total, updates), control=control,
-      weight=upload.weight + jnp.sum(updates.weight),
-      size=upload.size + jnp.sum(clients >= 0))
+    total=aggregator.add(upload.total, updates),
+    control=control,
+    weight=upload.weight + jnp.sum(updates.weight),
+    size=upload.size + jnp.sum(clients >= 0),
+  )
 
 
-def warm_memories(program: RoundProgram, state: FederationState,
-                  clients: np.ndarray, key: jax.Array, catalogue: Catalogue,
-                  data: FederatedData) -> Memory:
+def warm_memories(
+  program: RoundProgram,
+  state: FederationState,
+  clients: np.ndarray,
+  key: jax.Array,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> Memory:
   """Memories with those of never-sampled clients filled (`--warm_memory`).
 
   Args:
@@ -440,29 +548,43 @@ def warm_memories(program: RoundProgram, state: FederationState,
   Returns:
     The memories of all clients; those sampled before are unchanged.
   """
-  config = dataclasses.replace(program.config, client=dataclasses.replace(
-      program.config.client, max_local_steps=0))  # all of the history
-  program = dataclasses.replace(program, client=dataclasses.replace(
-      program.client, config=config))
+  config = dataclasses.replace(
+    program.config,
+    client=dataclasses.replace(program.config.client, max_local_steps=0),
+  )  # all of the history
+  program = dataclasses.replace(
+    program, client=dataclasses.replace(program.client, config=config)
+  )
   shards = devices.deal(clients)
   results = devices.run(
-      fill_shard, (program,), shards, state, key, catalogue, data)
+    fill_shard, (program,), shards, state, key, catalogue, data
+  )
   return _store_filled(state.memories, shards, [each for _, each in results])
 
 
 @partial(devices.jit, static_argnames='program')
-def fill_shard(program: RoundProgram, chunks: jax.Array,
-               state: FederationState, key: jax.Array, catalogue: Catalogue,
-               data: FederatedData) -> tuple[None, Memory]:
+def fill_shard(
+  program: RoundProgram,
+  chunks: jax.Array,
+  state: FederationState,
+  key: jax.Array,
+  catalogue: Catalogue,
+  data: FederatedData,
+) -> tuple[None, Memory]:
   """(None, the filled memories [g, C/G] of some chunks' clients)."""
   broadcast = state.server.broadcast(catalogue, program.config)
 
   def fill_chunk(clients):
     views, max_steps = chunk_views(program, data, clients)
     return jax.vmap(
-        lambda view, memory, client: client_lib.fill_memory(
-            program.client, broadcast, view, memory,
-            jax.random.fold_in(key, client), max_steps)
+      lambda view, memory, client: client_lib.fill_memory(
+        program.client,
+        broadcast,
+        view,
+        memory,
+        jax.random.fold_in(key, client),
+        max_steps,
+      )
     )(views, memory_lib.fetch(state.memories, clients), clients)
 
   return None, jax.lax.map(fill_chunk, chunks)
@@ -472,4 +594,5 @@ def fill_shard(program: RoundProgram, chunks: jax.Array,
 def _store_filled(memories, shards, filled):
   filled = jax.tree.map(lambda *x: jnp.concatenate(x), *filled)
   return memory_lib.store(
-      memories, shards.reshape(-1, shards.shape[-1]), filled)
+    memories, shards.reshape(-1, shards.shape[-1]), filled
+  )

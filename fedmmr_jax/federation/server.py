@@ -19,7 +19,9 @@ from fedmmr_jax.models.feddmmr import Catalogue, PARAMETER_GROUPS
 
 # Aggregated from the first round on, also during partial aggregation.
 ALWAYS_AGGREGATED = (
-    *PARAMETER_GROUPS['embeddings'], *PARAMETER_GROUPS['backbone'])
+  *PARAMETER_GROUPS['embeddings'],
+  *PARAMETER_GROUPS['backbone'],
+)
 
 
 class ServerState(NamedTuple):
@@ -41,27 +43,42 @@ class ServerState(NamedTuple):
   control: Any = None
   aggregator: Any = None
 
-  def broadcast(self, catalogue: Catalogue, config: RunConfig,
-                drift: DriftControl = DriftControl()) -> Broadcast:
+  def broadcast(
+    self,
+    catalogue: Catalogue,
+    config: RunConfig,
+    drift: DriftControl = DriftControl(),
+  ) -> Broadcast:
     """What a client of the next round receives; for evaluation, without what
     drift control would send."""
     return Broadcast(
-        self.params, self.prototypes, catalogue,
-        optimizers.client_learning_rate(config, self.round),
-        drift.broadcast(self.control, self.opt_state))
+      self.params,
+      self.prototypes,
+      catalogue,
+      optimizers.client_learning_rate(config, self.round),
+      drift.broadcast(self.control, self.opt_state),
+    )
 
 
-def init(params: Params, config: RunConfig, text_dim: int,
-         aggregator: Aggregator, drift: DriftControl) -> ServerState:
+def init(
+  params: Params,
+  config: RunConfig,
+  text_dim: int,
+  aggregator: Aggregator,
+  drift: DriftControl,
+) -> ServerState:
   """State before round 1."""
   prototypes = None
   if config.model.global_memory:
     prototypes = prototypes_lib.init(config.memory.num_prototypes, text_dim)
   return ServerState(
-      params=params,
-      opt_state=optimizers.server_direction(config.server).init(params),
-      prototypes=prototypes, round=jnp.zeros((), jnp.int32),
-      control=drift.server_state(params), aggregator=aggregator.init(params))
+    params=params,
+    opt_state=optimizers.server_direction(config.server).init(params),
+    prototypes=prototypes,
+    round=jnp.zeros((), jnp.int32),
+    control=drift.server_state(params),
+    aggregator=aggregator.init(params),
+  )
 
 
 class Upload(NamedTuple):
@@ -80,10 +97,16 @@ class Upload(NamedTuple):
   size: jax.Array
 
 
-def aggregate(state: ServerState, upload: Upload, collected: Any,
-              prototypes: Prototypes | None, everybody: Cohort,
-              config: RunConfig, aggregator: Aggregator,
-              drift: DriftControl) -> ServerState:
+def aggregate(
+  state: ServerState,
+  upload: Upload,
+  collected: Any,
+  prototypes: Prototypes | None,
+  everybody: Cohort,
+  config: RunConfig,
+  aggregator: Aggregator,
+  drift: DriftControl,
+) -> ServerState:
   """Applies one round's updates.
 
   Args:
@@ -100,19 +123,31 @@ def aggregate(state: ServerState, upload: Upload, collected: Any,
     The state after the round.
   """
   delta, aggregator_state = aggregator.finish(
-      upload.total, collected, state.aggregator, state.params)
+    upload.total, collected, state.aggregator, state.params
+  )
   warming_up = state.round < config.server.partial_aggregation_warmup_rounds
   delta = {
-      group: part if group in ALWAYS_AGGREGATED else jax.tree.map(
-          lambda d: jnp.where(warming_up, 0.0, d), part)
-      for group, part in delta.items()}
+    group: part
+    if group in ALWAYS_AGGREGATED
+    else jax.tree.map(lambda d: jnp.where(warming_up, 0.0, d), part)
+    for group, part in delta.items()
+  }
   updates, opt_state, control = drift.server_step(
-      state.control, upload.control, everybody, delta,
-      ServerOptimizer(config, state.params, state.opt_state, state.round))
+    state.control,
+    upload.control,
+    everybody,
+    delta,
+    ServerOptimizer(config, state.params, state.opt_state, state.round),
+  )
   if prototypes is not None:
     prototypes = prototypes_lib.recluster(
-        prototypes, state.prototypes, config.memory.prototype_iterations)
+      prototypes, state.prototypes, config.memory.prototype_iterations
+    )
   return ServerState(
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state, prototypes=prototypes, round=state.round + 1,
-      control=control, aggregator=aggregator_state)
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    prototypes=prototypes,
+    round=state.round + 1,
+    control=control,
+    aggregator=aggregator_state,
+  )

@@ -50,8 +50,9 @@ def with_fixed_signs(columns: np.ndarray) -> np.ndarray:
   return columns * np.sign(columns[peak, np.arange(columns.shape[1])])
 
 
-def initial_table(key: jax.Array, content: jax.Array,
-                  std: float, plus_id: bool) -> jax.Array:
+def initial_table(
+  key: jax.Array, content: jax.Array, std: float, plus_id: bool
+) -> jax.Array:
   """The item table at the start.
 
   Args:
@@ -66,7 +67,7 @@ def initial_table(key: jax.Array, content: jax.Array,
   noise = jax.random.normal(key, content.shape)
   has_content = jnp.any(content != 0, axis=-1, keepdims=True)
   scale = projection_scale(std, content.shape[-1])
-  shared = NOISE * std / (1 + NOISE ** 2) ** 0.5 * noise
+  shared = NOISE * std / (1 + NOISE**2) ** 0.5 * noise
   if not plus_id:
     shared = shared + scale * content
   return jnp.where(has_content, shared, std * noise).at[0].set(0.0)
@@ -74,7 +75,7 @@ def initial_table(key: jax.Array, content: jax.Array,
 
 def projection_scale(std: float, dim: int) -> float:
   """Factor that gives content of unit length entries of the wanted size."""
-  return std * dim ** 0.5 / (1 + NOISE ** 2) ** 0.5
+  return std * dim**0.5 / (1 + NOISE**2) ** 0.5
 
 
 def centred(features: np.ndarray) -> np.ndarray:
@@ -85,11 +86,12 @@ def centred(features: np.ndarray) -> np.ndarray:
   if not present.any():
     return features
   moved = np.where(
-      present[:, None], features - features[present].mean(axis=0), 0.0)
+    present[:, None], features - features[present].mean(axis=0), 0.0
+  )
   return moved / root_mean_square_length(moved)
 
 
 def root_mean_square_length(rows) -> float:
   """Root mean square length of the rows that are not zero."""
-  squared = (rows ** 2).sum(axis=1)
+  squared = (rows**2).sum(axis=1)
   return float(np.sqrt(squared[squared > 0].mean())) if squared.any() else 1.0

@@ -47,8 +47,9 @@ class VisualExpert(nn.Module):
   sees_candidate: bool = False
 
   @nn.compact
-  def __call__(self, candidate_visual: jax.Array, memory: MemoryView,
-               train: bool) -> jax.Array:
+  def __call__(
+    self, candidate_visual: jax.Array, memory: MemoryView, train: bool
+  ) -> jax.Array:
     """Args:
       candidate_visual: [J, 512] float32.
       memory: the client's retrieved entries.
@@ -62,10 +63,12 @@ class VisualExpert(nn.Module):
     key = layers.dense(projection_dim, 'key')(memory.visual)
     query = layers.Affine(width, projection_dim, name='query')()
     # (c W + b) kᵀ = c (W kᵀ) + b kᵀ: one [R, 512] matrix for all candidates.
-    logits = ((key @ query.kernel.T) @ candidate_visual.T
-              + (key @ query.bias)[:, None])
+    logits = (key @ query.kernel.T) @ candidate_visual.T + (key @ query.bias)[
+      :, None
+    ]
     attention = layers.masked_softmax(
-        logits * projection_dim ** -0.5, memory.visual_mask[:, None], axis=0)
+      logits * projection_dim**-0.5, memory.visual_mask[:, None], axis=0
+    )
     # Project R memory rows instead of J averages of them.
     output = layers.Affine(width, self.hidden_dim, name='output')()
     x = attention.T @ (memory.visual @ output.kernel) + output.bias
@@ -76,7 +79,7 @@ class VisualExpert(nn.Module):
 
 
 class SemanticExpert(nn.Module):
-  """Multi-head cross-attention of the candidate's embedding over memory text."""
+  """Multi-head cross-attention of a candidate's embedding over memory text."""
 
   hidden_dim: int
   num_heads: int
@@ -84,9 +87,13 @@ class SemanticExpert(nn.Module):
   sees_candidate: bool = False
 
   @nn.compact
-  def __call__(self, candidate_embedding: jax.Array,
-               candidate_text: jax.Array, memory: MemoryView,
-               train: bool) -> jax.Array:
+  def __call__(
+    self,
+    candidate_embedding: jax.Array,
+    candidate_text: jax.Array,
+    memory: MemoryView,
+    train: bool,
+  ) -> jax.Array:
     """Args:
       candidate_embedding: [J, D] float32, the query.
       candidate_text: [J, 384] float32, used with `sees_candidate`.
@@ -116,13 +123,16 @@ class SemanticExpert(nn.Module):
     offset = jnp.einsum('he,hre->hr', bias, key)
     output = layers.Affine(dim, dim, name='attention_output')()
     value = jnp.einsum(
-        'hre,hed->hrd', value, output.kernel.reshape(-1, head_dim, dim))
+      'hre,hed->hrd', value, output.kernel.reshape(-1, head_dim, dim)
+    )
 
     # Candidates last: R is short, J is long, and reductions over R vectorise.
     logits = jnp.einsum('hrd,jd->hrj', folded, candidate_embedding)
     attention = layers.masked_softmax(
-        (logits + offset[..., None]) * head_dim ** -0.5,
-        memory.text_mask[:, None], axis=-2)
+      (logits + offset[..., None]) * head_dim**-0.5,
+      memory.text_mask[:, None],
+      axis=-2,
+    )
     attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
     x = jnp.einsum('hrj,hrd->jd', attention, value) + output.bias
     if self.sees_candidate:

@@ -12,7 +12,7 @@ Everything here is written for one client and one window; callers vmap.
 windows against J candidates takes two [T, D] x [D, J] products (`score`).
 """
 
-from typing import NamedTuple
+from typing import cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,16 @@ NUM_EXPERTS = 2
 # Group (`config.GROUPS`) -> top-level names of its parameters, of which a
 # configuration has some.
 PARAMETER_GROUPS = {
-    'embeddings': ('item_embedding', 'content_projection'),
-    'backbone': ('backbone', 'profile_expert'),
-    'experts': ('visual_expert', 'visual_norm', 'semantic_expert',
-                'semantic_norm'),
-    'router': ('router',),
-    'fusion': ('sequence_norm', 'fusion_gate'),
+  'embeddings': ('item_embedding', 'content_projection'),
+  'backbone': ('backbone', 'profile_expert'),
+  'experts': (
+    'visual_expert',
+    'visual_norm',
+    'semantic_expert',
+    'semantic_norm',
+  ),
+  'router': ('router',),
+  'fusion': ('sequence_norm', 'fusion_gate'),
 }
 
 
@@ -64,11 +68,12 @@ class Catalogue(NamedTuple):
     if content is None:
       content = jnp.zeros((len(text), 0))
     return cls(
-        visual=jnp.asarray(visual, jnp.float32),
-        text=jnp.asarray(text, jnp.float32),
-        has_visual=jnp.any(jnp.asarray(visual) != 0, axis=-1),
-        has_text=jnp.any(jnp.asarray(text) != 0, axis=-1),
-        content=jnp.asarray(content, jnp.float32))
+      visual=jnp.asarray(visual, jnp.float32),
+      text=jnp.asarray(text, jnp.float32),
+      has_visual=jnp.any(jnp.asarray(visual) != 0, axis=-1),
+      has_text=jnp.any(jnp.asarray(text) != 0, axis=-1),
+      content=jnp.asarray(content, jnp.float32),
+    )
 
 
 class Candidates(NamedTuple):
@@ -92,9 +97,12 @@ class Candidates(NamedTuple):
   available: jax.Array
 
 
-def view_memory(catalogue: Catalogue, items: jax.Array,
-                prototypes: jax.Array | None = None,
-                prototype_mask: jax.Array | None = None) -> MemoryView:
+def view_memory(
+  catalogue: Catalogue,
+  items: jax.Array,
+  prototypes: jax.Array | None = None,
+  prototype_mask: jax.Array | None = None,
+) -> MemoryView:
   """Looks up the features of retrieved entries.
 
   Args:
@@ -110,11 +118,14 @@ def view_memory(catalogue: Catalogue, items: jax.Array,
   text, text_mask = catalogue.text[items], filled & catalogue.has_text[items]
   if prototypes is not None:
     text = jnp.concatenate([text, prototypes])
-    text_mask = jnp.concatenate([text_mask, prototype_mask])
+    # Given where prototypes are.
+    text_mask = jnp.concatenate([text_mask, cast(jax.Array, prototype_mask)])
   return MemoryView(
-      visual=catalogue.visual[items],
-      visual_mask=filled & catalogue.has_visual[items],
-      text=text, text_mask=text_mask)
+    visual=catalogue.visual[items],
+    visual_mask=filled & catalogue.has_visual[items],
+    text=text,
+    text_mask=text_mask,
+  )
 
 
 class FedDMMR(nn.Module):
@@ -143,34 +154,49 @@ class FedDMMR(nn.Module):
   def setup(self):
     c = self.config
     self.item_embedding = self.param(
-        'item_embedding', _item_embedding_init(c.embedding_init_std),
-        (self.num_rows, c.hidden_dim))
+      'item_embedding',
+      _item_embedding_init(c.embedding_init_std),
+      (self.num_rows, c.hidden_dim),
+    )
     if c.item_embedding == 'content_plus_id':
       self.content_projection = self.param(
-          'content_projection', _scaled_identity(
-              content_lib.projection_scale(c.embedding_init_std, c.hidden_dim)),
-          (c.hidden_dim, c.hidden_dim))
+        'content_projection',
+        _scaled_identity(
+          content_lib.projection_scale(c.embedding_init_std, c.hidden_dim)
+        ),
+        (c.hidden_dim, c.hidden_dim),
+      )
     self.backbone = SASRec(
-        c.hidden_dim, c.num_heads, c.num_blocks, c.max_seq_len, c.dropout,
-        c.embedding_init_std, c.positions == 'relative')
+      c.hidden_dim,
+      c.num_heads,
+      c.num_blocks,
+      c.max_seq_len,
+      c.dropout,
+      c.embedding_init_std,
+      c.positions == 'relative',
+    )
     if c.profile == 'history':
       self.profile_expert = ProfileExpert(c.hidden_dim, c.dropout)
     if self.visual_dim:
       self.visual_expert = VisualExpert(
-          c.hidden_dim, c.visual_projection_dim, c.dropout,
-          c.expert_input == 'candidate')
+        c.hidden_dim,
+        c.visual_projection_dim,
+        c.dropout,
+        c.expert_input == 'candidate',
+      )
       self.visual_norm = layers.layer_norm(scale=c.expert_init_scale)
     if self.text_dim:
       self.semantic_expert = SemanticExpert(
-          c.hidden_dim, c.semantic_heads, c.dropout,
-          c.expert_input == 'candidate')
+        c.hidden_dim, c.semantic_heads, c.dropout, c.expert_input == 'candidate'
+      )
       self.semantic_norm = layers.layer_norm(scale=c.expert_init_scale)
     if not self.is_backbone_only:
       self.router = ItemRouter(c.router_hidden_dim, NUM_EXPERTS, c.dropout)
       self.sequence_norm = layers.layer_norm()
       if c.fusion == 'gated':
         self.fusion_gate = self.param(
-            'fusion_gate', nn.initializers.constant(c.gating_init), ())
+          'fusion_gate', nn.initializers.constant(c.gating_init), ()
+        )
 
   def embed(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
     """[..., D] embeddings of items: their rows, and content if configured."""
@@ -179,9 +205,14 @@ class FedDMMR(nn.Module):
       embedded += catalogue.content[items] @ self.content_projection
     return embedded
 
-  def encode(self, window: jax.Array, catalogue: Catalogue,
-             train: bool = False, last_only: bool = False,
-             profile: jax.Array | None = None) -> jax.Array | States:
+  def encode(
+    self,
+    window: jax.Array,
+    catalogue: Catalogue,
+    train: bool = False,
+    last_only: bool = False,
+    profile: jax.Array | None = None,
+  ) -> jax.Array | States:
     """Sequence representations of one left-padded window.
 
     Args:
@@ -213,9 +244,13 @@ class FedDMMR(nn.Module):
       return states
     return States(states, own, known)
 
-  def candidates(self, items: jax.Array, catalogue: Catalogue,
-                 memory: MemoryView | None, train: bool = False
-                 ) -> Candidates:
+  def candidates(
+    self,
+    items: jax.Array,
+    catalogue: Catalogue,
+    memory: MemoryView | None,
+    train: bool = False,
+  ) -> Candidates:
     """Represents J candidates through one client's memory.
 
     Args:
@@ -233,7 +268,8 @@ class FedDMMR(nn.Module):
     available = weights > 0
     if self.is_backbone_only:
       return Candidates(
-          embedding, nothing, nothing, nothing, weights, available)
+        embedding, nothing, nothing, nothing, weights, available
+      )
 
     visual = semantic = auxiliary = nothing
     available = self._available(items, catalogue, memory)
@@ -243,45 +279,56 @@ class FedDMMR(nn.Module):
       auxiliary += weights[:, VISUAL, None] * self.visual_norm(visual)
     if self.text_dim:
       semantic = self.semantic_expert(
-          embedding, catalogue.text[items], memory, train)
+        embedding, catalogue.text[items], memory, train
+      )
       auxiliary += weights[:, SEMANTIC, None] * self.semantic_norm(semantic)
     if self.config.fusion == 'gated':  # the original's form, for ablation
       auxiliary *= self.fusion_gate
     return Candidates(
-        embedding, auxiliary, visual, semantic, weights, available)
+      embedding, auxiliary, visual, semantic, weights, available
+    )
 
   def route(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
     """Router weights of J items for a client whose memory holds images and
     texts: [J, E] float32, 0 for an expert without the item's feature."""
     full = MemoryView(
-        catalogue.visual[:1], jnp.ones((1,), bool),
-        catalogue.text[:1], jnp.ones((1,), bool))
+      catalogue.visual[:1],
+      jnp.ones((1,), bool),
+      catalogue.text[:1],
+      jnp.ones((1,), bool),
+    )
     return self._weights(
-        items, self.embed(items, catalogue), catalogue,
-        self._available(items, catalogue, full), train=False)
+      items,
+      self.embed(items, catalogue),
+      catalogue,
+      self._available(items, catalogue, full),
+      train=False,
+    )
 
-  def _weights(self, items, embedding, catalogue, available,
-               train) -> jax.Array:
+  def _weights(
+    self, items, embedding, catalogue, available, train
+  ) -> jax.Array:
     """[J, E] router weights."""
     # Masking before the softmax renormalises over the experts that remain.
     return layers.masked_softmax(
-        self.router(self._router_input(items, embedding, catalogue), train),
-        available)
+      self.router(self._router_input(items, embedding, catalogue), train),
+      available,
+    )
 
   def _router_input(self, items, embedding, catalogue) -> jax.Array:
     """[J, D], or [J, D + 512 + 384] with `--router_input=features`."""
     if self.config.router_input == 'embedding':
       return embedding
     return jnp.concatenate(
-        [embedding, catalogue.visual[items], catalogue.text[items]], axis=-1)
+      [embedding, catalogue.visual[items], catalogue.text[items]], axis=-1
+    )
 
   def _available(self, items, catalogue, memory) -> jax.Array:
     """[J, E] bool: has the expert something to work on for this candidate?"""
     visual = semantic = jnp.zeros(items.shape, bool)
     own = self.config.expert_input == 'candidate'  # suffices
     if self.visual_dim:
-      visual = catalogue.has_visual[items] & (
-          own | jnp.any(memory.visual_mask))
+      visual = catalogue.has_visual[items] & (own | jnp.any(memory.visual_mask))
     if self.text_dim:
       semantic = (own & catalogue.has_text[items]) | jnp.any(memory.text_mask)
     return jnp.stack([visual, semantic], axis=-1)
@@ -290,8 +337,7 @@ class FedDMMR(nn.Module):
     """Touches every parameter; the method `init` runs."""
     window = jnp.zeros((self.config.max_seq_len,), jnp.int32)
     self.encode(window, catalogue)
-    self.candidates(
-        window[:1], catalogue, view_memory(catalogue, window[:1]))
+    self.candidates(window[:1], catalogue, view_memory(catalogue, window[:1]))
 
   @nn.nowrap  # needs no parameters: call it on the model itself
   def score_profile(self, state: States, candidates: Candidates) -> jax.Array:
@@ -299,8 +345,9 @@ class FedDMMR(nn.Module):
     return candidates.embedding @ state.profile
 
   @nn.nowrap
-  def score(self, state: jax.Array | States,
-            candidates: Candidates) -> jax.Array:
+  def score(
+    self, state: jax.Array | States, candidates: Candidates
+  ) -> jax.Array:
     """Scores J candidates for one encoded position.
 
     `(s + a)·e = s·e + a·e` and `|s + a|² = |s|² + 2 s·a + |a|²`, so vmapping
@@ -314,8 +361,11 @@ class FedDMMR(nn.Module):
       [J] float32.
     """
     if isinstance(state, States):
-      return mix(self.score(state.sequence, candidates),
-                 self.score_profile(state, candidates), state.known)
+      return mix(
+        self.score(state.sequence, candidates),
+        self.score_profile(state, candidates),
+        state.known,
+      )
     e, a = candidates.embedding, candidates.auxiliary
     if self.is_backbone_only:
       return e @ state
@@ -325,21 +375,21 @@ class FedDMMR(nn.Module):
     with jax.default_matmul_precision('highest'):
       dot = e @ state + jnp.sum(a * e, axis=-1)
       cross = a @ state
-    squared_norm = (
-        jnp.sum(state * state) + 2 * cross + jnp.sum(a * a, axis=-1))
+    squared_norm = jnp.sum(state * state) + 2 * cross + jnp.sum(a * a, axis=-1)
     squared_norm *= jnp.sum(e * e, axis=-1)
-    return (self.config.hidden_dim ** 0.5 * dot
-            * layers.inverse_norm(squared_norm))
+    return self.config.hidden_dim**0.5 * dot * layers.inverse_norm(squared_norm)
 
 
 def _scaled_identity(scale: float):
   def init(key, shape, dtype=jnp.float32):
     del key
     return scale * jnp.eye(*shape, dtype=dtype)
+
   return init
 
 
 def _item_embedding_init(std: float):
   def init(key, shape, dtype=jnp.float32):
     return (std * jax.random.normal(key, shape, dtype)).at[0].set(0.0)
+
   return init

@@ -16,7 +16,8 @@ _MIN_SQUARED_NORM = 1e-12  # below it a vector has no direction
 def dense(features: int, name: str | None = None) -> nn.Dense:
   """A linear layer as the paper initialises it: Xavier-uniform, zero bias."""
   return nn.Dense(
-      features, kernel_init=nn.initializers.xavier_uniform(), name=name)
+    features, kernel_init=nn.initializers.xavier_uniform(), name=name
+  )
 
 
 class AffineMap(NamedTuple):
@@ -34,10 +35,14 @@ class Affine(nn.Module):
 
   @nn.compact
   def __call__(self) -> AffineMap:
-    kernel = self.param('kernel', nn.initializers.xavier_uniform(),
-                        (self.in_features, self.out_features))
-    bias = self.param('bias', nn.initializers.zeros_init(),
-                      (self.out_features,))
+    kernel = self.param(
+      'kernel',
+      nn.initializers.xavier_uniform(),
+      (self.in_features, self.out_features),
+    )
+    bias = self.param(
+      'bias', nn.initializers.zeros_init(), (self.out_features,)
+    )
     return AffineMap(kernel, bias)
 
 
@@ -45,12 +50,16 @@ def layer_norm(name: str | None = None, scale: float = 1.0) -> nn.LayerNorm:
   """LayerNorm whose trained scale starts at `scale`."""
   # The two-pass variance: E[x²] - E[x]² loses digits in float32.
   return nn.LayerNorm(
-      epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, name=name,
-      scale_init=nn.initializers.constant(scale))
+    epsilon=LAYER_NORM_EPSILON,
+    use_fast_variance=False,
+    name=name,
+    scale_init=nn.initializers.constant(scale),
+  )
 
 
-def masked_softmax(logits: jax.Array, mask: jax.Array,
-                   axis: int = -1) -> jax.Array:
+def masked_softmax(
+  logits: jax.Array, mask: jax.Array, axis: int = -1
+) -> jax.Array:
   """Softmax over one axis that is 0 where `mask` is False.
 
   Where nothing is allowed it gives zeros, and their gradient is 0, where the
@@ -82,8 +91,8 @@ def inverse_norm(squared: jax.Array) -> jax.Array:
   # "large enough", for the NaN.
   has_direction = ~(squared <= _MIN_SQUARED_NORM)
   return jnp.where(
-      has_direction, jax.lax.rsqrt(jnp.where(has_direction, squared, 1.0)),
-      0.0)
+    has_direction, jax.lax.rsqrt(jnp.where(has_direction, squared, 1.0)), 0.0
+  )
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

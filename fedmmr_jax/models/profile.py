@@ -44,8 +44,7 @@ def last(states: jax.Array | States) -> jax.Array | States:
   return states[-1]
 
 
-def mix(sequence: jax.Array, profile: jax.Array,
-        known: jax.Array) -> jax.Array:
+def mix(sequence: jax.Array, profile: jax.Array, known: jax.Array) -> jax.Array:
   """log(exp sequence + exp profile) where the profile is known; of scores, or
   of their log Σ exp over the same candidates."""
   return jnp.where(known, jnp.logaddexp(sequence, profile), sequence)
@@ -73,8 +72,9 @@ class ProfileExpert(nn.Module):
   dropout: float
 
   @nn.compact
-  def __call__(self, profile: jax.Array,
-               train: bool) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, profile: jax.Array, train: bool
+  ) -> tuple[jax.Array, jax.Array]:
     """Args:
       profile: [D] float32 mean embedding.
       train: whether dropout acts.
@@ -84,5 +84,6 @@ class ProfileExpert(nn.Module):
     """
     shift = _Head(self.hidden_dim, self.dropout, name='shift')(profile, train)
     shift = nn.Dropout(self.dropout)(shift, deterministic=not train)
-    return shift, _Head(
-        self.hidden_dim, self.dropout, name='state')(profile, train)
+    return shift, _Head(self.hidden_dim, self.dropout, name='state')(
+      profile, train
+    )

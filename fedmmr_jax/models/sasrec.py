@@ -22,8 +22,9 @@ class CausalBlock(nn.Module):
   num_distances: int = 0
 
   @nn.compact
-  def __call__(self, x: jax.Array, valid: jax.Array, train: bool,
-               last_only: bool = False) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, valid: jax.Array, train: bool, last_only: bool = False
+  ) -> jax.Array:
     """Applies the block to one window.
 
     Args:
@@ -42,19 +43,20 @@ class CausalBlock(nn.Module):
     value = layers.dense(self.hidden_dim, 'value')(x)
 
     query, key, value = (
-        layers.split_heads(t, self.num_heads) for t in (query, key, value))
+      layers.split_heads(t, self.num_heads) for t in (query, key, value)
+    )
     logits = jnp.einsum('hqd,hkd->hqk', query, key)
     logits = logits * (self.hidden_dim // self.num_heads) ** -0.5
-    causal = jnp.tril(jnp.ones((length, length), bool))[-query.shape[1]:]
+    causal = jnp.tril(jnp.ones((length, length), bool))[-query.shape[1] :]
     if self.num_distances:
-      bias = self.param('distance_embedding', _recency,
-                        (self.num_heads, self.num_distances))
+      bias = self.param(
+        'distance_embedding', _recency, (self.num_heads, self.num_distances)
+      )
       ago = jnp.arange(length)[:, None] - jnp.arange(length)
-      logits += bias[:, jnp.maximum(ago, 0)[-query.shape[1]:]]
+      logits += bias[:, jnp.maximum(ago, 0)[-query.shape[1] :]]
     attention = layers.masked_softmax(logits, causal & valid)
     attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
-    attended = layers.merge_heads(
-        jnp.einsum('hqk,hkd->hqd', attention, value))
+    attended = layers.merge_heads(jnp.einsum('hqk,hkd->hqd', attention, value))
     attended = layers.dense(self.hidden_dim, 'output')(attended)
     attended = nn.Dropout(self.dropout)(attended, deterministic=not train)
     x = layers.layer_norm('attention_norm')(queries_from + attended)
@@ -72,7 +74,7 @@ def _recency(key, shape) -> jax.Array:
   starts with the plain mean."""
   del key
   slopes = 2.0 ** -jnp.linspace(1, 5, max(1, shape[0] - 1))
-  slopes = jnp.append(slopes, 0.0)[:shape[0]]
+  slopes = jnp.append(slopes, 0.0)[: shape[0]]
   return -slopes[:, None] * jnp.arange(shape[1])
 
 
@@ -88,8 +90,13 @@ class SASRec(nn.Module):
   relative_positions: bool = False
 
   @nn.compact
-  def __call__(self, embedded: jax.Array, valid: jax.Array, train: bool,
-               last_only: bool = False) -> jax.Array:
+  def __call__(
+    self,
+    embedded: jax.Array,
+    valid: jax.Array,
+    train: bool,
+    last_only: bool = False,
+  ) -> jax.Array:
     """Encodes one left-padded window.
 
     Args:
@@ -104,16 +111,21 @@ class SASRec(nn.Module):
     x = embedded
     if not self.relative_positions:
       positions = self.param(
-          'position_embedding',
-          nn.initializers.normal(self.embedding_init_std),
-          (self.max_seq_len, self.hidden_dim))
-      x += positions[-embedded.shape[0]:]
+        'position_embedding',
+        nn.initializers.normal(self.embedding_init_std),
+        (self.max_seq_len, self.hidden_dim),
+      )
+      x += positions[-embedded.shape[0] :]
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
     for i in range(self.num_blocks):
       block = CausalBlock(
-          self.hidden_dim, self.num_heads, self.dropout,
-          self.max_seq_len if self.relative_positions else 0,
-          name=f'block_{i}')
-      x = block(x, valid, train,
-                last_only=last_only and i == self.num_blocks - 1)
+        self.hidden_dim,
+        self.num_heads,
+        self.dropout,
+        self.max_seq_len if self.relative_positions else 0,
+        name=f'block_{i}',
+      )
+      x = block(
+        x, valid, train, last_only=last_only and i == self.num_blocks - 1
+      )
     return layers.layer_norm('final_norm')(x)

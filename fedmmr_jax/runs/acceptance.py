@@ -18,9 +18,12 @@ CONTRASTIVE_RANGE = (2.0, 4.0)
 Point = dict[str, Any]
 
 
-def judge(config: RunConfig, records: Sequence[dict[str, Any]],
-          test: dict[str, dict[str, float]],
-          integrity: Sequence[IntegrityReport]) -> list[Point]:
+def judge(
+  config: RunConfig,
+  records: Sequence[dict[str, Any]],
+  test: dict[str, dict[str, float]],
+  integrity: Sequence[IntegrityReport],
+) -> list[Point]:
   """The list for one finished run.
 
   Args:
@@ -32,35 +35,52 @@ def judge(config: RunConfig, records: Sequence[dict[str, Any]],
   first, last = records[0]['train'], records[-1]['train']
   hit_rate = test['sampled']['HR@10']
   return [
-      _point('test HR@10, sampled', f'> {HR_TARGET}', f'{hit_rate:.4f}',
-             hit_rate > HR_TARGET),
-      _router(first, last),
-      _contrastive(last, config),
-      _gradient_flow(last, config),
-      _integrity(integrity),
+    _point(
+      'test HR@10, sampled',
+      f'> {HR_TARGET}',
+      f'{hit_rate:.4f}',
+      hit_rate > HR_TARGET,
+    ),
+    _router(first, last),
+    _contrastive(last, config),
+    _gradient_flow(last, config),
+    _integrity(integrity),
   ]
 
 
 def _point(name, target, measured, passed) -> Point:
-  return {'name': name, 'target': target, 'measured': measured,
-          'passed': passed}
+  return {
+    'name': name,
+    'target': target,
+    'measured': measured,
+    'passed': passed,
+  }
 
 
 def _router(first, last) -> Point:
   low, high = ROUTER_RANGE
   name, target = 'router weights', f'each expert in {low} to {high} at the end'
   # A weight of 0 beside an expert that does not exist is no weight.
-  if None in (last['gradient_visual'], last['gradient_semantic'],
-              last['w_visual']):
+  if None in (
+    last['gradient_visual'],
+    last['gradient_semantic'],
+    last['w_visual'],
+  ):
     return _point(name, target, 'no choice between experts in this run', None)
-  weights = ((expert, first[f'w_{expert}'], last[f'w_{expert}'])
-             for expert in ('visual', 'semantic'))
+  weights = (
+    (expert, first[f'w_{expert}'], last[f'w_{expert}'])
+    for expert in ('visual', 'semantic')
+  )
   return _point(
-      name, target,
-      ', '.join(f'{expert} {_text(start)} -> {end:.2f}'
-                for expert, start, end in weights),
-      all(low <= last[f'w_{expert}'] <= high
-          for expert in ('visual', 'semantic')))
+    name,
+    target,
+    ', '.join(
+      f'{expert} {_text(start)} -> {end:.2f}' for expert, start, end in weights
+    ),
+    all(
+      low <= last[f'w_{expert}'] <= high for expert in ('visual', 'semantic')
+    ),
+  )
 
 
 def _contrastive(last, config: RunConfig) -> Point:
@@ -72,39 +92,55 @@ def _contrastive(last, config: RunConfig) -> Point:
   chance = math.log(windows.targets_of_step(config))
   why = ''
   if value > high:
-    why = (f'; guessing among the {windows.targets_of_step(config)} positives '
-           f'of a step gives {chance:.2f}: the experts\' outputs are '
-           + ('unrelated' if value > chance else 'barely related'))
+    why = (
+      f'; guessing among the {windows.targets_of_step(config)} positives '
+      f"of a step gives {chance:.2f}: the experts' outputs are "
+      + ('unrelated' if value > chance else 'barely related')
+    )
   elif value < low:
-    why = ('; the experts tell which output belongs to the same item'
-           + (': both see the candidate itself'
-              if config.model.expert_input == 'candidate' else ''))
+    why = '; the experts tell which output belongs to the same item' + (
+      ': both see the candidate itself'
+      if config.model.expert_input == 'candidate'
+      else ''
+    )
   return _point(name, target, f'{value:.2f}{why}', low <= value <= high)
 
 
 def _gradient_flow(last, config: RunConfig) -> Point:
   name = 'gradient reaching the experts'
   target = 'no gate, and a gradient at each'
-  norms = [(part, last[f'gradient_{part}'])
-           for part in ('visual', 'semantic', 'backbone')
-           if last[f'gradient_{part}'] is not None]
+  norms = [
+    (part, last[f'gradient_{part}'])
+    for part in ('visual', 'semantic', 'backbone')
+    if last[f'gradient_{part}'] is not None
+  ]
   if len(norms) < 2:
     return _point(name, target, 'no experts in this run', None)
   fusion = config.model.fusion
   measured = f'{fusion}; mean norm of a step: ' + ', '.join(
-      f'{part} {_text(norm, 4)}' for part, norm in norms)
+    f'{part} {_text(norm, 4)}' for part, norm in norms
+  )
   if 'experts' in config.client.frozen_groups:
     return _point(name, target, 'the experts are frozen', None)
-  return _point(name, target, measured, fusion == 'residual' and all(
-      norm > 0 for part, norm in norms if part != 'backbone'))
+  return _point(
+    name,
+    target,
+    measured,
+    fusion == 'residual'
+    and all(norm > 0 for part, norm in norms if part != 'backbone'),
+  )
 
 
 def _integrity(reports: Sequence[IntegrityReport]) -> Point:
   name, target = 'feature integrity', 'every matrix passed its checks'
   if not reports:
     return _point(name, target, 'no features in this run', None)
-  return _point(name, target, ', '.join(
-      f'{r.kind}: {r.covered} of {r.catalogue} items' for r in reports), True)
+  return _point(
+    name,
+    target,
+    ', '.join(f'{r.kind}: {r.covered} of {r.catalogue} items' for r in reports),
+    True,
+  )
 
 
 def _text(value: float | None, digits: int = 2) -> str:

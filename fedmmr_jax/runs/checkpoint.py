@@ -65,15 +65,19 @@ class Checkpoint(NamedTuple):
 
 def saved_rounds(workdir: str | pathlib.Path) -> list[int]:
   """Rounds that a run folder holds, ascending; none without a folder."""
-  return sorted(int(path.name)
-                for path in (pathlib.Path(workdir) / ROUNDS).glob('*')
-                if path.name.isdecimal())
+  return sorted(
+    int(path.name)
+    for path in (pathlib.Path(workdir) / ROUNDS).glob('*')
+    if path.name.isdecimal()
+  )
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
   """'group/layer/weight' -> array of a tree of parameters."""
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): x
-          for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): x
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 class Rounds:
@@ -93,8 +97,9 @@ class Rounds:
       self.folder.mkdir(parents=True, exist_ok=True)
     elif not self.folder.exists():
       raise UserError(
-          f'{self.folder}: no such folder; name a run folder that '
-          'experiments.train has written')
+        f'{self.folder}: no such folder; name a run folder that '
+        'experiments.train has written'
+      )
 
   def path(self, round_number: int) -> pathlib.Path:
     """The folder of a round, saved or not."""
@@ -133,8 +138,10 @@ class Rounds:
     with self._reading(round_number):
       if self._metadata(round_number)['moments'] != _layout(like):
         raise ValueError('its server optimizer has another state')
-      saved = ocp.load(self.path(round_number).absolute(),
-                       _here(jax.eval_shape(_to_disk, like)))
+      saved = ocp.load(
+        self.path(round_number).absolute(),
+        _here(jax.eval_shape(_to_disk, like)),
+      )
     return _from_disk(saved, like)
 
   def load_as_saved(self, round_number: int) -> dict[str, Any]:
@@ -147,7 +154,8 @@ class Rounds:
     path = self.path(round_number).absolute()  # Orbax takes no other
     with self._reading(round_number):
       return jax.tree.map(
-          np.asarray, ocp.load(path, _here(ocp.metadata(path).metadata)))
+        np.asarray, ocp.load(path, _here(ocp.metadata(path).metadata))
+      )
 
   def metadata(self, round_number: int) -> dict[str, Any]:
     """{'record': the round's line of metrics.jsonl, 'wall_seconds': spent so
@@ -165,14 +173,18 @@ class Rounds:
 
   def size(self, round_number: int) -> int:
     """Bytes a saved round takes on disk."""
-    return sum(path.stat().st_size
-               for path in checksums.files(self.path(round_number)))
+    return sum(
+      path.stat().st_size for path in checksums.files(self.path(round_number))
+    )
 
   def clear_leftovers(self) -> list[pathlib.Path]:
     """Removes and returns what a killed process left: steps half written or
     half removed. For the one process that writes here."""
-    leftovers = sorted(path for path in self.folder.iterdir()
-                       if path.name.startswith((_SAVING, _DELETING)))
+    leftovers = sorted(
+      path
+      for path in self.folder.iterdir()
+      if path.name.startswith((_SAVING, _DELETING))
+    )
     for path in leftovers:
       shutil.rmtree(path)
     return [path for path in leftovers if path.name.startswith(_SAVING)]
@@ -185,21 +197,23 @@ class Rounds:
     if round_number not in saved:
       listed = ', '.join(map(str, saved)) or 'none'
       raise UserError(
-          f'{self.folder}: there is no round {round_number}; saved: {listed}')
+        f'{self.folder}: there is no round {round_number}; saved: {listed}'
+      )
     try:
-      checksums.check(
-          path, 'move the round away and go on from an earlier one')
+      checksums.check(path, 'move the round away and go on from an earlier one')
       yield
     except (ValueError, KeyError, OSError, TypeError, UserError) as error:
       if not path.exists():
-        raise UserError(f'{path}: was removed meanwhile, by the run that goes '
-                        'on there') from None
+        raise UserError(
+          f'{path}: was removed meanwhile, by the run that goes on there'
+        ) from None
       if isinstance(error, UserError):
         raise
       # Its files are what was written: the run has another structure.
       raise UserError(
-          f'{path}: cannot be read as this run\'s ({type(error).__name__}: '
-          f'{_one_line(error)})') from error
+        f"{path}: cannot be read as this run's ({type(error).__name__}: "
+        f'{_one_line(error)})'
+      ) from error
 
 
 class Saver:
@@ -214,11 +228,12 @@ class Saver:
     self._rounds = rounds
     self._config = config
     self._thread = concurrent.futures.ThreadPoolExecutor(
-        1, 'save', initializer=_give_way)
+      1, 'save', initializer=_give_way
+    )
     self._pending: concurrent.futures.Future[None] | None = None
     # Saved round -> the best by then, of those that stay as the last ones.
     self._best_of: dict[int, int] = {}
-    last = rounds.numbers()[-config.keep_last:] if config.keep_last else []
+    last = rounds.numbers()[-config.keep_last :] if config.keep_last else []
     for number in last:
       with contextlib.suppress(UserError):  # told when it is asked for
         self._best_of[number] = rounds.metadata(number)['best_round']
@@ -232,8 +247,13 @@ class Saver:
     finally:
       self._thread.shutdown()
 
-  def save(self, round_number: int, checkpoint: Checkpoint,
-           record: dict[str, Any], wall_seconds: float) -> None:
+  def save(
+    self,
+    round_number: int,
+    checkpoint: Checkpoint,
+    record: dict[str, Any],
+    wall_seconds: float,
+  ) -> None:
     """Starts writing a round; `checkpoint` may be donated as soon as this
     returns.
 
@@ -241,11 +261,15 @@ class Saver:
       UserError: the round before could not be written.
     """
     self.wait()
-    metadata = {'record': record, 'wall_seconds': wall_seconds,
-                'best_round': int(checkpoint.progress.best_round),
-                'moments': _layout(checkpoint)}
+    metadata = {
+      'record': record,
+      'wall_seconds': wall_seconds,
+      'best_round': int(checkpoint.progress.best_round),
+      'moments': _layout(checkpoint),
+    }
     self._pending = self._thread.submit(
-        self._write, round_number, _to_disk(checkpoint), metadata)
+      self._write, round_number, _to_disk(checkpoint), metadata
+    )
 
   def wait(self) -> None:
     """Returns when the last round is on disk.
@@ -257,8 +281,9 @@ class Saver:
     if pending:
       pending.result()
 
-  def _write(self, number: int, checkpoint: Checkpoint,
-             metadata: dict[str, Any]) -> None:
+  def _write(
+    self, number: int, checkpoint: Checkpoint, metadata: dict[str, Any]
+  ) -> None:
     temporary = self._rounds.folder / f'{_SAVING}{number}'
     try:
       with _context():
@@ -270,16 +295,21 @@ class Saver:
         shutil.rmtree(path, ignore_errors=True)
       saved = self._rounds.numbers()
       raise UserError(
-          f'{self._rounds.path(number)}: cannot be saved ({_reason(error)}); '
-          + (f'round {saved[-1]} is whole, go on from it with --resume'
-             if saved else 'no round is saved')) from error
+        f'{self._rounds.path(number)}: cannot be saved ({_reason(error)}); '
+        + (
+          f'round {saved[-1]} is whole, go on from it with --resume'
+          if saved
+          else 'no round is saved'
+        )
+      ) from error
     self._best_of[number] = metadata['best_round']
     try:
       self._remove_superseded()
     except OSError as error:
       raise UserError(
-          f'{self._rounds.folder}: an older round cannot be removed '
-          f'({_one_line(error)}); say --keep_last=0 to keep all') from error
+        f'{self._rounds.folder}: an older round cannot be removed '
+        f'({_one_line(error)}); say --keep_last=0 to keep all'
+      ) from error
 
   def _remove_superseded(self) -> None:
     """Leaves the last rounds, the best that each of them knows (it is asked
@@ -290,8 +320,7 @@ class Saver:
     saved = self._rounds.numbers()
     best = {self._best_of.get(number) for number in saved[-keep_last:]}
     for number in saved[:-keep_last]:
-      if number not in best and not (
-          keep_every and number % keep_every == 0):
+      if number not in best and not (keep_every and number % keep_every == 0):
         path = self._rounds.path(number)
         hidden = path.with_name(f'{_DELETING}{number}')
         path.rename(hidden)  # at once; removing takes a while
@@ -303,8 +332,9 @@ def _give_way() -> None:
   round (docs/performance.md)."""
   if sys.platform == 'linux':  # elsewhere it would be the whole process
     thread = threading.get_native_id()
-    os.setpriority(os.PRIO_PROCESS, thread,
-                   max(10, os.getpriority(os.PRIO_PROCESS, thread)))
+    os.setpriority(
+      os.PRIO_PROCESS, thread, max(10, os.getpriority(os.PRIO_PROCESS, thread))
+    )
 
 
 def _context() -> ocp.Context:
@@ -324,7 +354,8 @@ def _here(tree: Any) -> Any:
   whatever devices it was saved from."""
   sharding = devices.everywhere()
   return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
 
 
 @jax.jit
@@ -341,8 +372,9 @@ def _to_disk(checkpoint: Checkpoint) -> Checkpoint:
     moments.setdefault(x.dtype.name, []).append(jnp.ravel(x))
   moments = {name: jnp.concatenate(parts) for name, parts in moments.items()}
   return jax.tree.map(
-      lambda x: jnp.copy(x) if x.size else None,
-      _with_moments(checkpoint, moments or None))
+    lambda x: jnp.copy(x) if x.size else None,
+    _with_moments(checkpoint, moments or None),
+  )
 
 
 def _from_disk(saved: Checkpoint, like: Checkpoint) -> Checkpoint:
@@ -353,34 +385,43 @@ def _from_disk(saved: Checkpoint, like: Checkpoint) -> Checkpoint:
   def cut(x):
     start = taken[x.dtype.name]
     taken[x.dtype.name] += x.size
-    return moments[x.dtype.name][start:start + x.size].reshape(x.shape)
+    return moments[x.dtype.name][start : start + x.size].reshape(x.shape)
 
-  saved = _with_moments(
-      saved, jax.tree.map(cut, like.state.server.opt_state))
+  saved = _with_moments(saved, jax.tree.map(cut, like.state.server.opt_state))
   return jax.tree.map(
-      lambda x, found: found if x.size else jnp.zeros(x.shape, x.dtype),
-      like, saved)
+    lambda x, found: found if x.size else jnp.zeros(x.shape, x.dtype),
+    like,
+    saved,
+  )
 
 
 def _layout(checkpoint: Checkpoint) -> int:
   """Says whether the vectors of moments mean the same: CRC-32 of the paths and
   shapes of the server optimizer's state."""
-  return zlib.crc32('; '.join(
-      f'{jax.tree_util.keystr(path)} {x.dtype} {x.shape}' for path, x in
-      jax.tree_util.tree_leaves_with_path(checkpoint.state.server.opt_state)
-  ).encode())
+  return zlib.crc32(
+    '; '.join(
+      f'{jax.tree_util.keystr(path)} {x.dtype} {x.shape}'
+      for path, x in jax.tree_util.tree_leaves_with_path(
+        checkpoint.state.server.opt_state
+      )
+    ).encode()
+  )
 
 
 def _with_moments(checkpoint: Checkpoint, opt_state: Any) -> Checkpoint:
   state = checkpoint.state
-  return checkpoint._replace(state=state._replace(
-      server=state.server._replace(opt_state=opt_state)))
+  return checkpoint._replace(
+    state=state._replace(server=state.server._replace(opt_state=opt_state))
+  )
 
 
 def _reason(error: Exception) -> str:
   """Why a save failed, in a few words."""
-  return ('no space left on device' if 'No space left' in str(error)
-          else _one_line(error))
+  return (
+    'no space left on device'
+    if 'No space left' in str(error)
+    else _one_line(error)
+  )
 
 
 def _one_line(error: Exception) -> str:

@@ -1,5 +1,5 @@
-"""Size and CRC-32 of every file of a folder, kept in the folder: is it still what
-was written?"""
+"""Size and CRC-32 of every file of a folder, kept in the folder: is it still
+what was written?"""
 
 import json
 import os
@@ -37,12 +37,14 @@ def check(folder: pathlib.Path, mend: str) -> None:
   """
   try:
     sums = json.loads((folder / NAME).read_text('utf-8'))
-    expected = {name: tuple(size_and_sum)
-                for name, size_and_sum in sums.items()}
+    expected = {
+      name: tuple(size_and_sum) for name, size_and_sum in sums.items()
+    }
   except (OSError, ValueError, AttributeError, TypeError) as error:
     reason = ' '.join(str(error).split())[:160]
-    raise UserError(f'{folder / NAME}: damaged or missing ({reason}); {mend}'
-                    ) from None
+    raise UserError(
+      f'{folder / NAME}: damaged or missing ({reason}); {mend}'
+    ) from None
   for name, size_and_sum in expected.items():
     try:
       found = _sum(folder / name)
@@ -50,8 +52,9 @@ def check(folder: pathlib.Path, mend: str) -> None:
       raise UserError(f'{folder / name}: {error.strerror}; {mend}') from None
     if found != size_and_sum:
       raise UserError(
-          f'{folder / name}: damaged, not what was written (its checksum '
-          f'differs); {mend}')
+        f'{folder / name}: damaged, not what was written (its checksum '
+        f'differs); {mend}'
+      )
 
 
 def _sum(path: pathlib.Path) -> tuple[int, int]:

@@ -12,8 +12,15 @@ from fedmmr_jax.federation import devices
 Facts = dict[str, str | int]
 
 _OWN = 'fedmmr_jax'
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
-             'absl-py')
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'numpy',
+  'absl-py',
+)
 _SOURCE = pathlib.Path(__file__).parents[1]
 
 
@@ -24,29 +31,38 @@ def versions() -> Facts:
   except importlib.metadata.PackageNotFoundError:  # run from a checkout
     own = 'not installed'
   return {_OWN: own} | {
-      name: importlib.metadata.version(name) for name in _PACKAGES}
+    name: importlib.metadata.version(name) for name in _PACKAGES
+  }
 
 
 def jax_versions() -> Facts:
   """Of the packages those that compile: they decide rounding."""
-  return {name: version for name, version in versions().items()
-          if name in ('jax', 'jaxlib')}
+  return {
+    name: version
+    for name, version in versions().items()
+    if name in ('jax', 'jaxlib')
+  }
 
 
 def machine() -> Facts:
   """What of the machine decides rounding."""
-  return {'backend': jax.default_backend(), 'devices': devices.count(),
-          'cores': devices.cores(),
-          'matmul_precision': jax.config.jax_default_matmul_precision
-                              or 'default'}
+  return {
+    'backend': jax.default_backend(),
+    'devices': devices.count(),
+    'cores': devices.cores(),
+    'matmul_precision': jax.config.jax_default_matmul_precision or 'default',
+  }
 
 
 def program() -> Facts:
   """What results must share to stand in one table. The number of cores is not
   in it: it moves rounding only."""
-  return {_OWN: versions()[_OWN], 'source': source_hash(), **jax_versions(),
-          **{name: fact for name, fact in machine().items()
-             if name != 'cores'}}
+  return {
+    _OWN: versions()[_OWN],
+    'source': source_hash(),
+    **jax_versions(),
+    **{name: fact for name, fact in machine().items() if name != 'cores'},
+  }
 
 
 def source_hash(folder: pathlib.Path = _SOURCE) -> str:
@@ -61,5 +77,8 @@ def source_hash(folder: pathlib.Path = _SOURCE) -> str:
 def difference(before: Facts, now: Facts) -> str:
   """'jax 0.11.1, now 0.11.2; cores 8, now 2', or '' if nothing differs. What
   was not recorded before is passed over."""
-  return '; '.join(f'{name} {before[name]}, now {now[name]}' for name in now
-                   if name in before and before[name] != now[name])
+  return '; '.join(
+    f'{name} {before[name]}, now {now[name]}'
+    for name in now
+    if name in before and before[name] != now[name]
+  )

@@ -63,25 +63,41 @@ def _train(*names: str) -> dict[str, tuple[str, ...]]:
 
 
 PANELS = (
-    *(Panel('Validation', metric, {
-        protocol: ('val', protocol, metric)
-        for protocol in ('sampled', 'full')})
-      for metric in ('HR@10', 'NDCG@10')),
-    Panel('Recommendation loss', 'nats', _train('loss', 'rec_loss')),
-    Panel('Contrastive loss', 'nats', _train('contrastive_loss')),
-    Panel('Router', 'mean weight', _train('w_visual', 'w_semantic')),
-    Panel('Instance weight', 'mean', _train('instance_weight')),
-    Panel('Hardest tenth', 'share of the contrastive loss',
-          _train('hardest_share')),
-    Panel('Gradient', 'mean norm of a local step', _train(
-        'gradient_backbone', 'gradient_visual', 'gradient_semantic')),
-    Panel('Client memory, fill', 'share of slots in use',
-          _train('memory_fill')),
-    Panel('Client memory, age', 'samples since an entry was written',
-          _train('memory_age')),
-    Panel('Time', 'seconds a round, the first left out: it compiles', {
-        'training': ('seconds',), 'evaluation': ('evaluation_seconds',),
-        'waiting for a save': ('saving_seconds',)}),
+  *(
+    Panel(
+      'Validation',
+      metric,
+      {protocol: ('val', protocol, metric) for protocol in ('sampled', 'full')},
+    )
+    for metric in ('HR@10', 'NDCG@10')
+  ),
+  Panel('Recommendation loss', 'nats', _train('loss', 'rec_loss')),
+  Panel('Contrastive loss', 'nats', _train('contrastive_loss')),
+  Panel('Router', 'mean weight', _train('w_visual', 'w_semantic')),
+  Panel('Instance weight', 'mean', _train('instance_weight')),
+  Panel(
+    'Hardest tenth', 'share of the contrastive loss', _train('hardest_share')
+  ),
+  Panel(
+    'Gradient',
+    'mean norm of a local step',
+    _train('gradient_backbone', 'gradient_visual', 'gradient_semantic'),
+  ),
+  Panel('Client memory, fill', 'share of slots in use', _train('memory_fill')),
+  Panel(
+    'Client memory, age',
+    'samples since an entry was written',
+    _train('memory_age'),
+  ),
+  Panel(
+    'Time',
+    'seconds a round, the first left out: it compiles',
+    {
+      'training': ('seconds',),
+      'evaluation': ('evaluation_seconds',),
+      'waiting for a save': ('saving_seconds',),
+    },
+  ),
 )
 
 
@@ -97,11 +113,19 @@ def write(run: RunFolder) -> pathlib.Path:
   if flags['drift'] == 'instance_weight':
     charts += draw_weights(records, flags['surprise_scale'])
   path = run.path / REPORT
-  path.write_text(_render(
-      title=_name(run), summary=summary, rounds=len(records),
-      num_rounds=flags['num_rounds'], charts=charts,
-      times=time_split(records, summary), integrity=run.integrity(),
-      flags=flags), 'utf-8')
+  path.write_text(
+    _render(
+      title=_name(run),
+      summary=summary,
+      rounds=len(records),
+      num_rounds=flags['num_rounds'],
+      charts=charts,
+      times=time_split(records, summary),
+      integrity=run.integrity(),
+      flags=flags,
+    ),
+    'utf-8',
+  )
   return path
 
 
@@ -112,68 +136,107 @@ def write_comparison(runs: Sequence[RunFolder], path: pathlib.Path) -> None:
     UserError: a file that it is drawn from is missing or damaged.
   """
   names = _distinct(runs)
-  flags = {name: run.config().as_flat_dict()
-           for name, run in zip(names, runs)}
+  flags = {name: run.config().as_flat_dict() for name, run in zip(names, runs)}
   first = flags[names[0]]
-  path.write_text(_render(
-      title=' · '.join(names), names=names,
+  path.write_text(
+    _render(
+      title=' · '.join(names),
+      names=names,
       summaries={name: run.summary() for name, run in zip(names, runs)},
       charts=draw_runs(dict(zip(names, (run.records() for run in runs)))),
-      differing={flag: [flags[name][flag] for name in names] for flag in first
-                 if any(flags[name][flag] != first[flag] for name in names)}),
-      'utf-8')
+      differing={
+        flag: [flags[name][flag] for name in names]
+        for flag in first
+        if any(flags[name][flag] != first[flag] for name in names)
+      },
+    ),
+    'utf-8',
+  )
 
 
 def _render(**content: Any) -> str:
   environment = jinja2.Environment(
-      loader=jinja2.PackageLoader('fedmmr_jax.runs'), autoescape=True,
-      trim_blocks=True, lstrip_blocks=True)
+    loader=jinja2.PackageLoader('fedmmr_jax.runs'),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
   template = ('comparison' if 'names' in content else 'report') + '.html.j2'
   return environment.get_template(template).render(
-      width=WIDTH, height=HEIGHT, left=_LEFT, right=WIDTH - _RIGHT, top=_TOP,
-      bottom=HEIGHT - _BOTTOM, **content)
+    width=WIDTH,
+    height=HEIGHT,
+    left=_LEFT,
+    right=WIDTH - _RIGHT,
+    top=_TOP,
+    bottom=HEIGHT - _BOTTOM,
+    **content,
+  )
 
 
 def draw_run(records: Sequence[Record]) -> list[Chart]:
   """The panels of a run; curves and panels without any value are left out."""
   return _draw_all(
-      (panel.title, panel.unit, [
-          Series(label, _points(records, path))
-          for label, path in panel.paths.items()]) for panel in PANELS)
+    (
+      panel.title,
+      panel.unit,
+      [
+        Series(label, _points(records, path))
+        for label, path in panel.paths.items()
+      ],
+    )
+    for panel in PANELS
+  )
 
 
 def draw_runs(records: dict[str, Sequence[Record]]) -> list[Chart]:
   """A figure for each curve of the panels, with a curve for each run."""
   return _draw_all(
-      (f'{panel.title}, {label}' if len(panel.paths) > 1 else panel.title,
-       panel.unit, [Series(name, _points(lines, path))
-                    for name, lines in records.items()])
-      for panel in PANELS for label, path in panel.paths.items())
+    (
+      f'{panel.title}, {label}' if len(panel.paths) > 1 else panel.title,
+      panel.unit,
+      [Series(name, _points(lines, path)) for name, lines in records.items()],
+    )
+    for panel in PANELS
+    for label, path in panel.paths.items()
+  )
 
 
 def _draw_all(figures) -> list[Chart]:
-  return [draw(title, unit, series) for title, unit, series in figures
-          if any(s.points for s in series)]
+  return [
+    draw(title, unit, series)
+    for title, unit, series in figures
+    if any(s.points for s in series)
+  ]
 
 
 def draw(title: str, unit: str, series: Sequence[Series]) -> Chart:
   """Scales series into the drawing area; one without points only keeps its
   colour."""
-  axes = _Axes([x for s in series for x, _ in s.points],
-               [y for s in series for _, y in s.points])
+  axes = _Axes(
+    [x for s in series for x, _ in s.points],
+    [y for s in series for _, y in s.points],
+  )
   curves = [
-      {'label': s.label, 'colour': number,
-       'line': ' '.join(f'{axes.x(a)},{axes.y(b)}' for a, b in s.points),
-       'dots': [(axes.x(a), axes.y(b), f'{s.label}, round {a}: {b:.4g}')
-                for a, b in s.points]}
-      for number, s in enumerate(series) if s.points]
+    {
+      'label': s.label,
+      'colour': number,
+      'line': ' '.join(f'{axes.x(a)},{axes.y(b)}' for a, b in s.points),
+      'dots': [
+        (axes.x(a), axes.y(b), f'{s.label}, round {a}: {b:.4g}')
+        for a, b in s.points
+      ],
+    }
+    for number, s in enumerate(series)
+    if s.points
+  ]
   return Chart(title, unit, curves, [], axes.x_ticks(), axes.y_ticks())
 
 
 def draw_weights(records: Sequence[Record], scale: float) -> list[Chart]:
   """The instance weights of each round as a histogram, darker = more."""
-  columns = [(r['round'], r['train'].get('instance_weight_shares'))
-             for r in records]
+  columns = [
+    (r['round'], r['train'].get('instance_weight_shares')) for r in records
+  ]
   columns = _merged([(n, shares) for n, shares in columns if shares])
   if not columns:
     return []
@@ -188,31 +251,49 @@ def draw_weights(records: Sequence[Record], scale: float) -> list[Chart]:
     for number, share in enumerate(shares):
       if share:
         low = lowest + number * step
-        cells.append({
-            'x': axes.x(left), 'y': axes.y(low + step),
+        cells.append(
+          {
+            'x': axes.x(left),
+            'y': axes.y(low + step),
             'width': round(axes.x(right) - axes.x(left), 1),
             'height': round(axes.y(low) - axes.y(low + step), 1),
             'opacity': round(0.08 + 0.92 * share / largest, 3),
             'tip': f'{which}, weight {low:.3f} to {low + step:.3f}: '
-                   f'{share:.1%}'})
-  return [Chart('Instance weights', 'weight; darker is more samples', [],
-                cells, axes.x_ticks(), axes.y_ticks())]
+            f'{share:.1%}',
+          }
+        )
+  return [
+    Chart(
+      'Instance weights',
+      'weight; darker is more samples',
+      [],
+      cells,
+      axes.x_ticks(),
+      axes.y_ticks(),
+    )
+  ]
 
 
 def _merged(columns) -> list[tuple[int, int, list[float]]]:
   """(first round, last round, mean shares) of at most MAX_COLUMNS."""
   per = -(-len(columns) // MAX_COLUMNS) if columns else 1
-  groups = [columns[i:i + per] for i in range(0, len(columns), per)]
-  return [(group[0][0], group[-1][0],
-           [sum(values) / len(group) for values in zip(*(s for _, s in group))])
-          for group in groups]
+  groups = [columns[i : i + per] for i in range(0, len(columns), per)]
+  return [
+    (
+      group[0][0],
+      group[-1][0],
+      [sum(values) / len(group) for values in zip(*(s for _, s in group))],
+    )
+    for group in groups
+  ]
 
 
 class _Axes:
   """From rounds and values to positions in the drawing."""
 
-  def __init__(self, rounds: Sequence[int], values: Sequence[float],
-               margin: float = 0.05):
+  def __init__(
+    self, rounds: Sequence[int], values: Sequence[float], margin: float = 0.05
+  ):
     self._first, self._last = min(rounds), max(rounds)
     low, high = min(values), max(values)
     margin *= high - low
@@ -235,8 +316,9 @@ class _Axes:
     return [(self.x(m), f'{m:g}') for m in marks]
 
   def y_ticks(self) -> list[tuple[float, str]]:
-    return [(self.y(v), f'{v:g}')
-            for v in _round_numbers(self._low, self._high)]
+    return [
+      (self.y(v), f'{v:g}') for v in _round_numbers(self._low, self._high)
+    ]
 
 
 def _round_numbers(low: float, high: float, whole: bool = False) -> list[float]:
@@ -244,29 +326,42 @@ def _round_numbers(low: float, high: float, whole: bool = False) -> list[float]:
   if low == high:
     return [low]
   power = 10.0 ** math.floor(math.log10((high - low) / 6))
-  step = next(m * power for m in (1, 2, 5, 10)
-              if m * power * 6 >= high - low - 1e-9 * power)
+  step = next(
+    m * power
+    for m in (1, 2, 5, 10)
+    if m * power * 6 >= high - low - 1e-9 * power
+  )
   step = max(step, 1.0) if whole else step
   first = math.ceil(low / step - 1e-9)
-  return [float(f'{i * step:.10g}')
-          for i in range(first, math.floor(high / step + 1e-9) + 1)]
+  return [
+    float(f'{i * step:.10g}')
+    for i in range(first, math.floor(high / step + 1e-9) + 1)
+  ]
 
 
-def time_split(records: Sequence[Record],
-               summary: dict[str, Any] | None) -> list[tuple[str, float]]:
+def time_split(
+  records: Sequence[Record], summary: dict[str, Any] | None
+) -> list[tuple[str, float]]:
   """Seconds of a run by what they went into."""
-  parts = [(name, sum(r.get(key, 0.0) for r in records)) for name, key in (
-      ('training', 'seconds'), ('validation', 'evaluation_seconds'),
-      ('waiting for a save', 'saving_seconds'))]
+  parts = [
+    (name, sum(r.get(key, 0.0) for r in records))
+    for name, key in (
+      ('training', 'seconds'),
+      ('validation', 'evaluation_seconds'),
+      ('waiting for a save', 'saving_seconds'),
+    )
+  ]
   if summary:
     spent = sum(seconds for _, seconds in parts)
-    parts.append(('the rest: start, test',
-                  max(0.0, summary['wall_seconds'] - spent)))
+    parts.append(
+      ('the rest: start, test', max(0.0, summary['wall_seconds'] - spent))
+    )
   return parts
 
 
-def _points(records: Sequence[Record],
-            path: tuple[str, ...]) -> list[tuple[int, float]]:
+def _points(
+  records: Sequence[Record], path: tuple[str, ...]
+) -> list[tuple[int, float]]:
   """(round, value) of the records that have a value at `path`."""
   points = []
   for record in records[1:] if path[0].endswith('seconds') else records:
@@ -285,5 +380,7 @@ def _name(run: RunFolder) -> str:
 def _distinct(runs: Sequence[RunFolder]) -> list[str]:
   """Names of folders; whole paths where names come twice."""
   names = [_name(run) for run in runs]
-  return [name if names.count(name) == 1 else str(run.path)
-          for name, run in zip(names, runs)]
+  return [
+    name if names.count(name) == 1 else str(run.path)
+    for name, run in zip(names, runs)
+  ]

@@ -27,10 +27,18 @@ FORMAT = 4
 # Settings that may change when a run is continued
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = (
-    'num_rounds', 'patience', 'eval_every', 'clients_per_eval_chunk',
-    'items_per_eval_block', 'data_dir', 'item_file', 'visual_features',
-    'text_features',
-    'keep_last', 'keep_every')
+  'num_rounds',
+  'patience',
+  'eval_every',
+  'clients_per_eval_chunk',
+  'items_per_eval_block',
+  'data_dir',
+  'item_file',
+  'visual_features',
+  'text_features',
+  'keep_last',
+  'keep_every',
+)
 
 
 def hold(path: pathlib.Path) -> TextIO:
@@ -45,11 +53,14 @@ def hold(path: pathlib.Path) -> TextIO:
     # The kernel lets go of it when the process ends, however it ends.
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
-    raise UserError(f'{path}: another process is training in this folder; wait '
-                    'for it, or name another --workdir') from None
+    raise UserError(
+      f'{path}: another process is training in this folder; wait '
+      'for it, or name another --workdir'
+    ) from None
   except OSError as error:
     raise UserError(
-        f'--workdir={path}: cannot be written ({error.strerror})') from None
+      f'--workdir={path}: cannot be written ({error.strerror})'
+    ) from None
   return lock
 
 
@@ -58,11 +69,13 @@ class RunFolder:
 
   def __init__(self, path: str | pathlib.Path):
     self.path = pathlib.Path(path)
-    self._lock = None  # an open file, while this process trains here
+    # An open file, while this process trains here.
+    self._lock: TextIO | None = None
 
   def holds_run(self) -> bool:
-    return any((self.path / name).exists()
-               for name in (CONFIG, METRICS, SUMMARY, ROUNDS))
+    return any(
+      (self.path / name).exists() for name in (CONFIG, METRICS, SUMMARY, ROUNDS)
+    )
 
   def check_free(self, resume: bool) -> None:
     """Refuses a folder that holds a run, unless it is to be continued.
@@ -74,11 +87,16 @@ class RunFolder:
       raise UserError(f'--workdir={self.path} is a file; name a folder')
     if self.holds_run() and not resume:
       raise UserError(
-          f'--workdir={self.path} already holds a run; continue it with '
-          '--resume or name another folder')
+        f'--workdir={self.path} already holds a run; continue it with '
+        '--resume or name another folder'
+      )
 
-  def start(self, config: RunConfig, dataset: Dataset,
-            integrity: Sequence[IntegrityReport] = ()) -> None:
+  def start(
+    self,
+    config: RunConfig,
+    dataset: Dataset,
+    integrity: Sequence[IntegrityReport] = (),
+  ) -> None:
     """Writes `config.json` and `ids.json` (what the rows of the checkpoints
     mean), or checks that they fit when a run is continued. From then on no
     other process may start here, until this object is gone.
@@ -100,20 +118,33 @@ class RunFolder:
       versions = self._read(CONFIG, 'versions')
       machine = self._read(CONFIG).get('machine', {})  # older runs have none
     try:
-      self._write(CONFIG, _with_checksum({
-          'format': FORMAT,
-          'flags': config.as_flat_dict(),
-          'versions': versions,
-          'machine': machine,
-          'data_fingerprint': dataset.fingerprint(),
-          'integrity': [report._asdict() for report in integrity]}))
-      self._write(IDS, _with_checksum({
-          'user_ids': dataset.user_ids.tolist(),
-          'item_ids': dataset.item_ids.tolist(),
-          'titles': dataset.titles}), indent=None)
+      self._write(
+        CONFIG,
+        _with_checksum(
+          {
+            'format': FORMAT,
+            'flags': config.as_flat_dict(),
+            'versions': versions,
+            'machine': machine,
+            'data_fingerprint': dataset.fingerprint(),
+            'integrity': [report._asdict() for report in integrity],
+          }
+        ),
+      )
+      self._write(
+        IDS,
+        _with_checksum(
+          {
+            'user_ids': dataset.user_ids.tolist(),
+            'item_ids': dataset.item_ids.tolist(),
+            'titles': dataset.titles,
+          }
+        ),
+        indent=None,
+      )
     except OSError as error:
       raise UserError(
-          f'--workdir={self.path}: cannot be written ({error.strerror})'
+        f'--workdir={self.path}: cannot be written ({error.strerror})'
       ) from None
 
   @property
@@ -126,10 +157,17 @@ class RunFolder:
     with: the versions of JAX, the machine. None if nothing does."""
     began = self._read(CONFIG)
     changed = provenance.difference(
-        began['versions'] | began.get('machine', {}),
-        provenance.jax_versions() | provenance.machine())
-    return (f'continued under other conditions: {changed}; the results agree '
-            'to rounding, not bit for bit') if changed else None
+      began['versions'] | began.get('machine', {}),
+      provenance.jax_versions() | provenance.machine(),
+    )
+    return (
+      (
+        f'continued under other conditions: {changed}; the results agree '
+        'to rounding, not bit for bit'
+      )
+      if changed
+      else None
+    )
 
   def config(self) -> RunConfig:
     """The settings of the run in this folder.
@@ -145,8 +183,9 @@ class RunFolder:
 
   def integrity(self) -> list[IntegrityReport]:
     """What the checks of the features found when the run was started."""
-    return [IntegrityReport(**report) for report in self._read(
-        CONFIG, 'integrity')]
+    return [
+      IntegrityReport(**report) for report in self._read(CONFIG, 'integrity')
+    ]
 
   def flags(self) -> dict[str, Any]:
     """Flag name -> value of the run in this folder; raises as `config`."""
@@ -158,8 +197,9 @@ class RunFolder:
     found = self._read(CONFIG).get('format', 1)
     if found != FORMAT:
       raise UserError(
-          f'{self.path}: its checkpoints are of format {found}, this version '
-          f'reads format {FORMAT}; use the version that began the run')
+        f'{self.path}: its checkpoints are of format {found}, this version '
+        f'reads format {FORMAT}; use the version that began the run'
+      )
 
   def check_data(self, dataset: Dataset) -> None:
     """Raises UserError if this is not the data the run was trained on, or
@@ -167,8 +207,9 @@ class RunFolder:
     self.check_format()
     if self.data_fingerprint() != dataset.fingerprint():
       raise UserError(
-          f'{self.path}: the run was trained on other data; the files of '
-          '--data_dir have changed since')
+        f'{self.path}: the run was trained on other data; the files of '
+        '--data_dir have changed since'
+      )
 
   def data_fingerprint(self) -> str:
     """SHA-256 of the data it was trained on."""
@@ -196,10 +237,12 @@ class RunFolder:
       except json.JSONDecodeError as error:
         if number < len(lines):
           raise UserError(
-              f'{path}, line {number}: damaged, not JSON ({error})') from None
+            f'{path}, line {number}: damaged, not JSON ({error})'
+          ) from None
       else:
         if not isinstance(record, dict) or not isinstance(
-            record.get('round'), int):
+          record.get('round'), int
+        ):
           raise UserError(f'{path}, line {number}: damaged, it has no round')
         complete.append(record)
     return complete
@@ -236,18 +279,25 @@ class RunFolder:
   def _check_same(self, config: RunConfig) -> None:
     # By way of a config, so that a setting added since has its default.
     before, now = self.config().as_flat_dict(), config.as_flat_dict()
-    changed = [name for name in now
-               if before[name] != now[name] and (
-                   name not in MAY_CHANGE
-                   or name == 'num_rounds' and config.decays)]
+    changed = [
+      name
+      for name in now
+      if before[name] != now[name]
+      and (name not in MAY_CHANGE or name == 'num_rounds' and config.decays)
+    ]
     if changed:
       name = changed[0]
       raise UserError(
-          f'--workdir={self.path} holds a run with --{name}='
-          f'{before[name]}, not {now[name]}; a run is continued with its '
-          f'own settings (differing: {", ".join(changed)}'
-          + ('; its learning rates fall to the end of the run'
-             if 'num_rounds' in changed else '') + ')')
+        f'--workdir={self.path} holds a run with --{name}='
+        f'{before[name]}, not {now[name]}; a run is continued with its '
+        f'own settings (differing: {", ".join(changed)}'
+        + (
+          '; its learning rates fall to the end of the run'
+          if 'num_rounds' in changed
+          else ''
+        )
+        + ')'
+      )
 
   def _read(self, name: str, key: str | None = None) -> Any:
     path = self.path / name
@@ -262,16 +312,18 @@ class RunFolder:
     # Files of which nothing is read back have none.
     if CHECKSUM in content and content[CHECKSUM] != _checksum(content):
       raise UserError(
-          f'{path}: damaged or edited, its checksum differs; put the file back '
-          'as it was')
+        f'{path}: damaged or edited, its checksum differs; put the file back '
+        'as it was'
+      )
     if key is None:
       return content
     if key not in content:
       raise UserError(f'{path}: damaged, it has no {key!r}')
     return content[key]
 
-  def _write(self, name: str, content: dict[str, Any],
-             indent: int | None = 2) -> None:
+  def _write(
+    self, name: str, content: dict[str, Any], indent: int | None = 2
+  ) -> None:
     self._replace(name, _dumps(content, indent) + '\n')
 
   def _replace(self, name: str, text: str) -> None:
@@ -284,8 +336,9 @@ def _with_checksum(content: dict[str, Any]) -> dict[str, Any]:
 
 def _checksum(content: dict[str, Any]) -> int:
   """CRC-32 of what else is in a file."""
-  return zlib.crc32(_dumps(
-      {k: v for k, v in content.items() if k != CHECKSUM}).encode())
+  return zlib.crc32(
+    _dumps({k: v for k, v in content.items() if k != CHECKSUM}).encode()
+  )
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:

@@ -24,10 +24,14 @@ PROCESS, CRASH, STUCK = '.process.json', '.crash.txt', 'stuck.txt'
 STUCK_STATUS = 3  # of a process that ended itself
 
 # How faulthandler's first line names a signal.
-_FATAL = {'Aborted': signal.SIGABRT, 'Segmentation fault': signal.SIGSEGV,
-          'Bus error': signal.SIGBUS, 'Illegal instruction': signal.SIGILL,
-          'Floating-point exception': signal.SIGFPE,
-          'Floating point exception': signal.SIGFPE}
+_FATAL = {
+  'Aborted': signal.SIGABRT,
+  'Segmentation fault': signal.SIGSEGV,
+  'Bus error': signal.SIGBUS,
+  'Illegal instruction': signal.SIGILL,
+  'Floating-point exception': signal.SIGFPE,
+  'Floating point exception': signal.SIGFPE,
+}
 _SECONDS_A_TICK = 1.0
 
 
@@ -45,8 +49,13 @@ class Supervisor:
     self._folder = folder
     self._seconds = 60 * stuck_minutes
     self._record: dict[str, Any] = {
-        'pid': os.getpid(), 'host': platform.node(), 'boot': _boot(),
-        'oom_kills': _oom_kills(), 'step': 'starting', 'note': ''}
+      'pid': os.getpid(),
+      'host': platform.node(),
+      'boot': _boot(),
+      'oom_kills': _oom_kills(),
+      'step': 'starting',
+      'note': '',
+    }
     self._numbers = itertools.count()
     self._waited = 0.0
     self._ended = threading.Event()
@@ -102,12 +111,19 @@ class Supervisor:
       faulthandler.dump_traceback(file)
     self.note('stuck')
     saved = saved_rounds(self._folder)
-    print(f'\nerror: stuck: {step} has not ended in {self._seconds / 60:g} '
-          f'minutes ({self._folder / STUCK} has what each thread waits for); '
-          + (f'round {saved[-1]} is saved, continue' if saved else
-             'no round is saved yet, start again')
-          + f' with --resume --workdir={self._folder}; a step that may take '
-          'longer wants a larger --stuck_minutes', file=sys.stderr, flush=True)
+    print(
+      f'\nerror: stuck: {step} has not ended in {self._seconds / 60:g} '
+      f'minutes ({self._folder / STUCK} has what each thread waits for); '
+      + (
+        f'round {saved[-1]} is saved, continue'
+        if saved
+        else 'no round is saved yet, start again'
+      )
+      + f' with --resume --workdir={self._folder}; a step that may take '
+      'longer wants a larger --stuck_minutes',
+      file=sys.stderr,
+      flush=True,
+    )
     os._exit(STUCK_STATUS)
 
 
@@ -125,19 +141,26 @@ def last_end(folder: pathlib.Path) -> str | None:
   asked = f', {note}' if note else ''
   number = _fatal_signal(folder / CRASH)
   if number:
-    return (f'the last process ended by signal {number:d} '
-            f'({signal.Signals(number).name}) {when}{asked}')
+    return (
+      f'the last process ended by signal {number:d} '
+      f'({signal.Signals(number).name}) {when}{asked}'
+    )
   if record.get('host') != platform.node():
-    return (f'the last process, on {record.get("host")}, ended without a word '
-            f'{when}{asked}')
+    return (
+      f'the last process, on {record.get("host")}, ended without a word '
+      f'{when}{asked}'
+    )
   if record.get('boot') != _boot():
     return f'the machine was restarted {when}{asked}'
-  line = ('the last process ended by signal 9 (SIGKILL, or another that leaves '
-          f'no trace) {when}{asked}')
+  line = (
+    'the last process ended by signal 9 (SIGKILL, or another that leaves '
+    f'no trace) {when}{asked}'
+  )
   killed = _oom_kills() - record.get('oom_kills', 0)
   if killed > 0:
-    line += (f'; the machine ran out of memory {killed} time(s) since it was '
-             'started')
+    line += (
+      f'; the machine ran out of memory {killed} time(s) since it was started'
+    )
   return line
 
 
@@ -148,8 +171,9 @@ def _fatal_signal(path: pathlib.Path) -> signal.Signals | None:
       first = file.readline()
   except OSError:
     return None
-  return next((number for name, number in _FATAL.items() if name in first),
-              None)
+  return next(
+    (number for name, number in _FATAL.items() if name in first), None
+  )
 
 
 def _boot() -> str:
@@ -166,5 +190,6 @@ def _oom_kills() -> int:
     lines = pathlib.Path('/proc/vmstat').read_text().splitlines()
   except OSError:
     return 0
-  return next((int(line.split()[1]) for line in lines
-               if line.startswith('oom_kill ')), 0)
+  return next(
+    (int(line.split()[1]) for line in lines if line.startswith('oom_kill ')), 0
+  )

@@ -21,10 +21,12 @@ from fedmmr_jax.simulation import Round, Simulation
 Record = dict[str, Any]  # one line of metrics.jsonl
 
 
-def train(simulation: Simulation, run: RunFolder,
-          on_round: Callable[[Record], None],
-          on_step: Callable[[str], None] = lambda step: None
-          ) -> dict[str, Any]:
+def train(
+  simulation: Simulation,
+  run: RunFolder,
+  on_round: Callable[[Record], None],
+  on_step: Callable[[str], None] = lambda step: None,
+) -> dict[str, Any]:
   """Trains to the end, from the last saved round if there is one.
 
   Args:
@@ -42,8 +44,10 @@ def train(simulation: Simulation, run: RunFolder,
     ValueError: the run folder is not started.
   """
   if not run.is_started:
-    raise ValueError(f'{run.path}: call run.start(config, dataset) first, it '
-                     'writes config.json and keeps other processes out')
+    raise ValueError(
+      f'{run.path}: call run.start(config, dataset) first, it '
+      'writes config.json and keeps other processes out'
+    )
   started = time.perf_counter()
   rounds = Rounds(run.path, create=True)
   rounds.clear_leftovers()
@@ -59,7 +63,8 @@ def train(simulation: Simulation, run: RunFolder,
     for done in _rounds_left(simulation, checkpoint, last_round, on_step):
       run.remove_results()  # of an earlier, shorter run
       checkpoint, record = validated(
-          simulation, done, checkpoint.progress, on_step)
+        simulation, done, checkpoint.progress, on_step
+      )
       record['saving_seconds'] = saving_seconds
       on_step(f'saving round {done.number}')
       start = time.perf_counter()
@@ -77,20 +82,23 @@ def train(simulation: Simulation, run: RunFolder,
   records = run.records()
   summary |= describe(simulation, records, best_round, wall_seconds())
   summary['acceptance'] = acceptance.judge(
-      config, records, summary['test'], run.integrity())
+    config, records, summary['test'], run.integrity()
+  )
   run.write_summary(summary)
   return summary
 
 
-def restore(simulation: Simulation, run: RunFolder,
-            rounds: Rounds) -> tuple[Checkpoint, int, float]:
+def restore(
+  simulation: Simulation, run: RunFolder, rounds: Rounds
+) -> tuple[Checkpoint, int, float]:
   """(state, its round, seconds spent so far): the last saved, or the start."""
   if not rounds.numbers():
     # The line of round 1 may be there before the round is.
     if len(run.records()) > 1:
       raise UserError(
-          f'{run.path}: there are metrics but no saved round to continue from; '
-          'name another --workdir')
+        f'{run.path}: there are metrics but no saved round to continue from; '
+        'name another --workdir'
+      )
     run.rewind(None)
     return Checkpoint(simulation.init_state(), Progress.start()), 0, 0.0
   last = rounds.last()
@@ -102,82 +110,102 @@ def restore(simulation: Simulation, run: RunFolder,
 
 def structure(simulation: Simulation) -> Checkpoint:
   """Shapes and types of what is saved."""
-  return Checkpoint(
-      simulation.abstract_state, jax.eval_shape(Progress.start))
+  return Checkpoint(simulation.abstract_state, jax.eval_shape(Progress.start))
 
 
-def _rounds_left(simulation: Simulation, checkpoint: Checkpoint,
-                 last_round: int, on_step: Callable[[str], None]
-                 ) -> Iterable[Round]:
+def _rounds_left(
+  simulation: Simulation,
+  checkpoint: Checkpoint,
+  last_round: int,
+  on_step: Callable[[str], None],
+) -> Iterable[Round]:
   if out_of_patience(last_round, checkpoint.progress, simulation.config):
     return ()
   on_step(f'training round {last_round + 1}')
   return simulation.rounds(checkpoint.state, last_round + 1)
 
 
-def validated(simulation: Simulation, done: Round, progress: Progress,
-              on_step: Callable[[str], None]) -> tuple[Checkpoint, Record]:
+def validated(
+  simulation: Simulation,
+  done: Round,
+  progress: Progress,
+  on_step: Callable[[str], None],
+) -> tuple[Checkpoint, Record]:
   """What is saved of a round, with its validation if it is due.
 
   Raises:
     UserError: a score is not finite.
   """
-  record = {'round': done.number, 'train': done.metrics}
+  record: Record = {'round': done.number, 'train': done.metrics}
   if due(done.number, simulation.config):
     on_step(f'validating round {done.number}')
     start = time.perf_counter()
     record['val'], _ = simulation.evaluate(done.state, 'val')
     record['evaluation_seconds'] = time.perf_counter() - start
-    progress = progress.updated(
-        done.number, record['val']['sampled']['HR@10'])
+    progress = progress.updated(done.number, record['val']['sampled']['HR@10'])
   record['targets'] = simulation.count_targets(done.cohort)
   record['masked_fraction'] = round_lib.masked_fraction(
-      done.cohort, simulation.num_train, simulation.config)
+    done.cohort, simulation.num_train, simulation.config
+  )
   record['seconds'] = done.seconds
   return Checkpoint(done.state, progress), record
 
 
 def due(round_number: int, config: RunConfig) -> bool:
   """Is this round validated?"""
-  return (round_number % config.evaluation.eval_every == 0
-          or round_number == config.server.num_rounds)
+  return (
+    round_number % config.evaluation.eval_every == 0
+    or round_number == config.server.num_rounds
+  )
 
 
 def test(simulation: Simulation, state: FederationState) -> dict[str, Any]:
   """The part of the summary that is ranking metrics, of a state."""
-  metrics = {split: simulation.evaluate(state, split)[0]
-             for split in simulation.splits}
+  metrics = {
+    split: simulation.evaluate(state, split)[0] for split in simulation.splits
+  }
   if simulation.cold:
     metrics['cold_popularity'] = ranking.metrics_of(
-        simulation.rank_by_popularity('cold'))
+      simulation.rank_by_popularity('cold')
+    )
   return metrics
 
 
-def out_of_patience(last_round: int, progress: Progress,
-                    config: RunConfig) -> bool:
+def out_of_patience(
+  last_round: int, progress: Progress, config: RunConfig
+) -> bool:
   """Was this round validated, `patience` or more rounds after the best?"""
   patience = config.evaluation.patience
-  return bool(patience and progress.best_round and due(last_round, config)
-              and last_round - progress.best_round >= patience)
+  return bool(
+    patience
+    and progress.best_round
+    and due(last_round, config)
+    and last_round - progress.best_round >= patience
+  )
 
 
-def describe(simulation: Simulation, records: list[Record], best_round: int,
-             wall_seconds: float) -> dict[str, Any]:
+def describe(
+  simulation: Simulation,
+  records: list[Record],
+  best_round: int,
+  wall_seconds: float,
+) -> dict[str, Any]:
   """The part of the summary that is not ranking metrics."""
   seconds = [r['seconds'] for r in records]
   return {
-      'best_round': best_round,
-      'rounds': len(records),
-      'wall_seconds': wall_seconds,
-      'round_seconds_median': statistics.median(seconds),
-      'targets_per_second': statistics.median(
-          r['targets'] / r['seconds'] for r in records),
-      'peak_rss_mb': peak_rss_mb(),
-      'num_clients': simulation.dataset.num_clients,
-      'num_items': simulation.model.num_rows - 1,
-      'num_interactions': len(simulation.dataset.items),
-      'backend': jax.default_backend(),
-      'devices': sorted(map(str, simulation.data.items.devices())),
+    'best_round': best_round,
+    'rounds': len(records),
+    'wall_seconds': wall_seconds,
+    'round_seconds_median': statistics.median(seconds),
+    'targets_per_second': statistics.median(
+      r['targets'] / r['seconds'] for r in records
+    ),
+    'peak_rss_mb': peak_rss_mb(),
+    'num_clients': simulation.dataset.num_clients,
+    'num_items': simulation.model.num_rows - 1,
+    'num_interactions': len(simulation.dataset.items),
+    'backend': jax.default_backend(),
+    'devices': sorted(map(str, simulation.data.items.devices())),
   }
 
 

@@ -64,19 +64,21 @@ class WarmStart(NamedTuple):
   def put_into(self, state: FederationState) -> FederationState:
     """A fresh state with what is taken over in its place."""
     server = state.server._replace(
-        params=state.server.params | jax.tree.map(jnp.asarray, self.params))
+      params=state.server.params | jax.tree.map(jnp.asarray, self.params)
+    )
     if self.memories is None:
       return state._replace(server=server)
     memories, prototypes = jax.tree.map(jnp.asarray, self.memories)
     if prototypes is not None:
-      server = server._replace(
-          prototypes=type(server.prototypes)(**prototypes))
+      server = server._replace(prototypes=type(server.prototypes)(**prototypes))
     return state._replace(
-        memories=type(state.memories)(**memories), server=server)
+      memories=type(state.memories)(**memories), server=server
+    )
 
 
-def load(config: RunConfig, dataset: Dataset,
-         fresh: FederationState) -> WarmStart:
+def load(
+  config: RunConfig, dataset: Dataset, fresh: FederationState
+) -> WarmStart:
   """Reads what `--load` names from `--pretrained_path`.
 
   Args:
@@ -96,11 +98,13 @@ def load(config: RunConfig, dataset: Dataset,
   refuse = _refuser(source)
   _check_meaning(wanted, config, dataset, run, refuse)
   rows = _rows(dataset, run, refuse) if 'embeddings' in wanted else None
-  params, table = _take(wanted, fresh.server.params, saved['server']['params'],
-                        rows, refuse)
+  params, table = _take(
+    wanted, fresh.server.params, saved['server']['params'], rows, refuse
+  )
   memories = None
-  own = tuple(x and x._asdict()
-              for x in (fresh.memories, fresh.server.prototypes))
+  own = tuple(
+    x and x._asdict() for x in (fresh.memories, fresh.server.prototypes)
+  )
   if MEMORIES in wanted:
     if fresh.memories is None:
       refuse(MEMORIES, 'this run has no experts, which alone read a memory')
@@ -108,14 +112,25 @@ def load(config: RunConfig, dataset: Dataset,
     memories = saved['memories'], own[1] and saved['server']['prototypes']
     _check_whole(own, memories, MEMORIES, MEMORIES, refuse)
     memories = _with_empty(own, memories)
-  table.append(Part(
-      MEMORIES, MEMORIES, LOADED if memories else INITIAL, _count(own),
-      '' if memories else 'not asked for'))
+  table.append(
+    Part(
+      MEMORIES,
+      MEMORIES,
+      LOADED if memories else INITIAL,
+      _count(own),
+      '' if memories else 'not asked for',
+    )
+  )
   return WarmStart(source, params, memories, table)
 
 
-def _take(wanted: list[str], own: dict[str, Any], theirs: dict[str, Any],
-          rows: np.ndarray | None, refuse) -> tuple[dict[str, Any], list[Part]]:
+def _take(
+  wanted: list[str],
+  own: dict[str, Any],
+  theirs: dict[str, Any],
+  rows: np.ndarray | None,
+  refuse,
+) -> tuple[dict[str, Any], list[Part]]:
   """The parameters that are taken over, and what is to say of each."""
   params, table = {}, []
   for group, names in PARAMETER_GROUPS.items():
@@ -126,18 +141,28 @@ def _take(wanted: list[str], own: dict[str, Any], theirs: dict[str, Any],
           found = found[rows]
         _check_whole(own[name], found, name, group, refuse)
         params[name] = found
-        table.append(Part(name, group, LOADED, _count(found),
-                          _matched(rows, name, theirs)))
+        table.append(
+          Part(name, group, LOADED, _count(found), _matched(rows, name, theirs))
+        )
         extra = set(named_arrays(theirs[name])) - set(named_arrays(own[name]))
         if extra:
-          table.append(Part(name, group, UNFIT, 0,
-                            'not in this model: ' + ', '.join(sorted(extra))))
+          table.append(
+            Part(
+              name,
+              group,
+              UNFIT,
+              0,
+              'not in this model: ' + ', '.join(sorted(extra)),
+            )
+          )
       elif name in own:
-        table.append(Part(name, group, INITIAL, _count(own[name]),
-                          'not asked for'))
+        table.append(
+          Part(name, group, INITIAL, _count(own[name]), 'not asked for')
+        )
       elif name in theirs:
-        table.append(Part(name, group, UNFIT, _count(theirs[name]),
-                          'not in this model'))
+        table.append(
+          Part(name, group, UNFIT, _count(theirs[name]), 'not in this model')
+        )
   return params, table
 
 
@@ -163,13 +188,18 @@ def find(path: str, flag: str = 'pretrained_path') -> tuple[RunFolder, int]:
 
 def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
   """The groups to load; those that `--load` names must be in this model."""
-  present = [group for group, names in PARAMETER_GROUPS.items()
-             if any(name in params for name in names)]
+  present = [
+    group
+    for group, names in PARAMETER_GROUPS.items()
+    if any(name in params for name in names)
+  ]
   named = config.start.load_groups
   for group in named:
     if group not in (*present, MEMORIES, ALL_GROUPS):
-      raise UserError(f'--load={config.start.load}: this model has no {group}; '
-                      f'it has {", ".join(present)}')
+      raise UserError(
+        f'--load={config.start.load}: this model has no {group}; '
+        f'it has {", ".join(present)}'
+      )
   if ALL_GROUPS in named:
     return present + [g for g in named if g == MEMORIES]
   return list(named)
@@ -177,26 +207,35 @@ def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
 
 def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
   def refuse(group, reason):
-    raise UserError(f'--pretrained_path: {group} cannot be loaded from '
-                    f'{source}: {reason}; leave {group} out of --load, or name '
-                    'another run')
+    raise UserError(
+      f'--pretrained_path: {group} cannot be loaded from '
+      f'{source}: {reason}; leave {group} out of --load, or name '
+      'another run'
+    )
+
   return refuse
 
 
 # What gives parameters of one shape their meaning.
 _MEANING = {
-    'embeddings': ('dataset', 'cold_items'),
-    'backbone': ('num_heads',),
-    'experts': ('semantic_heads', 'feature_scaling', 'expert_input', 'fusion',
-                'similarity'),
-    'router': ('router_input', 'feature_scaling'),
-    'fusion': ('fusion',),
-    MEMORIES: ('memory', 'memory_capacity', 'long_term_capacity'),
+  'embeddings': ('dataset', 'cold_items'),
+  'backbone': ('num_heads',),
+  'experts': (
+    'semantic_heads',
+    'feature_scaling',
+    'expert_input',
+    'fusion',
+    'similarity',
+  ),
+  'router': ('router_input', 'feature_scaling'),
+  'fusion': ('fusion',),
+  MEMORIES: ('memory', 'memory_capacity', 'long_term_capacity'),
 }
 
 
-def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
-                   run: RunFolder, refuse) -> None:
+def _check_meaning(
+  wanted, config: RunConfig, dataset: Dataset, run: RunFolder, refuse
+) -> None:
   """Refuses what would fit, and come to mean something else."""
   theirs, other = config.as_flat_dict(), run.config()
   before = other.as_flat_dict()
@@ -204,38 +243,52 @@ def _check_meaning(wanted, config: RunConfig, dataset: Dataset,
   same_data = run.data_fingerprint() == dataset.fingerprint()
   for group in wanted:
     for name in _MEANING.get(group, ()):
-      if before[name] != theirs[name] and not (
-          name == 'dataset' and same_data):
-        refuse(group, f'its run had --{name}={before[name]}, not '
-               f'{theirs[name]}')
+      if before[name] != theirs[name] and not (name == 'dataset' and same_data):
+        refuse(
+          group, f'its run had --{name}={before[name]}, not {theirs[name]}'
+        )
   if 'embeddings' in wanted:
     # Which items are cold, and were never trained, the seed says.
     if config.data.cold_items and config.seed != other.seed:
-      refuse('embeddings', f'its run had --seed={other.seed}, and with it '
-             'other cold items')
-    added = [c.model.item_embedding == 'content_plus_id'
-             for c in (config, other)]
+      refuse(
+        'embeddings',
+        f'its run had --seed={other.seed}, and with it other cold items',
+      )
+    added = [
+      c.model.item_embedding == 'content_plus_id' for c in (config, other)
+    ]
     if added[0] != added[1]:
-      refuse('embeddings', 'its run had --item_embedding='
-             f'{other.model.item_embedding}, not {config.model.item_embedding}')
+      refuse(
+        'embeddings',
+        'its run had --item_embedding='
+        f'{other.model.item_embedding}, not {config.model.item_embedding}',
+      )
     for name in ('collaborative_dim', 'collaborative_rounds'):
       if added[0] and before[name] != theirs[name]:
-        refuse('embeddings', f'its run had --{name}={before[name]}, not '
-               f'{theirs[name]}')
+        refuse(
+          'embeddings',
+          f'its run had --{name}={before[name]}, not {theirs[name]}',
+        )
   if same_data:
     return
   # Features may be others, and principal components of another catalogue are
   # other axes; a generated set has other items under the same ids.
   on_features = {
-      'embeddings': (config.model.item_embedding == 'content_plus_id'
-                     or config.data.dataset == 'synthetic'),
-      'experts': True,
-      'router': config.model.router_input == 'features',
-      MEMORIES: True}
+    'embeddings': (
+      config.model.item_embedding == 'content_plus_id'
+      or config.data.dataset == 'synthetic'
+    ),
+    'experts': True,
+    'router': config.model.router_input == 'features',
+    MEMORIES: True,
+  }
   for group in wanted:
     if on_features.get(group):
-      refuse(group, 'it was trained on other data, and its numbers belong to '
-             'those items and features')
+      refuse(
+        group,
+        'it was trained on other data, and its numbers belong to '
+        'those items and features',
+      )
 
 
 def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
@@ -246,8 +299,11 @@ def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
   missing = [i for i in own if i not in theirs]
   if missing:
     shown = ', '.join(map(str, missing[:5])) + (', …' if missing[5:] else '')
-    refuse('embeddings', f'{len(missing)} of this run\'s {dataset.num_items} '
-           f'items are not in it and would stay random (ids {shown})')
+    refuse(
+      'embeddings',
+      f"{len(missing)} of this run's {dataset.num_items} "
+      f'items are not in it and would stay random (ids {shown})',
+    )
   return np.array([0, *(theirs[i] for i in own)])
 
 
@@ -256,8 +312,8 @@ def _matched(rows, name: str, theirs) -> str:
     return ''
   total = len(theirs[name]) - 1
   return f'{len(rows) - 1} items, matched by id' + (
-      f'; {total - len(rows) + 1} others left there'
-      if total >= len(rows) else '')
+    f'; {total - len(rows) + 1} others left there' if total >= len(rows) else ''
+  )
 
 
 def _check_whole(own: Any, found: Any, name: str, group: str, refuse) -> None:
@@ -270,14 +326,17 @@ def _check_whole(own: Any, found: Any, name: str, group: str, refuse) -> None:
     if path not in found:
       refuse(group, f'it has no {full}, which would stay as drawn')
     if found[path].shape != x.shape:
-      refuse(group, f'{full} has shape {_shape(found[path])} there and '
-             f'{_shape(x)} here')
+      refuse(
+        group,
+        f'{full} has shape {_shape(found[path])} there and {_shape(x)} here',
+      )
 
 
 def _with_empty(own: Any, found: Any) -> Any:
   """What was found, and the arrays without an entry, which are not saved."""
   return jax.tree.map(
-      lambda x, y: y if x.size else np.zeros(x.shape, x.dtype), own, found)
+    lambda x, y: y if x.size else np.zeros(x.shape, x.dtype), own, found
+  )
 
 
 def _count(tree: Any) -> int:
