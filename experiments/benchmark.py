@@ -184,8 +184,11 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   )
   upload = round_lib.no_upload(simulation.program, state.server.params)
   everybody = Cohort(*[jnp.float32(1.0)] * 4)
-  aggregation = _seconds(lambda: aggregate(
-      state.server, upload, prototypes=uploaded, everybody=everybody))
+  aggregation = _seconds(
+    lambda: aggregate(
+      state.server, upload, prototypes=uploaded, everybody=everybody
+    )
+  )
   evaluation = _seconds(lambda: simulation.evaluate(state, 'val'))
   targets = statistics.mean(map(simulation.count_targets, cohorts[1:]))
   steps = config.client.local_epochs * statistics.mean(
@@ -196,19 +199,25 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   ranked = len(ranking.evaluated_clients(config, dataset.num_clients))
   rank_flops = _rank_flops(simulation)
   return {
-      'cohort': round_lib.cohort_size(config, dataset.num_clients),
-      'seconds': {'sampling': sampling, 'local_training': whole - aggregation,
-                  'aggregation': aggregation, 'evaluation': evaluation},
-      'clients_per_second': cohorts[0].size / whole,
-      'targets_per_second': targets / whole,
-      'milliseconds_per_target': 1e3 * whole / targets,
-      'masked_fraction': statistics.mean(round_lib.masked_fraction(
-          c, simulation.num_train, config) for c in cohorts[1:]),
-      'step_mflop': step_flops / 1e6,
-      'training_gflops': steps * step_flops / whole / 1e9,
-      'clients_ranked': ranked,
-      'evaluation_gflops': ranked * rank_flops / evaluation / 1e9,
-      'compile_seconds': compile_seconds,
+    'cohort': round_lib.cohort_size(config, dataset.num_clients),
+    'seconds': {
+      'sampling': sampling,
+      'local_training': whole - aggregation,
+      'aggregation': aggregation,
+      'evaluation': evaluation,
+    },
+    'clients_per_second': cohorts[0].size / whole,
+    'targets_per_second': targets / whole,
+    'milliseconds_per_target': 1e3 * whole / targets,
+    'masked_fraction': statistics.mean(
+      round_lib.masked_fraction(c, simulation.num_train, config)
+      for c in cohorts[1:]
+    ),
+    'step_mflop': step_flops / 1e6,
+    'training_gflops': steps * step_flops / whole / 1e9,
+    'clients_ranked': ranked,
+    'evaluation_gflops': ranked * rank_flops / evaluation / 1e9,
+    'compile_seconds': compile_seconds,
   }
 
 

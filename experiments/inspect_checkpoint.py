@@ -294,9 +294,8 @@ def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
   weights = simulation.route(state)[1:]
   has_choice = (weights > 0).all(axis=1)
   visual = np.where(has_choice, weights[:, VISUAL], np.nan)
-  counts, edges = np.histogram(
-      visual[has_choice], bins=_BINS, range=(0.0, 1.0))
-  order = np.argsort(-visual, kind='stable')[:has_choice.sum()]
+  counts, edges = np.histogram(visual[has_choice], bins=_BINS, range=(0.0, 1.0))
+  order = np.argsort(-visual, kind='stable')[: has_choice.sum()]
   ids, titles = loaded.dataset.item_ids.tolist(), loaded.dataset.titles
   content = {
     'round': number,

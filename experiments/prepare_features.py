@@ -23,7 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import app
-from fedmmr_jax.config import RunConfig, SYNTHETIC, walk_fields
+from fedmmr_jax.config import RunConfig, walk_fields
 from fedmmr_jax.data import extraction, load, sidecar
 from fedmmr_jax.data.extraction import Encode, Inputs, TEXT, VISUAL
 from fedmmr_jax.data.features import AUTO, NONE
@@ -84,10 +84,9 @@ _OVERWRITE = flags.DEFINE_boolean(
 
 for _, _field, _default in walk_fields(RunConfig()):
   if _field.name == 'dataset':
-    flags.DEFINE_enum(
+    flags.DEFINE_string(
       'dataset',
       AUTO,
-      [c for c in _field.metadata['choices'] if c != SYNTHETIC],
       'format of the files in --data_dir; auto: tell it by the file',
     )
   elif _field.name in _READING:

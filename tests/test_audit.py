@@ -34,9 +34,14 @@ SKETCH_AND_PROFILE = dict(
 
 def simulation(**changes):
   # Without experts, which take long to compile.
-  return small.simulation(**{
-      'client_fraction': 1.0, 'surprise_threshold': 0.0, 'experts': 'none',
-      **changes}).with_popular_negatives()
+  return small.simulation(
+    **{
+      'client_fraction': 1.0,
+      'surprise_threshold': 0.0,
+      'experts': 'none',
+      **changes,
+    }
+  ).with_popular_negatives()
 
 
 def failed(checks):

@@ -36,11 +36,14 @@ def outcomes(folder: pathlib.Path) -> dict[str, np.ndarray]:
   before = small.compiled_rounds()
   for number in (1, 2):
     state, means = simulation.run_round(
-        state, number, simulation.sample_cohort(number))
+      state, number, simulation.sample_cohort(number)
+    )
   # A shard and the server's part, once.
   assert small.compiled_rounds() == before + 2
-  found = {'state': state, 'means': {
-      k: v for k, v in means.items() if v is not None}}
+  found = {
+    'state': state,
+    'means': {k: v for k, v in means.items() if v is not None},
+  }
   for split in ('val', 'test'):
     found[split] = simulation.evaluate(state, split)[1]
   found['alone'] = simulation.rank_local_only(state)

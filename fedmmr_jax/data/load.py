@@ -38,21 +38,18 @@ class Loaded(NamedTuple):
   cold: ColdSplit | None = None
 
 
-def load(config: RunConfig | DataConfig, seed: int | None = None) -> Loaded:
+def load(config: RunConfig | DataConfig, seed: int = 0) -> Loaded:
   """Reads or generates the data set that a config names.
 
   Args:
     config: of a run, or its part that is about data.
-    seed: of what is generated or held out; None = the run's.
+    seed: of what is generated or held out; a run has its own.
 
   Raises:
     UserError: anything missing, malformed or too small, with its place.
   """
   if isinstance(config, RunConfig):
-    seed = config.seed if seed is None else seed
-    config = config.data
-  # Given, unless nothing is generated or held out.
-  seed = cast(int, seed)
+    config, seed = config.data, config.seed
   loaded = (
     _load_synthetic(config, seed)
     if config.dataset == SYNTHETIC

@@ -233,11 +233,18 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
       f'{rounds} rounds',
       not differing,
       f'with {changed:,} held-out items exchanged for others, {names} are '
-      + ('the same in every bit' if not differing else
-         f'different in {len(differing)} arrays, {differing[0]} the first'))]
+      + (
+        'the same in every bit'
+        if not differing
+        else f'different in {len(differing)} arrays, {differing[0]} the first'
+      ),
+    )
+  ]
   if own[2] is None:
-    return [*checks, Check(
-        'memory', True, 'a model without experts keeps none')]
+    return [
+      *checks,
+      Check('memory', True, 'a model without experts keeps none'),
+    ]
   memories = own[2].item
   foreign = sum(
     len(
