@@ -49,7 +49,8 @@ def load(config: RunConfig | DataConfig, seed: int = 0) -> Loaded:
     UserError: anything missing, malformed or too small, with its place.
   """
   if isinstance(config, RunConfig):
-    config, seed = config.data, config.seed
+    seed = config.seed
+    config = config.data
   loaded = (
     _load_synthetic(config, seed)
     if config.dataset == SYNTHETIC
