@@ -92,6 +92,7 @@ def compiled_rounds() -> int:
   return (
     round_lib.train_shard._cache_size()
     + devices._run_on_mesh._cache_size()
+    + round_lib.merge_shards._cache_size()
     + round_lib.finish_round._cache_size()
   )
 

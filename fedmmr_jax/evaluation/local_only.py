@@ -44,7 +44,7 @@ def rank_all(
   Returns:
     Ranks with axes [G, C, n], on the host.
   """
-  results = devices.run(
+  _, ranks = devices.run(
     rank_shard,
     (program,),
     devices.deal(clients),
@@ -54,7 +54,7 @@ def rank_all(
     catalogue,
     data,
   )
-  return devices.undealt([each for _, each in results], len(clients))
+  return devices.undealt(ranks, len(clients))
 
 
 @partial(devices.jit, static_argnames='program')

@@ -207,7 +207,7 @@ def rank_all(
   Returns:
     Ranks with axes [G, C], on the host.
   """
-  results = devices.run(
+  _, ranks = devices.run(
     rank_shard,
     (model, config, max_items),
     devices.deal(clients),
@@ -217,7 +217,7 @@ def rank_all(
     catalogue,
     data,
   )
-  return devices.undealt([each for _, each in results], len(clients))
+  return devices.undealt(ranks, len(clients))
 
 
 @partial(devices.jit, static_argnames=('model', 'config', 'max_items'))

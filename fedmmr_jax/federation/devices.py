@@ -18,7 +18,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import jax
 import numpy as np
@@ -141,7 +141,8 @@ def run(
   static: tuple[Any, ...],
   shards: np.ndarray,
   *shared: Any,
-) -> list[tuple[Any, Any]]:
+  merge: Callable[..., Any] | None = None,
+) -> tuple[Any, list[Any]]:
   """Calls `program(*static, shard, *shared)` for each shard.
 
   Args:
@@ -150,12 +151,17 @@ def run(
     static: its hashable arguments.
     shards: [n, ..., g, C] from `deal`.
     *shared: trees of arrays that every shard reads.
+    merge: jitted; (static…, sums, sums) -> sums, the first of which it may
+      donate. None where there are no sums.
 
   Returns:
-    The result of each shard, in order.
+    (the sums, merged in the order of the shards, whoever was done first, so
+    that the bits are the same; the arrays of each shard).
   """
   if count() > 1:
-    return _run_on_mesh(program, static, shards, *shared)
+    return _merged(
+      _run_on_mesh(program, static, shards, *shared), static, merge
+    )
   compiling = threading.Lock()
 
   def run_one(shard):
@@ -164,10 +170,23 @@ def run(
     return jax.block_until_ready(result)
 
   if len(shards) == 1:
-    return [run_one(shards[0])]
+    return _merged([run_one(shards[0])], static, merge)
   # A thread for each: what one thread has dispatched runs one after the other.
   with ThreadPoolExecutor(workers(), 'shard') as pool:
-    return list(pool.map(run_one, shards))
+    return _merged(pool.map(run_one, shards), static, merge)
+
+
+def _merged(
+  results: Iterable[tuple[Any, Any]],
+  static: tuple[Any, ...],
+  merge: Callable[..., Any] | None,
+) -> tuple[Any, list[Any]]:
+  """Merges the shards' sums as they come: few of them are held at a time."""
+  total, each = None, []
+  for number, (sums, own) in enumerate(results):
+    total = merge(*static, total, sums) if number and merge else sums
+    each.append(own)
+  return total, each
 
 
 @partial(jit, static_argnums=(0, 1))

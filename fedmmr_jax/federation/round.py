@@ -252,10 +252,17 @@ def run_round(
     The state after the round and the training metrics of the cohort.
   """
   shards = devices.deal(cohort)
-  results = devices.run(
-    train_shard, (program,), shards, state, key, catalogue, data
+  sums, each = devices.run(
+    train_shard,
+    (program,),
+    shards,
+    state,
+    key,
+    catalogue,
+    data,
+    merge=merge_shards,
   )
-  return finish_round(program, state, shards, results, data.num_train)
+  return finish_round(program, state, shards, sums, each, data.num_train)
 
 
 def run_round_of_seeds(
@@ -273,10 +280,19 @@ def run_round_of_seeds(
     the cohorts and the keys, and on what it returns.
   """
   shards = devices.deal(cohorts)
-  results = devices.run(
-    train_shard_of_seeds, (program,), shards, states, keys, catalogue, data
+  sums, each = devices.run(
+    train_shard_of_seeds,
+    (program,),
+    shards,
+    states,
+    keys,
+    catalogue,
+    data,
+    merge=merge_shards_of_seeds,
   )
-  return finish_round_of_seeds(program, states, shards, results, data.num_train)
+  return finish_round_of_seeds(
+    program, states, shards, sums, each, data.num_train
+  )
 
 
 class Kept(NamedTuple):
@@ -381,12 +397,42 @@ def _train_chunks(program, seed_axis, catalogue, data, chunks, state, key):
   return jax.lax.scan(train_chunk, nothing, chunks)
 
 
+@partial(devices.jit, static_argnames='program', donate_argnames='one')
+def merge_shards(
+  program: RoundProgram,
+  one: tuple[Upload, dict[str, Mean]],
+  other: tuple[Upload, dict[str, Mean]],
+) -> tuple[Upload, dict[str, Mean]]:
+  """The sums of two shards, or of those so far and the next, as one; the first
+  are donated."""
+  return _merge(program, one, other)
+
+
+@partial(devices.jit, static_argnames='program', donate_argnames='one')
+def merge_shards_of_seeds(
+  program: RoundProgram,
+  one: tuple[Upload, dict[str, Mean]],
+  other: tuple[Upload, dict[str, Mean]],
+) -> tuple[Upload, dict[str, Mean]]:
+  """`merge_shards` with a leading axis, the seeds, on everything."""
+  return jax.vmap(partial(_merge, program))(one, other)
+
+
+def _merge(program, one, other):
+  (upload, metrics), (more, more_metrics) = one, other
+  return Upload(
+    program.aggregator.merge(upload.total, more.total),
+    *jax.tree.map(jnp.add, upload[1:], more[1:]),
+  ), metrics_lib.merge(metrics, more_metrics)
+
+
 @partial(devices.jit, static_argnames='program', donate_argnames='state')
 def finish_round(
   program: RoundProgram,
   state: FederationState,
   shards: jax.Array,
-  results: list,
+  sums: tuple[Upload, dict[str, Mean]],
+  each: list[Kept],
   num_train: jax.Array,
 ) -> tuple[FederationState, dict[str, Mean]]:
   """The server's part of a round.
@@ -395,13 +441,14 @@ def finish_round(
     program: what the round is made of.
     state: before the round; donated.
     shards: [n, g, C/G] int32 whom each shard trained.
-    results: of `train_shard`, one a shard.
+    sums: of all shards, see `train_shard`.
+    each: what the clients of each shard keep.
     num_train: [K] int32 training items of all clients.
 
   Returns:
     As `run_round`.
   """
-  return _finish(program, num_train, state, shards, results)
+  return _finish(program, num_train, state, shards, sums, each)
 
 
 @partial(devices.jit, static_argnames='program', donate_argnames='states')
@@ -409,28 +456,20 @@ def finish_round_of_seeds(
   program: RoundProgram,
   states: FederationState,
   shards: jax.Array,
-  results: list,
+  sums: tuple[Upload, dict[str, Mean]],
+  each: list[Kept],
   num_train: jax.Array,
 ) -> tuple[FederationState, dict[str, Mean]]:
-  """`finish_round` with a leading axis, the seeds, on states and results;
-  shards are [n, seeds, g, C/G]."""
-  return jax.vmap(partial(_finish, program, num_train), in_axes=(0, 1, 0))(
-    states, shards, results
+  """`finish_round` with a leading axis, the seeds, on states and on what the
+  shards gave; shards are [n, seeds, g, C/G]."""
+  return jax.vmap(partial(_finish, program, num_train), in_axes=(0, 1, 0, 0))(
+    states, shards, sums, each
   )
 
 
-def _finish(program, num_train, state, shards, results):
-  # In the order of the shards, whoever was done first: the same bits.
-  upload, metrics = results[0][0]
-  for (more, more_metrics), _ in results[1:]:
-    upload = Upload(
-      program.aggregator.merge(upload.total, more.total),
-      *jax.tree.map(jnp.add, upload[1:], more[1:]),
-    )
-    metrics = metrics_lib.merge(metrics, more_metrics)
-  kept = jax.tree.map(
-    lambda *x: jnp.concatenate(x), *[each for _, each in results]
-  )
+def _finish(program, num_train, state, shards, sums, each):
+  upload, metrics = sums
+  kept = jax.tree.map(lambda *x: jnp.concatenate(x), *each)
   cohort = shards.reshape(-1, shards.shape[-1])
   all_weights = windows.num_positives(num_train, program.config)
   everybody = Cohort(
@@ -556,10 +595,10 @@ def warm_memories(
     program, client=dataclasses.replace(program.client, config=config)
   )
   shards = devices.deal(clients)
-  results = devices.run(
+  _, filled = devices.run(
     fill_shard, (program,), shards, state, key, catalogue, data
   )
-  return _store_filled(state.memories, shards, [each for _, each in results])
+  return _store_filled(state.memories, shards, filled)
 
 
 @partial(devices.jit, static_argnames='program')
