@@ -1,6 +1,4 @@
-"""A drift control of one's own: FedDyn (Acar et al. 2021, "Federated learning
-based on dynamic regularization", ICLR): --drift_control=examples.feddyn:FedDyn
-"""
+"""FedDyn (Acar et al. 2021, ICLR): --drift_control=examples.feddyn:FedDyn."""
 
 import dataclasses
 
@@ -23,22 +21,17 @@ class FedDyn(fm.DriftControl):
   server_state = client_state  # h
 
   def transform(self, sent, kept):
-    def update(gradient, start, params):
-      return jax.tree.map(
-        lambda d, g, w, w0: d - g + self.alpha * (w - w0),
-        gradient,
-        kept,
-        params,
-        start,
-      ), start
+    def pull(d, g, w, w0):
+      return d - g + self.alpha * (w - w0)
+
+    def update(d, w0, w):
+      return jax.tree.map(pull, d, kept, w, w0), w0
 
     return optax.GradientTransformation(lambda params: params, update)
 
   def finish(self, result):
-    moved = result.whole(result.delta)
-    return jax.tree.map(
-      lambda g, d: g - self.alpha * d, result.kept, moved
-    ), None
+    moved = optax.tree.scale(self.alpha, result.whole(result.delta))
+    return optax.tree.sub(result.kept, moved), None
 
   def server_step(self, state, uploaded, cohort, delta, optimizer):
     share = cohort.size / cohort.all_size

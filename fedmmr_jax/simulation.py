@@ -241,9 +241,7 @@ class Simulation:
       round_lib.check_finite_state(
         state,
         number,
-        f'round {number - 1} is the last good one'
-        if number > 1
-        else 'no round is good',
+        f'round {number - 1} is the last good one' if number > 1 else '',
       )
       yield Round(number, state, means, cohort, time.perf_counter() - start)
 

@@ -73,8 +73,7 @@ def look_up_failures(monkeypatch, **changes):
   def update(client, memory):
     view = client_view(simulation.data, client, simulation.max_items)
     return client_lib.local_update(
-      simulation.model,
-      config,
+      simulation.program.client,
       broadcast,
       view,
       memory,
