@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -845,7 +846,8 @@ def test_images_go_through_a_clip_model(ml_1m, clip, pillow, tmp_path):
   assert stderr == ''
   assert "1 more, of no item of the data set: '4711'" in out
   assert 'shape 31 x 16' in out and 'coverage 11 of 30' in out
-  assert 'not read  5.jpg: image file is truncated' in out
+  # Pillow's words depend on where the file ends.
+  assert re.search('not read  5.jpg: .*truncated', out, re.IGNORECASE)
   assert '1 of 12 images not read' in out
   matrix = np.load(ml_1m / 'visual_features.npy')
   np.testing.assert_allclose(

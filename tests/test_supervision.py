@@ -80,7 +80,7 @@ def wait_for_round(workdir, number: int) -> None:
   'number, told',
   [
     (signal.SIGABRT, 'signal 6 (SIGABRT)'),
-    (signal.SIGSEGV, 'signal 11 (SIGSEGV)'),
+    pytest.param(signal.SIGSEGV, 'signal 11 (SIGSEGV)', marks=pytest.mark.slow),
     (signal.SIGKILL, 'signal 9 (SIGKILL, or another that leaves no trace)'),
   ],
 )
@@ -114,6 +114,7 @@ def test_a_stuck_run_says_so_and_ends(tmp_path, straight):
   small.assert_trees_equal(state(tmp_path / 'run'), straight)
 
 
+@pytest.mark.slow
 def test_a_machine_that_sleeps_is_not_stuck(tmp_path, straight):
   """Stopped for longer than a step may take; and at low priority."""
   with start(
@@ -128,6 +129,7 @@ def test_a_machine_that_sleeps_is_not_stuck(tmp_path, straight):
   small.assert_trees_equal(state(tmp_path / 'run'), straight)
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(tmp_path, straight):
   workdirs = [tmp_path / 'one', tmp_path / 'other']
   processes = [start(workdir) for workdir in workdirs]

@@ -94,8 +94,13 @@ def look_up_failures(monkeypatch, **changes):
   'changes',
   [
     {'local_epochs': 2, 'negatives': 'per_sample'},
-    {'objective': 'last', 'batch_size': 2, 'max_local_steps': 2},
-    {'profile': 'history', 'experts': 'none'},
+    pytest.param(
+      {'objective': 'last', 'batch_size': 2, 'max_local_steps': 2},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      {'profile': 'history', 'experts': 'none'}, marks=pytest.mark.slow
+    ),
   ],
   ids=str,
 )
