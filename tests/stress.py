@@ -4,9 +4,9 @@
 
 Each run saves every round, beside processes that take the cores away for
 moments of random length, and is confined to one core and let go again. Prints
-how each ended. `tests/test_stress.py` is the short form. (When the cores were
-devices that met in an all-reduce, runs ended by signal 6: figures in
-WORKSPACE.md, A run must not die of its own devices.)
+how each ended. `tests/test_stress.py` is the short form. What it has shown, of
+this code and of the one before it, is told in WORKSPACE.md ("Shards share a
+cohort and never meet").
 """
 
 import argparse
