@@ -151,6 +151,31 @@ def test_dealing_pads_and_keeps_neighbours_apart():
   np.testing.assert_array_equal(of_seeds[:, 1], dealt)
 
 
+NO_COLLECTIVE = """
+import jax, re
+from fedmmr_jax.federation import round as round_lib
+from tests import small
+assert jax.device_count() == 2
+simulation = small.simulation(experts='none')
+state = simulation.init_state()
+assert all(len(x.devices()) == 1 for x in jax.tree.leaves(state))
+text = round_lib.train_shard.lower(
+  simulation.program, simulation.sample_cohort(1), state, jax.random.key(0),
+  simulation.catalogue, simulation.data).as_text()
+assert not re.search('all_reduce|all_gather|collective', text)
+"""
+
+
+def test_no_collective_whatever_a_cpu_counts_as():
+  """Where there is none, none can wait for another."""
+  subprocess.run(
+    [sys.executable, '-c', NO_COLLECTIVE],
+    check=True,
+    cwd=ROOT,
+    env=os.environ | {'JAX_NUM_CPU_DEVICES': '2'},
+  )
+
+
 def test_a_mesh_of_two_devices_changes_rounding_only(tmp_path):
   assert devices.count() == 1
   on_one = outcomes(tmp_path / 'one')
