@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from typing import Any, cast, Iterator, NamedTuple
+from typing import cast, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,12 +119,7 @@ class Simulation:
     loaded = (
       (data, None) if isinstance(data, Dataset) else (data.dataset, data.cold)
     )
-    simulation = build(config, *loaded)
-    parts: dict[str, Any] = {'aggregator': aggregator, 'drift': drift}
-    return dataclasses.replace(
-      simulation,
-      **{name: part for name, part in parts.items() if part is not None},
-    )
+    return build(config, *loaded, aggregator=aggregator, drift=drift)
 
   @functools.cached_property
   def num_train(self) -> np.ndarray:
@@ -510,9 +505,20 @@ class Simulation:
 
 
 def build(
-  config: RunConfig, dataset: Dataset, cold: ColdSplit | None = None
+  config: RunConfig,
+  dataset: Dataset,
+  cold: ColdSplit | None = None,
+  aggregator: Aggregator | None = None,
+  drift: DriftControl | None = None,
 ) -> Simulation:
   """Puts a data set on the devices and fits the model to it.
+
+  Args:
+    config: settings.
+    dataset: what to train on.
+    cold: items held out of training.
+    aggregator: one instead of that which the config names.
+    drift: a drift control likewise.
 
   Raises:
     UserError: a client with too few unseen items for the negatives, global
@@ -564,8 +570,8 @@ def build(
     data=_to_device(config, dataset),
     dataset=dataset,
     cold=cold,
-    aggregator=aggregators.of(config),
-    drift=drift_lib.of(config),
+    aggregator=aggregator or aggregators.of(config),
+    drift=drift or drift_lib.of(config),
   )
   round_lib.check_size(simulation.abstract_state)
   frozen = optimizers.frozen_names(config.client)

@@ -270,18 +270,19 @@ def local_update(
     memory=end.memory,
     kept=kept,
     prototypes=summarise(end.memory, broadcast.catalogue, config),
-    metrics=end.metrics | _memory_metrics(end.memory, client),
+    metrics=end.metrics | memory_metrics(end.memory, client.num_train > 0),
   )
 
 
-def _memory_metrics(memory: Memory | None, client) -> dict[str, Mean]:
-  """How full a memory is, and how old its entries are in processed samples."""
-  if memory is None:
+def memory_metrics(
+  memory: Memory | None, trains: jax.Array | None = None
+) -> dict[str, Mean]:
+  """How full the memory of a client that trains is, and how old its entries
+  are in processed samples; empty without a memory."""
+  if memory is None or trains is None:
     return {'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
   return {
-    'memory_fill': metrics_lib.mean(
-      memory_lib.fill(memory), client.num_train > 0
-    ),
+    'memory_fill': metrics_lib.mean(memory_lib.fill(memory), trains),
     'memory_age': metrics_lib.over(
       memory.clock - memory.last_update, memory.item > 0
     ),

@@ -126,9 +126,7 @@ def format_of(name: str) -> Format:
     UserError: there is none of that name.
   """
   found = parts.find(name, FORMATS, 'data format')
-  if not isinstance(found, Format):
-    raise UserError(f'--dataset={name} is no fedmmr_jax.data.formats.Format')
-  return found
+  return parts.built(found, Format, name)
 
 
 def find(

@@ -13,6 +13,7 @@ a line may name something that is not trained by rounds:
 All rounds of a variant are run: `--patience` plays no part.
 """
 
+import dataclasses
 import pathlib
 import re
 import statistics
@@ -242,15 +243,20 @@ def run_round(
     number: of the round, 1-based.
 
   Returns:
-    As `round_lib.run_round_of_seeds`.
+    As `round_lib.run_round`, with a leading axis, the seeds.
   """
   base = simulations[0]
   cohorts = np.stack([s.sample_cohort(number) for s in simulations])
   keys = jnp.stack(
     [round_lib.round_key(s.config.seed, number) for s in simulations]
   )
-  return round_lib.run_round_of_seeds(
-    base.program, states, cohorts, keys, base.catalogue, base.data
+  return round_lib.run_round(
+    dataclasses.replace(base.program, of_seeds=True),
+    states,
+    cohorts,
+    keys,
+    base.catalogue,
+    base.data,
   )
 
 

@@ -210,6 +210,8 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
     simulation.config,
     exchanged(simulation.dataset, simulation.config.seed),
     simulation.cold,
+    simulation.aggregator,
+    simulation.drift,
   )
   states = [_trained(one, rounds) for one in (simulation, other)]
   own, theirs = (

@@ -113,10 +113,14 @@ class FedAvg(Aggregator):
       jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(())
     )
 
+  def delta_weight(self, updates: ClientUpdate) -> jax.Array:
+    """[C] float32 by which the deltas of a chunk's clients are summed."""
+    return updates.weight
+
   def add(self, total, updates):
     weight = updates.weight
     return WeightedSum(
-      add_weighted(total.delta, weight, updates),
+      add_weighted(total.delta, self.delta_weight(updates), updates),
       total.weight + jnp.sum(weight),
       total.steps + jnp.sum(weight * updates.steps),
     )
@@ -133,13 +137,8 @@ class FedNova(FedAvg):
   local steps, and their mean goes as far as the cohort's mean local update,
   τ_eff steps."""
 
-  def add(self, total, updates):
-    weight = updates.weight
-    return WeightedSum(
-      add_weighted(total.delta, weight / updates.steps, updates),
-      total.weight + jnp.sum(weight),
-      total.steps + jnp.sum(weight * updates.steps),
-    )
+  def delta_weight(self, updates):
+    return updates.weight / updates.steps
 
   def finish(self, total, collected, state, params):
     delta, state = super().finish(total, collected, state, params)

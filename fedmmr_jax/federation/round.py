@@ -45,6 +45,8 @@ from fedmmr_jax.streams import generator, Stream
 # copies besides.
 MOST_STATE_BYTES = 4_000_000_000
 
+_SEEDS = 'seed'  # the axis of runs side by side
+
 
 @dataclasses.dataclass(frozen=True)
 class RoundProgram:
@@ -54,11 +56,14 @@ class RoundProgram:
     client: what every client of a cohort runs.
     aggregator: what becomes of their updates.
     max_items: H, the longest client's number of interactions.
+    of_seeds: runs that differ in their seed, side by side: states, keys,
+      cohorts and results of a round have a leading axis, the seeds.
   """
 
   client: ClientProgram
   aggregator: Aggregator
   max_items: int
+  of_seeds: bool = False
 
   @property
   def config(self) -> RunConfig:
@@ -265,36 +270,6 @@ def run_round(
   return finish_round(program, state, shards, sums, each, data.num_train)
 
 
-def run_round_of_seeds(
-  program: RoundProgram,
-  states: FederationState,
-  cohorts: np.ndarray,
-  keys: jax.Array,
-  catalogue: Catalogue,
-  data: FederatedData,
-) -> tuple[FederationState, dict[str, Mean]]:
-  """One round of several runs that differ in their seed, side by side.
-
-  Args:
-    As `run_round`, with a leading axis, the seeds, on the states (donated),
-    the cohorts and the keys, and on what it returns.
-  """
-  shards = devices.deal(cohorts)
-  sums, each = devices.run(
-    train_shard_of_seeds,
-    (program,),
-    shards,
-    states,
-    keys,
-    catalogue,
-    data,
-    merge=merge_shards_of_seeds,
-  )
-  return finish_round_of_seeds(
-    program, states, shards, sums, each, data.num_train
-  )
-
-
 class Kept(NamedTuple):
   """What a client keeps or sends one by one; with leading axes [g, C/G].
 
@@ -325,26 +300,13 @@ def train_shard(
   Returns:
     ((what they sent, their metrics), what each of them keeps).
   """
-  return _train_chunks(program, None, catalogue, data, chunks, state, key)
+  train = partial(_train_chunks, program, catalogue, data)
+  if program.of_seeds:
+    train = jax.vmap(train, axis_name=_SEEDS)
+  return train(chunks, state, key)
 
 
-@partial(devices.jit, static_argnames='program')
-def train_shard_of_seeds(
-  program: RoundProgram,
-  chunks: jax.Array,
-  states: FederationState,
-  keys: jax.Array,
-  catalogue: Catalogue,
-  data: FederatedData,
-) -> tuple[tuple[Upload, dict[str, Mean]], Kept]:
-  """`train_shard` with a leading axis, the seeds, on chunks, states, keys and
-  results."""
-  return jax.vmap(
-    partial(_train_chunks, program, 'seed', catalogue, data), axis_name='seed'
-  )(chunks, states, keys)
-
-
-def _train_chunks(program, seed_axis, catalogue, data, chunks, state, key):
+def _train_chunks(program, catalogue, data, chunks, state, key):
   broadcast = state.server.broadcast(
     catalogue, program.config, program.client.drift
   )
@@ -352,10 +314,10 @@ def _train_chunks(program, seed_axis, catalogue, data, chunks, state, key):
   def train_chunk(sums, clients):
     upload, metrics = sums
     views, max_steps = chunk_views(program, data, clients)
-    if seed_axis:
+    if program.of_seeds:
       # One trip count for all seeds: each with its own, a loop has to select
       # between old and new parameters in every step.
-      max_steps = jax.lax.pmax(max_steps, seed_axis)
+      max_steps = jax.lax.pmax(max_steps, _SEEDS)
     updates = jax.vmap(
       lambda view, memory, kept, client: client_lib.local_update(
         program.client,
@@ -386,10 +348,7 @@ def _train_chunks(program, seed_axis, catalogue, data, chunks, state, key):
       ),
     )
 
-  no_metrics = client_lib.empty_metrics() | {
-    'memory_fill': metrics_lib.EMPTY,
-    'memory_age': metrics_lib.EMPTY,
-  }
+  no_metrics = client_lib.empty_metrics() | client_lib.memory_metrics(None)
   nothing = (
     no_upload(program, state.server.params),
     jax.tree.map(jnp.asarray, no_metrics),
@@ -405,17 +364,8 @@ def merge_shards(
 ) -> tuple[Upload, dict[str, Mean]]:
   """The sums of two shards, or of those so far and the next, as one; the first
   are donated."""
-  return _merge(program, one, other)
-
-
-@partial(devices.jit, static_argnames='program', donate_argnames='one')
-def merge_shards_of_seeds(
-  program: RoundProgram,
-  one: tuple[Upload, dict[str, Mean]],
-  other: tuple[Upload, dict[str, Mean]],
-) -> tuple[Upload, dict[str, Mean]]:
-  """`merge_shards` with a leading axis, the seeds, on everything."""
-  return jax.vmap(partial(_merge, program))(one, other)
+  merge = partial(_merge, program)
+  return (jax.vmap(merge) if program.of_seeds else merge)(one, other)
 
 
 def _merge(program, one, other):
@@ -440,7 +390,8 @@ def finish_round(
   Args:
     program: what the round is made of.
     state: before the round; donated.
-    shards: [n, g, C/G] int32 whom each shard trained.
+    shards: [n, g, C/G] int32 whom each shard trained; of seeds
+      [n, seeds, g, C/G].
     sums: of all shards, see `train_shard`.
     each: what the clients of each shard keep.
     num_train: [K] int32 training items of all clients.
@@ -448,23 +399,10 @@ def finish_round(
   Returns:
     As `run_round`.
   """
-  return _finish(program, num_train, state, shards, sums, each)
-
-
-@partial(devices.jit, static_argnames='program', donate_argnames='states')
-def finish_round_of_seeds(
-  program: RoundProgram,
-  states: FederationState,
-  shards: jax.Array,
-  sums: tuple[Upload, dict[str, Mean]],
-  each: list[Kept],
-  num_train: jax.Array,
-) -> tuple[FederationState, dict[str, Mean]]:
-  """`finish_round` with a leading axis, the seeds, on states and on what the
-  shards gave; shards are [n, seeds, g, C/G]."""
-  return jax.vmap(partial(_finish, program, num_train), in_axes=(0, 1, 0, 0))(
-    states, shards, sums, each
-  )
+  finish = partial(_finish, program, num_train)
+  if program.of_seeds:
+    finish = jax.vmap(finish, in_axes=(0, 1, 0, 0))
+  return finish(state, shards, sums, each)
 
 
 def _finish(program, num_train, state, shards, sums, each):
