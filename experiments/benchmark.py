@@ -297,7 +297,7 @@ def _step_flops(simulation: Simulation) -> float:
       batch,
       negative,
       broadcast.catalogue,
-      client_lib.memory_view(memory, broadcast, config),
+      client_lib.memory_view(model, memory, broadcast, config),
       jax.random.key(1),
       config,
     )
@@ -445,8 +445,7 @@ def _filled_up(dataset: Dataset, num_items: int) -> Dataset:
   return dataclasses.replace(
     dataset,
     item_ids=np.concatenate([dataset.item_ids, new_ids]),
-    visual=longer(dataset.visual),
-    text=longer(dataset.text),
+    features={name: longer(x) for name, x in dataset.features.items()},
     titles=(),
   )
 

@@ -6,7 +6,7 @@ import jax
 
 from fedmmr_jax.client import windows
 from fedmmr_jax.config import ModelConfig
-from fedmmr_jax.data.load import Loaded
+from fedmmr_jax.data.load import Loaded, MODALITIES
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.runs import warm_start
@@ -60,8 +60,8 @@ def data_report(loaded: Loaded) -> str:
       f'cold       {dataset.num_cold} items held out of training, the '
       f'targets of {len(loaded.cold.clients)} clients'
     )
-  for kind in ('visual', 'text'):
-    if not getattr(dataset, kind).shape[1]:
+  for kind in MODALITIES:
+    if kind not in dataset.features:
       lines.append(f'{kind:6} features  none: this expert is left out')
   return '\n'.join(lines)
 
@@ -74,8 +74,8 @@ def banner(simulation: Simulation) -> str:
   steps = windows.num_steps(simulation.num_train, config).mean()
   drift = (
     config.loss.drift
-    if simulation.model.has_both_experts
-    else 'none, it needs both experts'
+    if simulation.model.has_pairs
+    else 'none, it needs two experts'
   )
   return '\n'.join(
     [
@@ -180,14 +180,7 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
   model, config = simulation.model, simulation.config
   if model.is_backbone_only:
     return ['fusion     none: no visual or semantic expert, ⟨s, e⟩']
-  experts = [
-    name
-    for name, width in (
-      ('visual', model.visual_dim),
-      ('semantic', model.text_dim),
-    )
-    if width
-  ]
+  experts = [m.name for m in model.modalities]
   parts = ' + '.join(f'w_{e[:3]}·LN({e})' for e in experts)
   memory = config.memory
   score = (
@@ -226,10 +219,13 @@ def round_line(record: dict[str, Any], num_rounds: int) -> str:
     f'round {record["round"]:>{len(str(num_rounds))}}/{num_rounds}',
     f'loss {train["loss"]:.4f}' if train['loss'] is not None else '',
   ]
-  if train['w_visual'] is not None:
-    parts.append(
-      f'router vis {train["w_visual"]:.2f} sem {train["w_semantic"]:.2f}'
-    )
+  weights = [
+    f'{name[2:5]} {value:.2f}'
+    for name, value in train.items()
+    if name.startswith('w_') and value is not None
+  ]
+  if weights:
+    parts.append('router ' + ' '.join(weights))
   if train['instance_weight'] is not None:
     parts.append(f'inst.weight {train["instance_weight"]:.3f}')
   if train['memory_fill'] is not None:

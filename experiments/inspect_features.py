@@ -47,7 +47,7 @@ def main() -> None:
   config = app.config_from_flags()
   loaded = load.load(config.data, config.seed)
   dataset = loaded.dataset
-  kinds = [kind for kind in load.MODALITIES if getattr(dataset, kind).shape[1]]
+  kinds = list(dataset.features)
   if not kinds:
     raise UserError(
       f'{dataset.name}: no features to look at; put visual_features.npy or '

@@ -33,6 +33,8 @@ _PLACES = {
   'Cohort': 'client.drift',
   'Dataset': 'data.dataset',
   'DriftControl': 'client.drift',
+  'Entries': 'models.experts',
+  'Expert': 'models.experts',
   'FedAvg': 'federation.aggregators',
   'FedDMMR': 'models.feddmmr',
   'FedNova': 'federation.aggregators',
@@ -88,6 +90,7 @@ if TYPE_CHECKING:  # for type checkers and the pages of the reference
   )
   from fedmmr_jax.federation.devices import set_workers
   from fedmmr_jax.federation.round import FederationState
+  from fedmmr_jax.models.experts import Entries, Expert
   from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
   from fedmmr_jax.presets import preset
   from fedmmr_jax.runs.run_folder import RunFolder

@@ -158,9 +158,10 @@ class ModelConfig:
   )
   experts: str = _field(
     'both',
-    'which experts enhance the backbone, as far as there are '
-    'features for them; none: the plain backbone',
-    choices=('both', 'visual', 'semantic', 'none'),
+    'which experts enhance the backbone, with commas between; visual and '
+    'semantic (both) as far as there are features for them; any other name, as '
+    'in visual,semantic,audio, reads audio_features.npy of the data folder '
+    '(docs/extending.md); none: the plain backbone',
   )
   expert_input: str = _field(
     'memory',
@@ -199,6 +200,27 @@ class ModelConfig:
   global_memory: bool = _field(
     False, 'let the semantic expert attend to the global prototypes'
   )
+
+  @property
+  def expert_forms(self) -> dict[str, str]:
+    """Name of each expert -> its form as module:Thing; '' = that of its name.
+
+    Raises:
+      UserError: a name twice, or one that is no plain word.
+    """
+    text = {'both': 'visual,semantic', 'none': ''}.get(
+      self.experts, self.experts
+    )
+    forms: dict[str, str] = {}
+    for entry in _names(text):
+      name, _, form = entry.partition('=')
+      if not name.isidentifier() or name in ('both', 'none') or name in forms:
+        raise UserError(
+          f'--experts={self.experts}: {name!r} is not one more name of an '
+          'expert; write names with commas between, as in visual,semantic,audio'
+        )
+      forms[name] = form
+    return forms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -524,6 +546,7 @@ class RunConfig:
     for _, field, value in walk_fields(self):
       _validate_field(field, value)
     m = self.model
+    _ = m.expert_forms
     for heads in ('num_heads', 'semantic_heads'):
       if m.hidden_dim % getattr(m, heads):
         raise UserError(

@@ -34,6 +34,7 @@ from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.round import FederationState, RoundProgram
 from fedmmr_jax.models import content as content_lib
+from fedmmr_jax.models import experts as experts_lib
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.runs import warm_start as warm_start_lib
 from fedmmr_jax.runs.warm_start import WarmStart
@@ -421,18 +422,17 @@ class Simulation:
       change: 'zeroed' (all features missing) or 'shuffled' (each item gets
         another's, by the seed).
     """
-    visual, text = self.catalogue.visual, self.catalogue.text
+    features = self.catalogue.features
     if change == 'zeroed':
-      visual, text = jnp.zeros_like(visual), jnp.zeros_like(text)
+      features = jax.tree.map(jnp.zeros_like, features)
     else:
       rng = generator(self.config.seed, Stream.SHUFFLED_FEATURES)
       order = np.concatenate(
         [[0], 1 + rng.permutation(self.model.num_rows - 1)]
       )
-      visual, text = visual[order], text[order]
+      features = {name: x[order] for name, x in features.items()}
     return dataclasses.replace(
-      self,
-      catalogue=Catalogue.from_features(visual, text, self.catalogue.content),
+      self, catalogue=Catalogue.of(features, self.catalogue.content)
     )
 
   @property
@@ -525,48 +525,37 @@ def build(
       prototypes without texts, too many control variates, or nothing left to
       train.
   """
+  modalities = _modalities(config, dataset)
   # The experts' features; the item table may start from the others too.
-  experts = config.model.experts
-  visual = dataset.visual[:, : None if experts in ('both', 'visual') else 0]
-  text = dataset.text[:, : None if experts in ('both', 'semantic') else 0]
-  if config.data.feature_scaling == 'centred':
-    visual, text = content_lib.centred(visual), content_lib.centred(text)
-  elif config.data.feature_scaling == 'components':
-    visual, text = (
-      content_lib.components([x], config.model.hidden_dim)
-      for x in (visual, text)
-    )
-  if config.memory.memory == 'two_tier' and not text.shape[1]:
+  features = {
+    name: _scaled(dataset.features[name], config)
+    for name in dict.fromkeys(m.features for m in modalities)
+  }
+  if config.memory.memory == 'two_tier' and experts_lib.TEXT not in features:
     raise UserError(
       '--memory=two_tier needs the semantic expert and text '
       'features: novelty is measured on texts'
     )
-  if config.model.global_memory and not text.shape[1]:
+  if config.model.global_memory and experts_lib.TEXT not in features:
     raise UserError(
       '--global_memory needs the semantic expert and text '
       'features: the prototypes are clusters of texts'
     )
-  content = None
+  content = np.zeros((dataset.num_rows, 0), np.float32)
   if config.model.item_embedding != 'id':
-    if not (
-      dataset.visual.any()
-      or dataset.text.any()
-      or config.model.collaborative_dim
-    ):
+    if not (dataset.features or config.model.collaborative_dim):
       raise UserError(
         f'--item_embedding={config.model.item_embedding} needs item '
         'features; give some, or say --item_embedding=id'
       )
     content = content_lib.components(
-      [dataset.visual, dataset.text], config.model.hidden_dim
+      list(dataset.features.values()) or [content], config.model.hidden_dim
     )
     content = collaborative.put_into(content, dataset, config)
   simulation = Simulation(
     config=config,
-    model=FedDMMR(
-      config.model, dataset.num_rows, visual.shape[1], text.shape[1]
-    ),
-    catalogue=devices.copied(Catalogue.from_features(visual, text, content)),
+    model=FedDMMR(config.model, dataset.num_rows, modalities),
+    catalogue=devices.copied(Catalogue.of(features, content)),
     data=_to_device(config, dataset),
     dataset=dataset,
     cold=cold,
@@ -580,6 +569,36 @@ def build(
       f'--freeze={config.client.freeze} leaves nothing of this model to train'
     )
   return simulation
+
+
+def _modalities(
+  config: RunConfig, dataset: Dataset
+) -> tuple[experts_lib.Modality, ...]:
+  """The experts that the config names and the data set has features for.
+
+  Raises:
+    UserError: one without features, other than visual and semantic.
+  """
+  found = []
+  for modality in experts_lib.of(config.model):
+    if modality.features in dataset.features:
+      found.append(modality)
+    elif modality.name not in experts_lib.EXPERTS:
+      raise UserError(
+        f'`experts` names {modality.name}, but the data set has no '
+        f'{modality.features} features; put {modality.features}_features.npy '
+        'beside the interactions, one row for each item id'
+      )
+  return tuple(found)
+
+
+def _scaled(features: np.ndarray, config: RunConfig) -> np.ndarray:
+  """[V, F] what an expert sees of a feature matrix, [V, F'] float32."""
+  if config.data.feature_scaling == 'centred':
+    return content_lib.centred(features)
+  if config.data.feature_scaling == 'components':
+    return content_lib.components([features], config.model.hidden_dim)
+  return features
 
 
 def _to_device(

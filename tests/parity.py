@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.models import experts
 from fedmmr_jax.models.feddmmr import FedDMMR
 
 SHARED = pathlib.Path(
@@ -37,7 +38,7 @@ def require(path: pathlib.Path) -> pathlib.Path:
 
 
 def model(**changes) -> FedDMMR:
-  arguments = dict(config=CONFIG, num_rows=62, visual_dim=24, text_dim=20)
+  arguments = dict(config=CONFIG, num_rows=62, modalities=experts.of(CONFIG))
   return FedDMMR(**{**arguments, **changes})
 
 

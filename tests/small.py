@@ -62,7 +62,7 @@ def dataset(num_users: int = 8, seed: int = 0) -> Dataset:
   text = rng.normal(size=(found.num_rows, 10)).astype(np.float32)
   visual[[0, 3, 7]] = 0
   text[[0, 5]] = 0
-  return dataclasses.replace(found, visual=visual, text=text)
+  return dataclasses.replace(found, features={'visual': visual, 'text': text})
 
 
 def simulation(**changes) -> simulation_lib.Simulation:

@@ -283,7 +283,7 @@ def test_a_data_set_from_arrays():
     [2, 1, 3],
     [3, 2, 1],
   ]
-  assert dataset.text.tolist() == [[0, 0], [1, 2], [0, 0], [3, 4]]
+  assert dataset.features['text'].tolist() == [[0, 0], [1, 2], [0, 0], [3, 4]]
   assert dataset.titles == ('', '', 'Two', '')
   assert 'of one length' in small.error_of(fm.Dataset.of, [1, 2], [1])
   with pytest.raises(fm.UserError, match='same width'):

@@ -8,7 +8,6 @@ import pytest
 from fedmmr_jax.client import losses, scoring, windows
 from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.data.dataset import client_view, ClientData
-from fedmmr_jax.models.feddmmr import view_memory
 from tests import small
 
 
@@ -76,7 +75,7 @@ def test_a_step_weighs_its_targets_by_their_lateness():
     history(9), jnp.arange(2), jnp.array([True, True]), 6, 6
   )
   negative = jnp.arange(31, 36)
-  view = view_memory(simulation.catalogue, jnp.zeros(4, int))
+  view = simulation.model.view_memory(simulation.catalogue, jnp.zeros(4, int))
   scores = scoring.score_batch(
     simulation.model, params, batch, negative, simulation.catalogue, view, None
   )

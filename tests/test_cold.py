@@ -55,7 +55,7 @@ def test_rows_keep_their_features_and_titles(split):
   row_before = {i: r for r, i in enumerate(before.item_ids.tolist())}
   for row, item in enumerate(warm.item_ids.tolist()):
     np.testing.assert_array_equal(
-      warm.visual[row], before.visual[row_before[item]]
+      warm.features['visual'][row], before.features['visual'][row_before[item]]
     )
     assert warm.titles[row] == f'item {item}'
 

@@ -67,9 +67,7 @@ def test_it_takes_the_last_directions_of_the_content():
 
 def test_seeds_share_it_and_it_needs_no_features():
   dataset = small.dataset()
-  dataset = dataclasses.replace(
-    dataset, visual=dataset.visual[:, :0], text=dataset.text[:, :0]
-  )
+  dataset = dataclasses.replace(dataset, features={})
   contents = [
     simulation_lib.build(
       small.config(

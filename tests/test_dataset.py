@@ -24,8 +24,10 @@ def toy(sequences, num_items=20):
     offsets=np.concatenate([[0], np.cumsum(lengths)]),
     user_ids=np.array([*sequences]),
     item_ids=np.arange(num_items + 1),
-    visual=features.reshape(-1, 2),
-    text=features.reshape(-1, 2) + 1,
+    features={
+      'visual': features.reshape(-1, 2),
+      'text': features.reshape(-1, 2) + 1,
+    },
   )
 
 
@@ -259,12 +261,20 @@ def test_the_fingerprint_changes_with_any_array(name):
 def test_the_fingerprint_knows_which_features_are_which():
   dataset = toy(SEQUENCES)
   swapped = dataclasses.replace(
-    dataset, visual=dataset.text, text=dataset.visual
+    dataset,
+    features={
+      'visual': dataset.features['text'],
+      'text': dataset.features['visual'],
+    },
   )
   assert swapped.fingerprint() != dataset.fingerprint()
 
 
 def test_the_fingerprint_knows_the_shape():
   dataset = toy(SEQUENCES)
-  reshaped = dataclasses.replace(dataset, text=dataset.text.reshape(2, -1))
+  reshaped = dataclasses.replace(
+    dataset,
+    features=dataset.features
+    | {'text': dataset.features['text'].reshape(2, -1)},
+  )
   assert reshaped.fingerprint() != dataset.fingerprint()

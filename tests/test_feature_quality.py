@@ -37,7 +37,9 @@ def walks(aligned=True, seed=0):
     cluster = (found.item_ids - 1) // PER_CLUSTER
     features = 0.1 * features + rng.normal(size=(CLUSTERS, 16))[cluster]
   features[0] = 0
-  return dataclasses.replace(found, text=features.astype(np.float32))
+  return dataclasses.replace(
+    found, features=found.features | {'text': features.astype(np.float32)}
+  )
 
 
 def measure(dataset, kind='text', seed=0):
@@ -54,7 +56,7 @@ def pairs_of(items, offsets, features, seed=0):
     user_ids=np.arange(len(offsets) - 1),
     item_ids=ids,
     titles=(),
-    text=features,
+    features={'text': features},
   )
   return measure(dataset, seed=seed).co_consumption
 
@@ -85,9 +87,9 @@ def test_spectrum_by_hand():
 
 def test_equal_rows_have_no_spectrum_and_no_closeness():
   dataset = walks()
-  text = np.full_like(dataset.text, 1 / 3)
+  text = np.full_like(dataset.features['text'], 1 / 3)
   text[0] = 0
-  got = measure(dataclasses.replace(dataset, text=text))
+  got = measure(dataclasses.replace(dataset, features={'text': text}))
   assert not got.spectrum.explained.any()
   assert got.spectrum.components(0.5) == got.spectrum.effective_rank == 0
   assert got.duplicates.items == dataset.num_items
@@ -178,12 +180,14 @@ def test_planted_taste_is_found_and_noise_is_not():
 def test_chance_is_what_mixed_up_rows_show():
   # With few pairs, effects that look large; the verdict knows.
   dataset = small.dataset()
-  rows = np.flatnonzero(dataset.text.any(axis=1))
+  rows = np.flatnonzero(dataset.features['text'].any(axis=1))
   effects, verdicts = [], []
   for seed in range(60):
-    text = dataset.text.copy()
+    text = dataset.features['text'].copy()
     text[rows] = text[np.random.default_rng(seed).permutation(rows)]
-    found = measure(dataclasses.replace(dataset, text=text), seed=seed)
+    found = measure(
+      dataclasses.replace(dataset, features={'text': text}), seed=seed
+    )
     effects.append(found.co_consumption.to_matched.effect)
     verdicts.append('too few' in feature_quality.verdict(found))
   assert np.std(effects) == pytest.approx(found.co_consumption.chance, rel=0.3)

@@ -307,8 +307,8 @@ def load_movielens(folder, **flags):
 def test_a_data_set_takes_the_features_that_lie_in_its_folder(movielens_folder):
   loaded = load_movielens(movielens_folder)
   assert loaded.dataset.item_ids.tolist() == [0, 2, 4, 5]
-  assert loaded.dataset.text[:, 0].tolist() == [0, 2, 4, 5]
-  assert loaded.dataset.visual.shape == (4, 0)
+  assert loaded.dataset.features['text'][:, 0].tolist() == [0, 2, 4, 5]
+  assert 'visual' not in loaded.dataset.features
   assert [r.kind for r in loaded.integrity] == ['text']
 
 
@@ -317,8 +317,8 @@ def test_a_data_set_takes_the_features_that_are_named(movielens_folder):
   loaded = load_movielens(
     movielens_folder, visual_features=str(path), text_features='none'
   )
-  assert loaded.dataset.visual[:, 0].tolist() == [0, 20, 40, 50]
-  assert loaded.dataset.text.shape == (4, 0)
+  assert loaded.dataset.features['visual'][:, 0].tolist() == [0, 20, 40, 50]
+  assert 'text' not in loaded.dataset.features
   (report,) = loaded.integrity
   assert (report.kind, report.source) == ('visual', str(path))
   assert (report.covered, report.catalogue) == (3, 3)
@@ -341,9 +341,7 @@ SYNTHETIC = dict(synthetic_users=20, synthetic_items=40)
 def test_the_synthetic_set_brings_its_own_features():
   loaded = load.load(DataConfig(**SYNTHETIC), 0)
   assert [r.kind for r in loaded.integrity] == ['visual', 'text']
-  for report, rows in zip(
-    loaded.integrity, (loaded.dataset.visual, loaded.dataset.text)
-  ):
+  for report, rows in zip(loaded.integrity, loaded.dataset.features.values()):
     assert report.source == 'generated from seed 0'
     assert report.covered == np.any(rows != 0, axis=1).sum()
     assert rows.shape[0] == loaded.dataset.num_rows
@@ -356,7 +354,7 @@ def test_generated_features_are_those_of_the_catalogue_s_rows():
   ).dataset
   _, matrices = synthetic.generate(1, 60, seed=0)
   assert dataset.num_items <= 30
-  for kind, rows in (('visual', dataset.visual), ('text', dataset.text)):
+  for kind, rows in dataset.features.items():
     np.testing.assert_array_equal(rows, matrices[kind][dataset.item_ids])
 
 
@@ -366,9 +364,9 @@ def test_the_synthetic_set_takes_the_features_that_are_named(tmp_path):
     DataConfig(visual_features=str(path), text_features='none', **SYNTHETIC), 0
   )
   np.testing.assert_array_equal(
-    loaded.dataset.visual[:, 0], loaded.dataset.item_ids
+    loaded.dataset.features['visual'][:, 0], loaded.dataset.item_ids
   )
-  assert loaded.dataset.text.shape == (loaded.dataset.num_rows, 0)
+  assert 'text' not in loaded.dataset.features
   assert [r.source for r in loaded.integrity] == [str(path)]
 
 

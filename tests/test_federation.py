@@ -341,7 +341,9 @@ def test_prototypes_reach_the_server():
   simulation = small.simulation(global_memory=True)
   after, _ = run(simulation, COHORT)
   stored = np.asarray(after.memories.item)[COHORT.ravel()]
-  with_text = (stored > 0) & np.asarray(simulation.catalogue.has_text)[stored]
+  with_text = (stored > 0) & np.asarray(simulation.catalogue.has['text'])[
+    stored
+  ]
   assert after.server.prototypes.size.sum() == with_text.sum()
 
 

@@ -879,5 +879,5 @@ def test_features_of_string_ids_are_found_by_number(tmp_path):
   ).dataset
   assert dataset.item_ids.tolist() == ['', 'a', 'b', 'c', 'd', 'e']
   assert dataset.titles == ('', '', 'Bee', '', '', '')
-  np.testing.assert_array_equal(dataset.text, matrix)
+  np.testing.assert_array_equal(dataset.features['text'], matrix)
   assert dataset.item_ids[dataset.sequence(0)].tolist() == list('edcba')

@@ -179,9 +179,8 @@ def test_late_targets_count_more():
     LossConfig(profile_weight=0.5),
     rec,
     jnp.array([True, False, True]),
-    nothing,
-    nothing,
-    nobody,
+    [nothing, nothing],
+    jnp.stack([nobody, nobody], axis=-1),
     0.0,
     importance,
     profile,
@@ -200,9 +199,8 @@ def combined(
     LossConfig(**config),
     jnp.asarray(rec, jnp.float32),
     everyone if valid is None else valid,
-    visual,
-    semantic,
-    everyone if has_both is None else has_both,
+    [] if visual is None else [visual, semantic],
+    jnp.stack([everyone if has_both is None else has_both] * 2, axis=-1),
     load_balance,
   )
 
@@ -401,9 +399,8 @@ def test_hard_samples_count_more_with_weights_and_less_with_temperature():
         LossConfig(drift=drift, surprise_scale=2.0),
         rec,
         everyone,
-        visual,
-        semantic,
-        everyone,
+        [visual, semantic],
+        jnp.stack([everyone, everyone], axis=-1),
         0.0,
       ).hardest_share
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedmmr_jax.config import ModelConfig
-from fedmmr_jax.models import feddmmr, layers
+from fedmmr_jax.models import experts, feddmmr, layers
 from tests import small
 
 CONFIG = small.config(dropout=0.0).model
@@ -24,8 +24,12 @@ def build(config: ModelConfig = CONFIG, visual_dim=12, text_dim=10):
   )
   visual[[0, 3]] = 0
   text[[0, 5]] = 0
-  catalogue = feddmmr.Catalogue.from_features(visual, text)
-  model = feddmmr.FedDMMR(config, V, visual_dim, text_dim)
+  features = {'visual': visual, 'text': text}
+  catalogue = feddmmr.Catalogue.of(features)
+  modalities = tuple(
+    m for m in experts.of(config) if features[m.features].shape[1]
+  )
+  model = feddmmr.FedDMMR(config, V, modalities)
   params = model.init(jax.random.key(0), catalogue, method='initialise')[
     'params'
   ]
@@ -94,7 +98,7 @@ def test_factored_scores_and_gradients_equal_the_naive_form(similarity):
 
   def candidates(e, a):
     nothing = jnp.zeros((9, 2))
-    return feddmmr.Candidates(e, a, e, e, nothing, nothing > 0)
+    return feddmmr.Candidates(e, a, {}, nothing, nothing > 0)
 
   def factored(states, e, a):
     return jax.vmap(model.score, (0, None))(states, candidates(e, a))
@@ -123,31 +127,33 @@ def test_factored_scores_and_gradients_equal_the_naive_form(similarity):
 def test_folded_experts_equal_the_plain_attention():
   """The experts project R memory rows and fold queries; written out plainly
   they give the same."""
-  _, catalogue, apply, params = build()
+  model, catalogue, apply, params = build()
   items, stored = jnp.arange(1, 9), jnp.array([2, 4, 6, 3])
-  view = feddmmr.view_memory(catalogue, stored)
+  view = model.view_memory(catalogue, stored)
   got = apply(items, catalogue, view, method='candidates')
 
   def linear(p, x):
     return x @ p['kernel'] + p['bias']
 
   p = params['visual_expert']
-  query = linear(p['query'], catalogue.visual[items])
-  key = linear(p['key'], catalogue.visual[stored])
+  query = linear(p['query'], catalogue.features['visual'][items])
+  key = linear(p['key'], catalogue.features['visual'][stored])
   attention = layers.masked_softmax(
-    query @ key.T / np.sqrt(8), catalogue.has_visual[stored]
+    query @ key.T / np.sqrt(8), catalogue.has['visual'][stored]
   )
-  x = linear(p['output'], attention @ catalogue.visual[stored])
+  x = linear(p['output'], attention @ catalogue.features['visual'][stored])
   x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(
     x.var(-1, keepdims=True) + 1e-5
   )
-  np.testing.assert_allclose(got.visual, jax.nn.relu(x), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    got.outputs['visual'], jax.nn.relu(x), rtol=1e-4, atol=1e-5
+  )
 
 
 def test_experts_without_input_get_weight_zero_and_the_rest_is_renormalised():
-  _, catalogue, apply, _ = build()
+  model, catalogue, apply, _ = build()
   items = jnp.array([1, 3, 5])  # 3 has no image, 5 no text
-  both = feddmmr.view_memory(catalogue, jnp.array([2, 4, 0]))
+  both = model.view_memory(catalogue, jnp.array([2, 4, 0]))
   got = apply(items, catalogue, both, method='candidates')
   np.testing.assert_array_equal(
     got.available, [[True, True], [False, True], [True, True]]
@@ -155,7 +161,7 @@ def test_experts_without_input_get_weight_zero_and_the_rest_is_renormalised():
   np.testing.assert_allclose(got.weights.sum(-1), 1.0, rtol=1e-6)
   np.testing.assert_array_equal(got.weights[1], [0.0, 1.0])
   # A memory that holds only an item without image leaves the text expert.
-  no_image = feddmmr.view_memory(catalogue, jnp.array([3, 0, 0]))
+  no_image = model.view_memory(catalogue, jnp.array([3, 0, 0]))
   got = apply(items, catalogue, no_image, method='candidates')
   np.testing.assert_array_equal(got.weights, [[0.0, 1.0]] * 3)
 
@@ -163,7 +169,7 @@ def test_experts_without_input_get_weight_zero_and_the_rest_is_renormalised():
 def test_an_empty_memory_scores_with_the_sequence_alone():
   model, catalogue, apply, params = build()
   items = jnp.array([1, 2, 3])
-  empty = feddmmr.view_memory(catalogue, jnp.zeros(4, jnp.int32))
+  empty = model.view_memory(catalogue, jnp.zeros(4, jnp.int32))
   got = apply(items, catalogue, empty, method='candidates')
   assert not got.weights.any() and not got.auxiliary.any()
   state = apply(
@@ -177,10 +183,10 @@ def test_an_empty_memory_scores_with_the_sequence_alone():
 
 
 def test_empty_slots_and_missing_features_change_nothing():
-  _, catalogue, apply, _ = build()
+  model, catalogue, apply, _ = build()
   items = jnp.arange(1, 9)
-  few = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
-  padded = feddmmr.view_memory(catalogue, jnp.array([2, 0, 4, 0]))
+  few = model.view_memory(catalogue, jnp.array([2, 4]))
+  padded = model.view_memory(catalogue, jnp.array([2, 0, 4, 0]))
   small.assert_trees_close(
     apply(items, catalogue, few, method='candidates'),
     apply(items, catalogue, padded, method='candidates'),
@@ -189,17 +195,17 @@ def test_empty_slots_and_missing_features_change_nothing():
 
 def test_gate_scales_the_experts_and_residual_has_none():
   gated = small.config(dropout=0.0, fusion='gated', gating_init=0.25).model
-  _, catalogue, apply, params = build(gated)
+  model, catalogue, apply, params = build(gated)
   assert params['fusion_gate'] == 0.25
   _, _, residual, plain = build()
   assert 'fusion_gate' not in plain
   items, view = (
     jnp.arange(1, 5),
-    feddmmr.view_memory(catalogue, jnp.array([2, 4])),
+    model.view_memory(catalogue, jnp.array([2, 4])),
   )
   got = apply(items, catalogue, view, method='candidates').auxiliary
   shared = {k: v for k, v in params.items() if k != 'fusion_gate'}
-  model = feddmmr.FedDMMR(CONFIG, V, 12, 10)
+  model, *_ = build()
   full = model.apply(
     {'params': shared}, items, catalogue, view, method='candidates'
   ).auxiliary
@@ -207,18 +213,18 @@ def test_gate_scales_the_experts_and_residual_has_none():
 
 
 def test_global_prototypes_are_further_text_entries():
-  _, catalogue, apply, _ = build()
+  model, catalogue, apply, _ = build()
   items = jnp.arange(1, 5)
-  as_memory = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
-  one_each = feddmmr.view_memory(
+  as_memory = model.view_memory(catalogue, jnp.array([2, 4]))
+  one_each = model.view_memory(
     catalogue,
     jnp.array([2]),
-    catalogue.text[jnp.array([4, 9])],
+    catalogue.features['text'][jnp.array([4, 9])],
     jnp.array([True, False]),
   )
   np.testing.assert_allclose(
-    apply(items, catalogue, as_memory, method='candidates').semantic,
-    apply(items, catalogue, one_each, method='candidates').semantic,
+    apply(items, catalogue, as_memory, method='candidates').outputs['semantic'],
+    apply(items, catalogue, one_each, method='candidates').outputs['semantic'],
     rtol=1e-5,
     atol=1e-6,
   )
@@ -226,7 +232,7 @@ def test_global_prototypes_are_further_text_entries():
 
 def test_score_of_a_zero_vector_is_zero_with_finite_gradient():
   model, catalogue, apply, _ = build()
-  empty = feddmmr.view_memory(catalogue, jnp.zeros(4, jnp.int32))
+  empty = model.view_memory(catalogue, jnp.zeros(4, jnp.int32))
   padding = apply(jnp.array([0]), catalogue, empty, method='candidates')
   state = jnp.ones(16)
   assert model.score(state, padding)[0] == 0
@@ -249,7 +255,7 @@ def test_models_without_a_modality_have_no_parameters_for_it(dims):
 
 def test_plain_backbone_scores_by_inner_product():
   model, catalogue, apply, params = build(visual_dim=0, text_dim=0)
-  view = feddmmr.view_memory(catalogue, jnp.array([2, 4]))
+  view = model.view_memory(catalogue, jnp.array([2, 4]))
   items = jnp.array([1, 2])
   candidates = apply(items, catalogue, view, method='candidates')
   state = apply(jnp.arange(6), catalogue, last_only=True, method='encode')[0]
@@ -272,16 +278,16 @@ CANDIDATE = small.config(
 VIEW = jnp.array([2, 4])
 
 
-def seen(catalogue, apply, items, view=VIEW):
+def seen(model, catalogue, apply, items, view=VIEW):
   return apply(
-    items, catalogue, feddmmr.view_memory(catalogue, view), method='candidates'
+    items, catalogue, model.view_memory(catalogue, view), method='candidates'
   )
 
 
 def changed(catalogue, kind, item):
   """The catalogue with another feature row of an item outside the memory."""
-  matrix = getattr(catalogue, kind)
-  return catalogue._replace(**{kind: matrix.at[item].add(1.0)})
+  matrix = catalogue.features[kind].at[item].add(1.0)
+  return catalogue._replace(features=catalogue.features | {kind: matrix})
 
 
 @pytest.mark.parametrize(
@@ -289,12 +295,12 @@ def changed(catalogue, kind, item):
   [('visual', 'visual', 'semantic'), ('text', 'semantic', 'visual')],
 )
 def test_an_expert_sees_its_candidates_own_feature(kind, own, other):
-  _, catalogue, apply, _ = build(CANDIDATE)
+  model, catalogue, apply, _ = build(CANDIDATE)
   items = jnp.array([6, 7])
-  before = seen(catalogue, apply, items)
-  after = seen(changed(catalogue, kind, 6), apply, items)
-  assert (getattr(before, own)[0] != getattr(after, own)[0]).any()
-  np.testing.assert_array_equal(getattr(before, other), getattr(after, other))
+  before = seen(model, catalogue, apply, items)
+  after = seen(model, changed(catalogue, kind, 6), apply, items)
+  assert (before.outputs[own][0] != after.outputs[own][0]).any()
+  np.testing.assert_array_equal(before.outputs[other], after.outputs[other])
   assert (before.weights[0] != after.weights[0]).any()  # the router sees it too
   small.assert_trees_equal(
     jax.tree.map(lambda x: x[1], before), jax.tree.map(lambda x: x[1], after)
@@ -302,19 +308,21 @@ def test_an_expert_sees_its_candidates_own_feature(kind, own, other):
 
 
 def test_the_originals_semantic_expert_and_router_see_no_candidate_feature():
-  _, catalogue, apply, params = build()
+  model, catalogue, apply, params = build()
   items = jnp.array([6])
   small.assert_trees_equal(
-    seen(catalogue, apply, items),
-    seen(changed(catalogue, 'text', 6), apply, items),
+    seen(model, catalogue, apply, items),
+    seen(model, changed(catalogue, 'text', 6), apply, items),
   )
   assert 'candidate' not in params['visual_expert']
 
 
 def test_a_candidate_with_features_needs_no_memory():
-  _, catalogue, apply, _ = build(CANDIDATE)
+  model, catalogue, apply, _ = build(CANDIDATE)
   # 3 has no image, 5 no text.
-  got = seen(catalogue, apply, jnp.array([1, 3, 5]), jnp.zeros(2, jnp.int32))
+  got = seen(
+    model, catalogue, apply, jnp.array([1, 3, 5]), jnp.zeros(2, jnp.int32)
+  )
   np.testing.assert_array_equal(
     got.available, [[True, True], [False, True], [True, False]]
   )
@@ -322,13 +330,13 @@ def test_a_candidate_with_features_needs_no_memory():
 
 
 def test_expert_outputs_start_as_small_as_asked():
-  _, catalogue, apply, _ = build(CANDIDATE)
+  model, catalogue, apply, _ = build(CANDIDATE)
   tenth = dataclasses.replace(CANDIDATE, expert_init_scale=0.1)
   _, _, apply_tenth, _ = build(tenth)
   items = jnp.arange(1, 9)
   np.testing.assert_allclose(
-    seen(catalogue, apply_tenth, items).auxiliary,
-    0.1 * seen(catalogue, apply, items).auxiliary,
+    seen(model, catalogue, apply_tenth, items).auxiliary,
+    0.1 * seen(model, catalogue, apply, items).auxiliary,
     rtol=1e-5,
     atol=1e-7,
   )
@@ -353,11 +361,11 @@ def test_experts_that_are_left_out_have_no_parameters(experts, groups):
 )
 def test_scaled_features_keep_missing_rows_and_mean_nothing(scaling, width):
   catalogue = small.simulation(feature_scaling=scaling).catalogue
-  assert catalogue.visual.shape[1] == width
-  present = np.asarray(catalogue.has_visual)
+  assert catalogue.features['visual'].shape[1] == width
+  present = np.asarray(catalogue.has['visual'])
   assert not present[[0, 3, 7]].any() and present.sum() == len(present) - 3
   if scaling != 'none':
-    rows = np.asarray(catalogue.visual)[present]
+    rows = np.asarray(catalogue.features['visual'])[present]
     np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-6)
     assert (rows**2).sum(axis=1).mean() == pytest.approx(1, rel=1e-5)
 

@@ -21,15 +21,15 @@ def reference():
 
 @pytest.fixture(scope='module')
 def catalogue(reference):
-  return feddmmr.Catalogue.from_features(
-    reference['in/visual_table'], reference['in/text_table']
+  return feddmmr.Catalogue.of(
+    {'visual': reference['in/visual_table'], 'text': reference['in/text_table']}
   )
 
 
 def forward(model, params, reference, catalogue):
   """Scores of each sequence against its own candidates, and their parts."""
   apply = partial(model.apply, {'params': params})
-  memory = feddmmr.view_memory(catalogue, reference['in/memory_items'])
+  memory = model.view_memory(catalogue, reference['in/memory_items'])
   sequences = jnp.asarray(reference['in/seq'])
   items = jnp.asarray(reference['in/candidates'])
   states = jax.vmap(
@@ -52,9 +52,8 @@ def loss(params, model, reference, catalogue):
     LossConfig(),
     rec,
     everyone,
-    candidates.visual[:, 0],
-    candidates.semantic[:, 0],
-    everyone,
+    [output[:, 0] for output in candidates.outputs.values()],
+    jnp.ones((len(rec), 2), bool),
     losses.load_balance_loss(
       candidates.weights.reshape(-1, 2), jnp.ones(scores.size)
     ),
@@ -72,8 +71,8 @@ def assert_close(actual, expected, relative):
 
 def test_every_parameter_of_the_original_has_its_place(reference):
   model = parity.model()
-  catalogue = feddmmr.Catalogue.from_features(
-    reference['in/visual_table'], reference['in/text_table']
+  catalogue = feddmmr.Catalogue.of(
+    {'visual': reference['in/visual_table'], 'text': reference['in/text_table']}
   )
   ours = model.init(jax.random.key(0), catalogue, method='initialise')['params']
   theirs = parity.tree(reference, 'param/')
@@ -83,8 +82,12 @@ def test_every_parameter_of_the_original_has_its_place(reference):
 def test_forward(reference, catalogue):
   model, params = parity.model(), parity.tree(reference, 'param/')
   _, candidates, scores = forward(model, params, reference, catalogue)
-  assert_close(candidates.visual, reference['out/visual_expert'], 1e-5)
-  assert_close(candidates.semantic, reference['out/semantic_expert'], 1e-5)
+  assert_close(
+    candidates.outputs['visual'], reference['out/visual_expert'], 1e-5
+  )
+  assert_close(
+    candidates.outputs['semantic'], reference['out/semantic_expert'], 1e-5
+  )
   assert_close(candidates.weights, reference['out/router_weights'], 1e-5)
   assert_close(scores, reference['out/scores'], 1e-5)
 
@@ -98,7 +101,7 @@ def test_fused_vector(reference, catalogue):
 
 def test_backbone_states(reference, catalogue):
   params = parity.tree(reference, 'param/')
-  plain = parity.model(visual_dim=0, text_dim=0)
+  plain = parity.model(modalities=())
   states = jax.vmap(
     lambda w: plain.apply({'params': params}, w, catalogue, method='encode')
   )(jnp.asarray(reference['in/seq']))
@@ -106,15 +109,18 @@ def test_backbone_states(reference, catalogue):
 
 
 @pytest.mark.parametrize(
-  'name, dims',
+  'name, changes, images',
   [
-    ('out/scores_backbone_only', dict(visual_dim=0, text_dim=0)),
-    ('out/scores_semantic_only', dict(visual_dim=0)),
+    ('out/scores_backbone_only', dict(modalities=()), True),
+    # Its router has two outputs, of which one is masked.
+    ('out/scores_semantic_only', {}, False),
   ],
 )
-def test_models_with_fewer_experts(reference, catalogue, name, dims):
+def test_models_with_fewer_experts(reference, catalogue, name, changes, images):
   params = parity.tree(reference, 'param/')
-  _, _, scores = forward(parity.model(**dims), params, reference, catalogue)
+  has = catalogue.has | {'visual': catalogue.has['visual'] & images}
+  catalogue = catalogue._replace(has=has)
+  _, _, scores = forward(parity.model(**changes), params, reference, catalogue)
   assert_close(scores, reference[name], 1e-5)
 
 
@@ -139,7 +145,7 @@ def test_contrastive_per_sample(reference, catalogue):
   model, params = parity.model(), parity.tree(reference, 'param/')
   _, candidates, _ = forward(model, params, reference, catalogue)
   per_sample = losses.symmetric_infonce(
-    candidates.visual[:, 0], candidates.semantic[:, 0], jnp.ones(6, bool), 0.07
+    *(x[:, 0] for x in candidates.outputs.values()), jnp.ones(6, bool), 0.07
   )
   assert_close(per_sample, reference['loss/contrastive_per_sample'], 1e-5)
 

@@ -12,7 +12,6 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import profile, scoring
 from fedmmr_jax.client.windows import Batch
 from fedmmr_jax.evaluation import ranking
-from fedmmr_jax.models.feddmmr import view_memory
 from fedmmr_jax.models.profile import States
 from tests import small
 
@@ -71,7 +70,7 @@ def test_the_score_is_a_mixture_of_two_softmaxes():
     {'params': state.server.params},
     items,
     simulation.catalogue,
-    view_memory(simulation.catalogue, items[:2]),
+    simulation.model.view_memory(simulation.catalogue, items[:2]),
     method='candidates',
   )
   rng = np.random.default_rng(0)
@@ -101,7 +100,7 @@ def test_scores_of_a_step_are_those_of_each_position(experts, shared):
   # The last client has no profile.
   profiles = jnp.asarray(rng.normal(size=(3, 16)), jnp.float32).at[2].set(0)
   negative = rng.integers(13, 30, (5,) if shared else (12, 5))
-  view = view_memory(catalogue, jnp.array([3, 9]))
+  view = model.view_memory(catalogue, jnp.array([3, 9]))
   got = scoring.score_batch(
     model,
     params,

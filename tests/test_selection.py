@@ -53,7 +53,7 @@ def test_users_and_items_are_renumbered_in_the_order_of_their_ids():
   assert dataset.offsets.tolist() == [0, 3, 6]
   assert dataset.lengths.tolist() == [3, 3]
   assert (dataset.num_clients, dataset.num_items, dataset.num_rows) == (2, 4, 5)
-  assert dataset.visual.shape == dataset.text.shape == (5, 0)
+  assert not dataset.features
 
 
 def test_items_of_nobody_kept_are_not_in_the_catalogue():

@@ -122,7 +122,7 @@ def subset(items: set[int]):
   ).dataset
   rows = [whole.item_ids.tolist().index(i) for i in dataset.item_ids]
   return dataclasses.replace(
-    dataset, visual=whole.visual[rows], text=whole.text[rows]
+    dataset, features={n: x[rows] for n, x in whole.features.items()}
   )
 
 

@@ -4,14 +4,14 @@ weights, so padded samples count for nothing, and 0/0 is 0.
 Axes: `T` targets of a step, `N` negatives, `J` candidates, `E` experts.
 """
 
-from typing import NamedTuple
+import itertools
+from typing import NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from fedmmr_jax.config import LossConfig
 from fedmmr_jax.models import layers
-from fedmmr_jax.models.feddmmr import NUM_EXPERTS
 
 WEIGHT_BINS = 20  # of the histogram of instance weights
 
@@ -75,23 +75,23 @@ def importance_of(lateness: jax.Array, emphasis: float) -> jax.Array:
 
 
 def symmetric_infonce(
-  visual: jax.Array,
-  semantic: jax.Array,
+  first: jax.Array,
+  second: jax.Array,
   valid: jax.Array,
   temperature: jax.Array | float,
 ) -> jax.Array:
   """Per-sample symmetric InfoNCE (van den Oord et al. 2018) of two views.
 
   Args:
-    visual: [T, D] visual representations of the positives.
-    semantic: [T, D] semantic representations of the positives.
+    first: [T, D] one expert's representations of the positives.
+    second: [T, D] another's.
     valid: [T] bool; invalid samples are no one's pair and no one's contrast.
     temperature: scalar, or [T] one for each sample's row and column.
 
   Returns:
     [T] losses; meaningless (but finite) where `valid` is False.
   """
-  similarity = _unit(visual) @ _unit(semantic).T  # [T, T]
+  similarity = _unit(first) @ _unit(second).T  # [T, T]
   temperature = jnp.broadcast_to(temperature, valid.shape)[:, None]
   matching = jnp.diagonal(similarity) / temperature[:, 0]
 
@@ -119,7 +119,31 @@ def load_balance_loss(
   counted = counted.astype(router_weights.dtype)
   total = jnp.sum(counted)
   usage = counted @ router_weights / jnp.where(total > 0, total, 1.0)
-  return jnp.where(total > 0, jnp.sum((usage - 1.0 / NUM_EXPERTS) ** 2), 0.0)
+  return jnp.where(total > 0, jnp.sum((usage - 1 / usage.size) ** 2), 0.0)
+
+
+def contrast(
+  views: Sequence[jax.Array],
+  available: jax.Array,
+  temperature: jax.Array | float,
+) -> tuple[jax.Array, jax.Array]:
+  """Each sample's InfoNCE, the mean over its pairs of views.
+
+  Args:
+    views: E times [T, D].
+    available: [T, E] bool, the views there are.
+    temperature: see `symmetric_infonce`.
+
+  Returns:
+    ([T] losses, 0 without a pair; [T] bool, who has one).
+  """
+  total, count = 0.0, 0
+  for i, j in itertools.combinations(range(len(views)), 2):
+    pair = available[:, i] & available[:, j]
+    loss = symmetric_infonce(views[i], views[j], pair, temperature)
+    total += jnp.where(pair, loss, 0.0)
+    count += pair.astype(jnp.int32)
+  return total / jnp.maximum(count, 1), count > 0
 
 
 class LossTerms(NamedTuple):
@@ -128,13 +152,14 @@ class LossTerms(NamedTuple):
   Attributes:
     total: rec + λ · contrastive + μ · load_balance (0.1 and 0.01).
     rec: mean of importance · cross-entropy of the positives.
-    contrastive: mean of weight · InfoNCE over positives with both views.
+    contrastive: mean of weight · InfoNCE over positives with a pair of views;
+      the mean over their pairs.
     load_balance: router's imbalance.
-    instance_weight: mean instance weight of positives with both views.
+    instance_weight: mean instance weight of positives with a pair of views.
     hardest_share: share of the contrastive loss that the tenth of the
       positives with the highest surprise carries; 0.1 if all count alike.
     weight_shares: [WEIGHT_BINS] histogram of the instance weights of positives
-      with both views.
+      with a pair of views.
   """
 
   total: jax.Array
@@ -150,9 +175,8 @@ def combine(
   config: LossConfig,
   rec_per_sample: jax.Array,
   valid: jax.Array,
-  visual: jax.Array | None,
-  semantic: jax.Array | None,
-  has_both: jax.Array,
+  views: Sequence[jax.Array],
+  available: jax.Array,
   load_balance: jax.Array,
   importance: jax.Array | float = 1.0,
   profile: jax.Array | None = None,
@@ -163,10 +187,9 @@ def combine(
     config: weights, temperature and the treatment of surprise.
     rec_per_sample: [T] from `cross_entropy`.
     valid: [T] bool, False at padding.
-    visual: [T, D] visual representations of the positives; None in a model
-      without both experts, which has no pairs to contrast.
-    semantic: [T, D] semantic representations of the positives; None likewise.
-    has_both: [T] bool, positives whose two experts both had input.
+    views: E times [T, D], the positives as each expert represents them; fewer
+      than two have no pairs to contrast.
+    available: [T, E] bool, which experts had input.
     load_balance: scalar.
     importance: [T] factors of the recommendation losses, or 1.
     profile: [T] losses of the client's profile alone; None without.
@@ -178,7 +201,7 @@ def combine(
   total = rec
   if profile is not None:
     total += config.profile_weight * weighted_mean(importance * profile, valid)
-  if visual is None or semantic is None:
+  if len(views) < 2:
     nothing = jnp.zeros(())
     return LossTerms(
       total, rec, nothing, nothing, nothing, nothing, jnp.zeros((WEIGHT_BINS,))
@@ -194,8 +217,7 @@ def combine(
     # less. Kept to show that it does.
     temperature = temperature * (1.0 + config.surprise_scale * surprise)
 
-  pairs = valid & has_both
-  per_sample = symmetric_infonce(visual, semantic, pairs, temperature)
+  per_sample, pairs = contrast(views, valid[:, None] & available, temperature)
   contrastive = weighted_mean(weights * per_sample, pairs)
   total += (
     config.contrastive_weight * contrastive

@@ -78,7 +78,7 @@ def update(
   item: jax.Array,
   surprise: jax.Array,
   valid: jax.Array,
-  features: jax.Array,
+  features: jax.Array | None,
   config: MemoryConfig,
 ) -> Memory:
   """Processes one positive: skip, refresh its entry, or write a new one.
@@ -88,7 +88,8 @@ def update(
     item: [] int32 item id.
     surprise: [] float32 pairwise loss of the positive.
     valid: [] bool; False (padding) changes nothing, not even the clock.
-    features: [V, F] float32 that `two_tier` compares items by.
+    features: [V, F] float32 that `two_tier` compares items by; None for the
+      other forms.
     config: which form, threshold and utility.
 
   Returns:
@@ -186,7 +187,7 @@ def update_all(
   items: jax.Array,
   surprises: jax.Array,
   valid: jax.Array,
-  features: jax.Array,
+  features: jax.Array | None,
   config: MemoryConfig,
 ) -> Memory:
   """`update` for each of [T] positives in their order."""

@@ -36,21 +36,8 @@ from fedmmr_jax.client.windows import (
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import ClientData, MIN_HELD_OUT
 from fedmmr_jax.metrics import Mean
-from fedmmr_jax.models.experts import MemoryView
-from fedmmr_jax.models.feddmmr import (
-  Catalogue,
-  FedDMMR,
-  SEMANTIC,
-  view_memory,
-  VISUAL,
-)
-
-# Metric -> the parameter group whose gradient's norm it is.
-GRADIENT_NORMS = {
-  'gradient_backbone': 'backbone',
-  'gradient_visual': 'visual_expert',
-  'gradient_semantic': 'semantic_expert',
-}
+from fedmmr_jax.models.experts import MemoryView, TEXT
+from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 
 
 class Broadcast(NamedTuple):
@@ -123,40 +110,39 @@ def step_loss(
   }
   scores = score_batch(model, params, batch, negative, catalogue, view, key)
   valid = batch.valid.reshape(-1)
-  visual = semantic = None
-  if model.has_both_experts:
-    visual, semantic = scores.target.visual, scores.target.semantic
-  both = jnp.all(scores.candidates.available, axis=-1)
-  balance = losses.load_balance_loss(
-    scores.candidates.weights, scores.counted & both
-  )
+  candidates, target = scores.candidates, scores.target
+  balance, paired = jnp.zeros(()), jnp.zeros_like(valid)
+  if model.has_pairs:
+    has_choice = jnp.all(candidates.available, axis=-1)
+    balance = losses.load_balance_loss(
+      candidates.weights, scores.counted & has_choice
+    )
+    paired = valid & (jnp.sum(target.available, axis=-1) > 1)
   rec = losses.cross_entropy(scores.positive, scores.rest)
-  has_both = jnp.all(scores.target.available, axis=-1)
   terms = losses.combine(
     config.loss,
     rec,
     valid,
-    visual,
-    semantic,
-    has_both,
+    [target.outputs[m.name] for m in model.modalities],
+    target.available,
     balance,
     losses.importance_of(batch.lateness.reshape(-1), config.loss.late_emphasis),
     scores.profile,
   )
   count = jnp.sum(valid)
-  pairs = jnp.sum(valid & has_both)
-  usable = scores.counted & jnp.any(scores.candidates.available, axis=-1)
-  weights = scores.candidates.weights
+  pairs = jnp.sum(paired)
+  usable = scores.counted & jnp.any(candidates.available, axis=-1)
   step_metrics = {
     'loss': metrics_lib.mean(terms.total, count),
     'rec_loss': metrics_lib.mean(terms.rec, count),
     'contrastive_loss': metrics_lib.mean(terms.contrastive, pairs),
     'load_balance_loss': metrics_lib.mean(balance, pairs),
-    'w_visual': metrics_lib.over(weights[:, VISUAL], usable),
-    'w_semantic': metrics_lib.over(weights[:, SEMANTIC], usable),
     'instance_weight': metrics_lib.mean(terms.instance_weight, pairs),
     'hardest_share': metrics_lib.mean(terms.hardest_share, pairs),
     'instance_weight_shares': metrics_lib.mean(terms.weight_shares, pairs),
+  } | {
+    f'w_{m.name}': metrics_lib.over(candidates.weights[:, number], usable)
+    for number, m in enumerate(model.modalities)
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
   return terms.total, (surprise, step_metrics)
@@ -242,15 +228,15 @@ def local_update(
         batch=cut(index, rank < own_windows),
         negative=draw_negatives(negative_key, client, config),
         catalogue=broadcast.catalogue,
-        view=memory_view(state.memory, broadcast, config),
-        texts=broadcast.catalogue.text,
+        view=memory_view(model, state.memory, broadcast, config),
+        texts=broadcast.catalogue.features.get(TEXT),
         key=dropout_key,
       )
       return _train_step(model, config, optimizer, vocabulary, data, state)
 
     return jax.lax.fori_loop(0, max_steps, step, state)
 
-  start = LocalState(sent, optimizer.init(sent), memory, empty_metrics())
+  start = LocalState(sent, optimizer.init(sent), memory, empty_metrics(model))
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
   delta = optax.tree.sub(end.params, sent)
   weight = num_positives(client.num_train, config).astype(jnp.float32)
@@ -395,7 +381,7 @@ class StepData(NamedTuple):
     negative: [T, N] or [N] int32.
     catalogue: features of the rows.
     view: what the experts may attend to.
-    texts: [V, 384] of the whole catalogue, for the memory.
+    texts: [V, F] of the whole catalogue, for the memory; None without.
     key: for dropout.
   """
 
@@ -403,7 +389,7 @@ class StepData(NamedTuple):
   negative: jax.Array
   catalogue: Catalogue
   view: MemoryView | None
-  texts: jax.Array
+  texts: jax.Array | None
   key: jax.Array
 
 
@@ -472,9 +458,7 @@ def _optimise(
   count = jnp.sum(data.batch.valid)
   step_metrics |= {
     name: metrics_lib.mean(optax.tree.norm(gradient[group]), count)
-    if group in gradient
-    else metrics_lib.EMPTY
-    for name, group in GRADIENT_NORMS.items()
+    for name, group in gradient_norms(model).items()
   }
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   after = state._replace(
@@ -489,16 +473,16 @@ def _optimise(
 
 
 def memory_view(
-  memory: Memory | None, broadcast: Broadcast, config: RunConfig
+  model: FedDMMR, memory: Memory | None, broadcast: Broadcast, config: RunConfig
 ) -> MemoryView | None:
   """What one client's experts may attend to; None without experts."""
   if memory is None:
     return None
   items = memory_lib.retrieve(memory, config.memory)
   if not config.model.global_memory:
-    return view_memory(broadcast.catalogue, items)
+    return model.view_memory(broadcast.catalogue, items)
   prototypes = cast(Prototypes, broadcast.prototypes)
-  return view_memory(
+  return model.view_memory(
     broadcast.catalogue, items, prototypes.centre, prototypes.size > 0
   )
 
@@ -510,9 +494,9 @@ def summarise(
   attends to them."""
   if not config.model.global_memory:
     return None
-  stored = (memory.item > 0) & catalogue.has_text[memory.item]
+  stored = (memory.item > 0) & catalogue.has[TEXT][memory.item]
   return prototypes_lib.cluster(
-    catalogue.text[memory.item],
+    catalogue.features[TEXT][memory.item],
     stored.astype(jnp.float32),
     config.memory.num_prototypes,
     config.memory.prototype_iterations,
@@ -561,7 +545,7 @@ def fill_memory(
       batch,
       negative,
       broadcast.catalogue,
-      memory_view(filled, broadcast, config),
+      memory_view(model, filled, broadcast, config),
       None,
     )
     surprise = losses.pairwise_surprise(scores.positive, scores.negative)
@@ -570,7 +554,7 @@ def fill_memory(
       batch.targets.reshape(-1),
       surprise,
       batch.valid.reshape(-1),
-      broadcast.catalogue.text,
+      broadcast.catalogue.features.get(TEXT),
       config.memory,
     )
 
@@ -581,7 +565,14 @@ def fill_memory(
   )
 
 
-def empty_metrics() -> dict[str, Mean]:
+def gradient_norms(model: FedDMMR) -> dict[str, str]:
+  """Metric -> the top-level parameter whose gradient's norm it is."""
+  return {'gradient_backbone': 'backbone'} | {
+    f'gradient_{m.name}': f'{m.name}_expert' for m in model.modalities
+  }
+
+
+def empty_metrics(model: FedDMMR) -> dict[str, Mean]:
   """Neutral element of the step metrics."""
   return {
     name: metrics_lib.EMPTY
@@ -590,11 +581,10 @@ def empty_metrics() -> dict[str, Mean]:
       'rec_loss',
       'contrastive_loss',
       'load_balance_loss',
-      'w_visual',
-      'w_semantic',
       'instance_weight',
       'hardest_share',
-      *GRADIENT_NORMS,
+      *(f'w_{m.name}' for m in model.modalities),
+      *gradient_norms(model),
     )
   } | {'instance_weight_shares': metrics_lib.empty((losses.WEIGHT_BINS,))}
 

@@ -95,8 +95,7 @@ def _cold_last(dataset: Dataset, is_cold: np.ndarray) -> Dataset:
     dataset,
     items=new_row[dataset.items].astype(np.int32),
     item_ids=dataset.item_ids[order],
-    visual=dataset.visual[order],
-    text=dataset.text[order],
+    features={name: x[order] for name, x in dataset.features.items()},
     titles=tuple(dataset.titles[i] for i in order) if dataset.titles else (),
   )
 

@@ -35,8 +35,8 @@ class Dataset:
     offsets: [K + 1] int64; client k owns items[offsets[k]:offsets[k + 1]].
     user_ids: [K] ids in the source, int64 or strings.
     item_ids: [V] ids in the source, likewise; entry 0 is 0 or '' (padding).
-    visual: [V, F] float32 features, zero row = missing; F = 0 without.
-    text: [V, F] float32 features, likewise.
+    features: name of a matrix ('visual', 'text', others by their file) ->
+      [V, F] float32, zero row = missing; those there are.
     titles: [V] strings, or empty if the source has none.
     num_cold: items at the end of the catalogue that nobody consumed, so that
       training never draws them as negatives (see `cold.py`).
@@ -49,8 +49,7 @@ class Dataset:
   offsets: np.ndarray
   user_ids: np.ndarray
   item_ids: np.ndarray
-  visual: np.ndarray
-  text: np.ndarray
+  features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   titles: tuple[str, ...] = ()
   num_cold: int = 0
   held_out: np.ndarray | int = HELD_OUT
@@ -65,6 +64,7 @@ class Dataset:
     text: Mapping | None = None,
     titles: Mapping | None = None,
     name: str = 'data',
+    **others: Mapping,
   ) -> 'Dataset':
     """A data set from arrays, without any file.
 
@@ -79,13 +79,15 @@ class Dataset:
       text: item id -> [F] numbers likewise.
       titles: item id -> title.
       name: what to call it.
+      **others: further feature matrices, as in `audio={...}`, likewise; an
+        expert of that name reads it.
 
     Raises:
       UserError: arrays of different lengths, nobody with three interactions, or
         features that fail the integrity checks.
 
     >>> Dataset.of([1, 1, 1, 2, 2, 2], list('abcbcd'),
-    ...            text={'a': [1, 0], 'b': [0, 1]}).text.tolist()
+    ...            text={'a': [1, 0], 'b': [0, 1]}).features['text'].tolist()
     [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     """
     # These build on this module.
@@ -101,10 +103,13 @@ class Dataset:
       )
     dataset = select(name, Interactions.of(*columns)).dataset
     ids = dataset.item_ids[1:].tolist()
-    made: dict[str, Any] = {}
-    for kind, rows in (('visual', visual), ('text', text)):
-      if rows:
-        made[kind] = features.of_mapping(rows, kind, ids)
+    made: dict[str, Any] = {
+      'features': {
+        kind: features.of_mapping(rows, kind, ids)
+        for kind, rows in {'visual': visual, 'text': text, **others}.items()
+        if rows
+      }
+    }
     if titles:
       made['titles'] = ('', *(str(titles.get(i, '')) for i in ids))
     return dataclasses.replace(dataset, **made)
@@ -164,13 +169,15 @@ class Dataset:
   def fingerprint(self) -> str:
     """SHA-256 of everything a model could learn from."""
     digest = hashlib.sha256()
+    none = np.zeros((self.num_rows, 0), np.float32)
+    others = sorted(set(self.features) - {'visual', 'text'})
     for array in (
       self.items,
       self.offsets,
       self.user_ids,
       self.item_ids,
-      self.visual,
-      self.text,
+      *(self.features.get(name, none) for name in ('visual', 'text')),
+      *(self.features[name] for name in others),
     ):
       digest.update(f'{array.dtype}{array.shape}'.encode())
       digest.update(np.ascontiguousarray(array).tobytes())

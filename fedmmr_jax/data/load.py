@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Any, cast, NamedTuple
+from typing import cast, NamedTuple, Sequence
 
 import numpy as np
 
@@ -17,7 +17,12 @@ from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.data.selection import Filters, select, Selected
 from fedmmr_jax.errors import UserError
 
+# Those that have a setting of their own, `<kind>_features`.
 MODALITIES = ('visual', 'text')
+
+
+# Experts whose features these are (`models.experts`).
+_STANDARD = ('visual', 'semantic')
 
 
 class Loaded(NamedTuple):
@@ -42,19 +47,22 @@ def load(config: RunConfig | DataConfig, seed: int = 0) -> Loaded:
   """Reads or generates the data set that a config names.
 
   Args:
-    config: of a run, or its part that is about data.
+    config: of a run, or its part that is about data; the features of a third
+      expert are read where the run's config names it.
     seed: of what is generated or held out; a run has its own.
 
   Raises:
     UserError: anything missing, malformed or too small, with its place.
   """
+  others: list[str] = []
   if isinstance(config, RunConfig):
     seed = config.seed
+    others = [n for n in config.model.expert_forms if n not in _STANDARD]
     config = config.data
   loaded = (
     _load_synthetic(config, seed)
     if config.dataset == SYNTHETIC
-    else _load_files(config)
+    else _load_files(config, others)
   )
   if not config.cold_items:
     return loaded
@@ -86,7 +94,7 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
     config.synthetic_users, config.synthetic_items, seed, _filters(config)
   )
   dataset, num_rows = selected.dataset, config.synthetic_items + 1
-  matrices: dict[str, Any] = {}
+  matrices = {}
   reports = []
   for kind, matrix in generated.items():
     flag = getattr(config, f'{kind}_features')
@@ -112,7 +120,7 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
   return _loaded(selected, matrices, reports)
 
 
-def _load_files(config: DataConfig) -> Loaded:
+def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
   source = _source(config)
   # Resolved first: a wrong path should not cost reading the interactions.
   paths = {
@@ -120,6 +128,9 @@ def _load_files(config: DataConfig) -> Loaded:
       getattr(config, f'{kind}_features'), kind, source.folder
     )
     for kind in MODALITIES
+  } | {
+    kind: features.resolve(features.AUTO, kind, source.folder)
+    for kind in others
   }
   item_file = items.find(source, config.item_file)
   interactions = formats.read(source, _columns(config))
@@ -127,7 +138,7 @@ def _load_files(config: DataConfig) -> Loaded:
   selected = select(_name(source), interactions, _filters(config))
   dataset = selected.dataset
   rows = np.append(0, table.rows_of(dataset.item_ids[1:]))
-  matrices: dict[str, Any] = {}
+  matrices = {}
   reports = []
   for kind, path in paths.items():
     if path is not None:
@@ -136,9 +147,9 @@ def _load_files(config: DataConfig) -> Loaded:
       )
       reports.append(report)
   if table.titles:
-    matrices['titles'] = (
-      '',
-      *(table.titles.get(i, '') for i in dataset.item_ids[1:].tolist()),
+    titles = (table.titles.get(i, '') for i in dataset.item_ids[1:].tolist())
+    selected = selected._replace(
+      dataset=dataclasses.replace(dataset, titles=('', *titles))
     )
   return _loaded(
     selected,
@@ -164,7 +175,7 @@ def _load_files(config: DataConfig) -> Loaded:
 
 def _loaded(selected: Selected, matrices, reports, notes=()) -> Loaded:
   return Loaded(
-    dataclasses.replace(selected.dataset, **matrices),
+    dataclasses.replace(selected.dataset, features=matrices),
     tuple(reports),
     selected.dropped_users,
     (*notes, *selected.notes),

@@ -200,7 +200,6 @@ def _dataset(
   is_item = np.bincount(kept.items, minlength=len(interactions.item_ids)) > 0
   rows = np.cumsum(is_item, dtype=np.int32)
   item_ids = interactions.item_ids[is_item]
-  empty = np.zeros((len(item_ids) + 1, 0), np.float32)
   held_out = sizes.held_out[is_kept]
   return Dataset(
     name=name,
@@ -208,8 +207,6 @@ def _dataset(
     offsets=np.concatenate([[0], np.cumsum(sizes.used[is_kept])]),
     user_ids=interactions.user_ids[is_kept],
     item_ids=np.concatenate([np.zeros(1, item_ids.dtype), item_ids]),
-    visual=empty,
-    text=empty,
     held_out=HELD_OUT if (held_out == HELD_OUT).all() else held_out,
   )
 

@@ -185,7 +185,7 @@ def measure(
     items: [q] catalogue rows whose neighbours to find.
     seed: of the random pairs.
   """
-  features = getattr(dataset, kind)
+  features = dataset.features[kind]
   present = np.any(features != 0, axis=1)
   centred = _centred(features, present)
   unit = _unit(centred)

@@ -78,7 +78,7 @@ def score_catalogue(
       method='encode',
     )
   )
-  view = client_lib.memory_view(memory, broadcast, config)
+  view = client_lib.memory_view(model, memory, broadcast, config)
   num_blocks = -(-model.num_rows // config.evaluation.items_per_eval_block)
   block_size = -(-model.num_rows // num_blocks)  # equal, but for the last
 

@@ -37,6 +37,7 @@ from fedmmr_jax.federation.devices import PADDING_CLIENT
 from fedmmr_jax.federation.server import ServerState, Upload
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models import content
+from fedmmr_jax.models.experts import TEXT
 from fedmmr_jax.models.feddmmr import Catalogue
 from fedmmr_jax.streams import generator, Stream
 
@@ -108,7 +109,7 @@ def init(
   server = server_lib.init(
     params,
     config,
-    catalogue.text.shape[-1],
+    catalogue.features[TEXT].shape[-1] if config.model.global_memory else 0,
     program.aggregator,
     program.client.drift,
   )
@@ -348,7 +349,9 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
       ),
     )
 
-  no_metrics = client_lib.empty_metrics() | client_lib.memory_metrics(None)
+  no_metrics = client_lib.empty_metrics(
+    program.client.model
+  ) | client_lib.memory_metrics(None)
   nothing = (
     no_upload(program, state.server.params),
     jax.tree.map(jnp.asarray, no_metrics),

@@ -1,116 +1,130 @@
-"""The two heterogeneous experts: each looks at a candidate through the
-client's own memory (FedDMMR, "Multimodal experts").
+"""The heterogeneous experts: each looks at a candidate through the client's own
+memory, in its own modality (FedDMMR, "Multimodal experts").
 
-With `sees_candidate` the candidate's own feature, projected, is added to what
-its expert read in the memory; otherwise it only weighs the memory's entries.
+With `expert_input=candidate` the candidate's own feature, projected, is added
+to what its expert read in the memory; otherwise it only weighs the memory's
+entries.
 
-Neither sees the sequence, so an expert runs once per candidate, not once per
+None sees the sequence, so an expert runs once per candidate, not once per
 (sequence, candidate) pair. Projections are folded into the R memory rows
 before they meet the J candidates; this is exact, because a projection
 commutes with the attention average.
 """
 
-from typing import NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fedmmr_jax import parts
+from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.errors import UserError
 from fedmmr_jax.models import layers
 
+TEXT = 'text'  # the feature matrix of novelty and of prototypes
 
-class MemoryView(NamedTuple):
-  """What the experts may attend to: features of retrieved memory entries.
+
+class Entries(NamedTuple):
+  """What one expert may attend to: features of retrieved memory entries.
 
   Attributes:
-    visual: [R, 512] float32; a configuration without images has width 0.
-    visual_mask: [R] bool, False at empty slots and items without an image.
-    text: [R', 384] float32, R' = R, or R + P with global prototypes.
-    text_mask: [R'] bool, False at empty slots and items without text.
+    features: [R, F] float32; of the semantic expert with global prototypes
+      [R + P, F].
+    mask: [R] bool, False at empty slots and items without such a feature.
   """
 
-  visual: jax.Array
-  visual_mask: jax.Array
-  text: jax.Array
-  text_mask: jax.Array
+  features: jax.Array
+  mask: jax.Array
 
 
-class VisualExpert(nn.Module):
-  """Single-head attention of the candidate's image over the memory's images.
+MemoryView = Mapping[str, Entries]  # by the name of the expert
 
-  Values are the raw memory features; the output layer maps them to `D`.
+
+class Expert(nn.Module):
+  """One modality's look at the candidates. Subclasses give `__call__`.
+
+  Attributes:
+    config: widths, dropout, variants.
+    features: class attribute, the name of its feature matrix; '' is that of
+      the expert's own name.
+    needs_feature: class attribute, whether it asks with the candidate's own
+      feature, and so has nothing to say where that is missing.
   """
 
-  hidden_dim: int
-  projection_dim: int
-  dropout: float
-  sees_candidate: bool = False
+  config: ModelConfig
+  features = ''
+  needs_feature = True
 
-  @nn.compact
-  def __call__(
-    self, candidate_visual: jax.Array, memory: MemoryView, train: bool
-  ) -> jax.Array:
-    """Args:
-      candidate_visual: [J, 512] float32.
-      memory: the client's retrieved entries.
-      train: whether dropout acts.
+  @property
+  def sees_candidate(self) -> bool:
+    return self.config.expert_input == 'candidate'
 
-    Returns:
-      [J, D] float32.
-    """
-    width = candidate_visual.shape[-1]
-    projection_dim = min(self.projection_dim, width)
-    key = layers.dense(projection_dim, 'key')(memory.visual)
-    query = layers.Affine(width, projection_dim, name='query')()
-    # (c W + b) kᵀ = c (W kᵀ) + b kᵀ: one [R, 512] matrix for all candidates.
-    logits = (key @ query.kernel.T) @ candidate_visual.T + (key @ query.bias)[
-      :, None
-    ]
-    attention = layers.masked_softmax(
-      logits * projection_dim**-0.5, memory.visual_mask[:, None], axis=0
-    )
-    # Project R memory rows instead of J averages of them.
-    output = layers.Affine(width, self.hidden_dim, name='output')()
-    x = attention.T @ (memory.visual @ output.kernel) + output.bias
-    if self.sees_candidate:
-      x += layers.dense(self.hidden_dim, 'candidate')(candidate_visual)
-    x = nn.relu(layers.layer_norm('norm')(x))
-    return nn.Dropout(self.dropout)(x, deterministic=not train)
-
-
-class SemanticExpert(nn.Module):
-  """Multi-head cross-attention of a candidate's embedding over memory text."""
-
-  hidden_dim: int
-  num_heads: int
-  dropout: float
-  sees_candidate: bool = False
-
-  @nn.compact
   def __call__(
     self,
-    candidate_embedding: jax.Array,
-    candidate_text: jax.Array,
-    memory: MemoryView,
+    embedding: jax.Array,
+    feature: jax.Array,
+    entries: Entries,
     train: bool,
   ) -> jax.Array:
     """Args:
-      candidate_embedding: [J, D] float32, the query.
-      candidate_text: [J, 384] float32, used with `sees_candidate`.
-      memory: the client's retrieved entries.
+      embedding: [J, D] float32, of the candidates.
+      feature: [J, F] float32, theirs in this modality; zero where missing.
+      entries: the client's retrieved entries.
       train: whether dropout acts.
 
     Returns:
-      [J, D] float32.
+      [J, D] float32. What it is where there is nothing to attend to, and no
+      feature to ask with, does not matter: the router leaves it out.
     """
-    dim = self.hidden_dim
-    head_dim = dim // self.num_heads
-    key = layers.dense(dim, 'key')(memory.text)
-    value = layers.dense(dim, 'value')(memory.text)
+    raise NotImplementedError
+
+
+class VisualExpert(Expert):
+  """Single-head attention of the candidate's feature over the memory's.
+
+  Values are the raw memory features; the output layer maps them to `D`. It
+  serves any modality whose features can be compared with one another; a third
+  one is read in this form unless it names another.
+  """
+
+  @nn.compact
+  def __call__(self, embedding, feature, entries, train):
+    width = feature.shape[-1]
+    hidden_dim = self.config.hidden_dim
+    projection_dim = min(self.config.visual_projection_dim, width)
+    key = layers.dense(projection_dim, 'key')(entries.features)
+    query = layers.Affine(width, projection_dim, name='query')()
+    # (c W + b) kᵀ = c (W kᵀ) + b kᵀ: one [R, F] matrix for all candidates.
+    logits = (key @ query.kernel.T) @ feature.T + (key @ query.bias)[:, None]
+    attention = layers.masked_softmax(
+      logits * projection_dim**-0.5, entries.mask[:, None], axis=0
+    )
+    # Project R memory rows instead of J averages of them.
+    output = layers.Affine(width, hidden_dim, name='output')()
+    x = attention.T @ (entries.features @ output.kernel) + output.bias
+    if self.sees_candidate:
+      x += layers.dense(hidden_dim, 'candidate')(feature)
+    x = nn.relu(layers.layer_norm('norm')(x))
+    return nn.Dropout(self.config.dropout)(x, deterministic=not train)
+
+
+class SemanticExpert(Expert):
+  """Multi-head cross-attention of a candidate's embedding over memory text."""
+
+  features = TEXT
+  needs_feature = False
+
+  @nn.compact
+  def __call__(self, embedding, feature, entries, train):
+    dim, num_heads = self.config.hidden_dim, self.config.semantic_heads
+    head_dim = dim // num_heads
+    key = layers.dense(dim, 'key')(entries.features)
+    value = layers.dense(dim, 'value')(entries.features)
     key = layers.dense(dim, 'attention_key')(key)
     value = layers.dense(dim, 'attention_value')(value)
-    key = layers.split_heads(key, self.num_heads)  # [H, R, D/H]
-    value = layers.split_heads(value, self.num_heads)
+    key = layers.split_heads(key, num_heads)  # [H, R, D/H]
+    value = layers.split_heads(value, num_heads)
 
     # Two query projections in a row and each head's keys fold into one
     # [H·R, D] matrix that all candidates share, each head's values and the
@@ -127,16 +141,62 @@ class SemanticExpert(nn.Module):
     )
 
     # Candidates last: R is short, J is long, and reductions over R vectorise.
-    logits = jnp.einsum('hrd,jd->hrj', folded, candidate_embedding)
+    logits = jnp.einsum('hrd,jd->hrj', folded, embedding)
     attention = layers.masked_softmax(
       (logits + offset[..., None]) * head_dim**-0.5,
-      memory.text_mask[:, None],
+      entries.mask[:, None],
       axis=-2,
     )
-    attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
+    dropout = self.config.dropout
+    attention = nn.Dropout(dropout)(attention, deterministic=not train)
     x = jnp.einsum('hrj,hrd->jd', attention, value) + output.bias
     if self.sees_candidate:
-      x += layers.dense(dim, 'candidate')(candidate_text)
+      x += layers.dense(dim, 'candidate')(feature)
     x = layers.layer_norm('norm')(x)
     x = nn.relu(layers.dense(dim, 'output')(x))
-    return nn.Dropout(self.dropout)(x, deterministic=not train)
+    return nn.Dropout(dropout)(x, deterministic=not train)
+
+
+EXPERTS: Mapping[str, type[Expert]] = {
+  'visual': VisualExpert,
+  'semantic': SemanticExpert,
+}
+
+
+class Modality(NamedTuple):
+  """An expert of a model.
+
+  Attributes:
+    name: its name; its parameters are `<name>_expert` and `<name>_norm`, its
+      metrics `w_<name>` and `gradient_<name>`.
+    features: the name of its feature matrix.
+    expert: its form.
+  """
+
+  name: str
+  features: str
+  expert: type[Expert]
+
+
+def of(config: ModelConfig) -> tuple[Modality, ...]:
+  """The experts that a config names, in that order.
+
+  An entry is a name, or `name=my_package.module:Thing` for a form of one's own
+  (a subclass of `Expert`).
+
+  Raises:
+    UserError: a form that cannot be found or is no `Expert`, or a name given
+      twice.
+
+  >>> [m[:2] for m in of(ModelConfig(experts='visual,semantic,audio'))]
+  [('visual', 'visual'), ('semantic', 'text'), ('audio', 'audio')]
+  """
+  found = []
+  for name, form in config.expert_forms.items():
+    expert: Any = EXPERTS.get(name, VisualExpert)
+    if form:
+      expert = parts.find(form, {}, 'expert')
+      if not (isinstance(expert, type) and issubclass(expert, Expert)):
+        raise UserError(f'{form} is no subclass of fedmmr_jax.Expert')
+    found.append(Modality(name, expert.features or name, expert))
+  return tuple(found)

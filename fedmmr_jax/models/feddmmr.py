@@ -1,8 +1,10 @@
 """FedDMMR: backbone, experts and router put together.
 
-    s = SASRec(window)                                           [D]
-    a = w_vis · LN(visual(c, memory)) + w_sem · LN(semantic(c, memory))  [J, D]
-    score(s, c) = √D · cos(LN(s) + a, e_c)                        [J]
+    s = SASRec(window)                                  [D]
+    a = Σ_m w_m · LN(expert_m(c, memory))               [J, D]
+    score(s, c) = √D · cos(LN(s) + a, e_c)              [J]
+
+over the experts m: visual and semantic, and what else there are features for.
 
 With `--similarity=dot` the score is ⟨LN(s) + a, e_c⟩: a length of `e_c` counts,
 as it does without experts, where the score is ⟨s, e_c⟩.
@@ -12,22 +14,21 @@ Everything here is written for one client and one window; callers vmap.
 windows against J candidates takes two [T, D] x [D, J] products (`score`).
 """
 
-from typing import cast, NamedTuple
+from typing import cast, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from fedmmr_jax.config import ModelConfig
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models import layers
-from fedmmr_jax.models.experts import MemoryView, SemanticExpert, VisualExpert
+from fedmmr_jax.models.experts import Entries, MemoryView, Modality, TEXT
 from fedmmr_jax.models.profile import mix, ProfileExpert, States
 from fedmmr_jax.models.router import ItemRouter
 from fedmmr_jax.models.sasrec import SASRec
 
-VISUAL, SEMANTIC = 0, 1  # positions on the expert axis E
-NUM_EXPERTS = 2
 # Group (`config.GROUPS`) -> top-level names of its parameters, of which a
 # configuration has some.
 PARAMETER_GROUPS = {
@@ -48,30 +49,31 @@ class Catalogue(NamedTuple):
   """Item features, one row an item, row 0 = padding, zero row = missing.
 
   Attributes:
-    visual: [V, 512] float32 (width 0: the run has no images).
-    text: [V, 384] float32 (width 0: the run has no texts).
-    has_visual: [V] bool.
-    has_text: [V] bool.
+    features: name of a matrix -> [V, F] float32; those that experts read.
+    has: name of a matrix -> [V] bool, which items have such a feature.
     content: [V, D] float32, see `content.components`; width 0 with
-      `--item_embedding=id`.
+      `item_embedding=id`.
   """
 
-  visual: jax.Array
-  text: jax.Array
-  has_visual: jax.Array
-  has_text: jax.Array
+  features: dict[str, jax.Array]
+  has: dict[str, jax.Array]
   content: jax.Array
 
   @classmethod
-  def from_features(cls, visual, text, content=None) -> 'Catalogue':
-    """Builds the masks: an all-zero row is a missing feature."""
+  def of(
+    cls, features: Mapping[str, np.ndarray | jax.Array], content=None
+  ) -> 'Catalogue':
+    """Builds the masks: an all-zero row is a missing feature.
+
+    Args:
+      features: name of a matrix -> [V, F].
+      content: [V, D] or [V, 0]; None = [V, 0], V as of the features.
+    """
     if content is None:
-      content = jnp.zeros((len(text), 0))
+      content = jnp.zeros((len(next(iter(features.values()))), 0))
     return cls(
-      visual=jnp.asarray(visual, jnp.float32),
-      text=jnp.asarray(text, jnp.float32),
-      has_visual=jnp.any(jnp.asarray(visual) != 0, axis=-1),
-      has_text=jnp.any(jnp.asarray(text) != 0, axis=-1),
+      features={n: jnp.asarray(x, jnp.float32) for n, x in features.items()},
+      has={n: jnp.any(jnp.asarray(x) != 0, -1) for n, x in features.items()},
       content=jnp.asarray(content, jnp.float32),
     )
 
@@ -82,8 +84,7 @@ class Candidates(NamedTuple):
   Attributes:
     embedding: [J, D] item embeddings `e`.
     auxiliary: [J, D] `a`, the residual enhancement; 0 without any expert.
-    visual: [J, D] visual expert's output (zeros if not configured).
-    semantic: [J, D] semantic expert's output (zeros if not configured).
+    outputs: name of an expert -> [J, D] its output.
     weights: [J, E] router weights; 0 for an expert without input, the rest
       renormalised.
     available: [J, E] bool, which experts had something to work on.
@@ -91,41 +92,9 @@ class Candidates(NamedTuple):
 
   embedding: jax.Array
   auxiliary: jax.Array
-  visual: jax.Array
-  semantic: jax.Array
+  outputs: dict[str, jax.Array]
   weights: jax.Array
   available: jax.Array
-
-
-def view_memory(
-  catalogue: Catalogue,
-  items: jax.Array,
-  prototypes: jax.Array | None = None,
-  prototype_mask: jax.Array | None = None,
-) -> MemoryView:
-  """Looks up the features of retrieved entries.
-
-  Args:
-    catalogue: item features.
-    items: [R] int32 item ids, 0 = empty slot.
-    prototypes: [P, 384] global prototypes appended to the texts, or None.
-    prototype_mask: [P] bool, which of them exist.
-
-  Returns:
-    The entries as the experts read them.
-  """
-  filled = items > 0
-  text, text_mask = catalogue.text[items], filled & catalogue.has_text[items]
-  if prototypes is not None:
-    text = jnp.concatenate([text, prototypes])
-    # Given where prototypes are.
-    text_mask = jnp.concatenate([text_mask, cast(jax.Array, prototype_mask)])
-  return MemoryView(
-    visual=catalogue.visual[items],
-    visual_mask=filled & catalogue.has_visual[items],
-    text=text,
-    text_mask=text_mask,
-  )
 
 
 class FedDMMR(nn.Module):
@@ -134,22 +103,21 @@ class FedDMMR(nn.Module):
   Attributes:
     config: widths, depths, dropout and variants.
     num_rows: V, rows of the item table including padding row 0.
-    visual_dim: width of the visual features; 0 leaves the visual expert out.
-    text_dim: width of the text features; 0 leaves the semantic expert out.
+    modalities: the experts, axis E of router weights; see `experts.of`.
   """
 
   config: ModelConfig
   num_rows: int
-  visual_dim: int
-  text_dim: int
+  modalities: tuple[Modality, ...] = ()
 
   @property
   def is_backbone_only(self) -> bool:
-    return not (self.visual_dim or self.text_dim)
+    return not self.modalities
 
   @property
-  def has_both_experts(self) -> bool:
-    return bool(self.visual_dim and self.text_dim)
+  def has_pairs(self) -> bool:
+    """Are there two views of an item to contrast?"""
+    return len(self.modalities) > 1
 
   def setup(self):
     c = self.config
@@ -177,21 +145,17 @@ class FedDMMR(nn.Module):
     )
     if c.profile == 'history':
       self.profile_expert = ProfileExpert(c.hidden_dim, c.dropout)
-    if self.visual_dim:
-      self.visual_expert = VisualExpert(
-        c.hidden_dim,
-        c.visual_projection_dim,
-        c.dropout,
-        c.expert_input == 'candidate',
+    for modality in self.modalities:
+      setattr(self, f'{modality.name}_expert', modality.expert(c))
+      setattr(
+        self,
+        f'{modality.name}_norm',
+        layers.layer_norm(scale=c.expert_init_scale),
       )
-      self.visual_norm = layers.layer_norm(scale=c.expert_init_scale)
-    if self.text_dim:
-      self.semantic_expert = SemanticExpert(
-        c.hidden_dim, c.semantic_heads, c.dropout, c.expert_input == 'candidate'
-      )
-      self.semantic_norm = layers.layer_norm(scale=c.expert_init_scale)
     if not self.is_backbone_only:
-      self.router = ItemRouter(c.router_hidden_dim, NUM_EXPERTS, c.dropout)
+      self.router = ItemRouter(
+        c.router_hidden_dim, len(self.modalities), c.dropout
+      )
       self.sequence_norm = layers.layer_norm()
       if c.fusion == 'gated':
         self.fusion_gate = self.param(
@@ -263,40 +227,33 @@ class FedDMMR(nn.Module):
       `Candidates` with J rows.
     """
     embedding = self.embed(items, catalogue)
-    nothing = jnp.zeros_like(embedding)
-    weights = jnp.zeros((items.shape[0], NUM_EXPERTS), embedding.dtype)
-    available = weights > 0
-    if self.is_backbone_only:
-      return Candidates(
-        embedding, nothing, nothing, nothing, weights, available
-      )
+    auxiliary = jnp.zeros_like(embedding)
+    if memory is None or self.is_backbone_only:
+      weights = jnp.zeros((items.shape[0], 0), embedding.dtype)
+      return Candidates(embedding, auxiliary, {}, weights, weights > 0)
 
-    visual = semantic = auxiliary = nothing
     available = self._available(items, catalogue, memory)
     weights = self._weights(items, embedding, catalogue, available, train)
-    if self.visual_dim:
-      visual = self.visual_expert(catalogue.visual[items], memory, train)
-      auxiliary += weights[:, VISUAL, None] * self.visual_norm(visual)
-    if self.text_dim:
-      semantic = self.semantic_expert(
-        embedding, catalogue.text[items], memory, train
+    outputs = {}
+    for number, (name, matrix, _) in enumerate(self.modalities):
+      output = getattr(self, f'{name}_expert')(
+        embedding, catalogue.features[matrix][items], memory[name], train
       )
-      auxiliary += weights[:, SEMANTIC, None] * self.semantic_norm(semantic)
+      auxiliary += weights[:, number, None] * getattr(self, f'{name}_norm')(
+        output
+      )
+      outputs[name] = output
     if self.config.fusion == 'gated':  # the original's form, for ablation
       auxiliary *= self.fusion_gate
-    return Candidates(
-      embedding, auxiliary, visual, semantic, weights, available
-    )
+    return Candidates(embedding, auxiliary, outputs, weights, available)
 
   def route(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
-    """Router weights of J items for a client whose memory holds images and
-    texts: [J, E] float32, 0 for an expert without the item's feature."""
-    full = MemoryView(
-      catalogue.visual[:1],
-      jnp.ones((1,), bool),
-      catalogue.text[:1],
-      jnp.ones((1,), bool),
-    )
+    """Router weights of J items for a client whose memory holds something for
+    every expert: [J, E] float32, 0 for one without the item's feature."""
+    full = {
+      name: Entries(catalogue.features[matrix][:1], jnp.ones((1,), bool))
+      for name, matrix, _ in self.modalities
+    }
     return self._weights(
       items,
       self.embed(items, catalogue),
@@ -316,28 +273,63 @@ class FedDMMR(nn.Module):
     )
 
   def _router_input(self, items, embedding, catalogue) -> jax.Array:
-    """[J, D], or [J, D + 512 + 384] with `--router_input=features`."""
+    """[J, D], or [J, D + Σ F] with `router_input=features`."""
     if self.config.router_input == 'embedding':
       return embedding
-    return jnp.concatenate(
-      [embedding, catalogue.visual[items], catalogue.text[items]], axis=-1
-    )
+    features = (catalogue.features[m.features][items] for m in self.modalities)
+    return jnp.concatenate([embedding, *features], axis=-1)
 
   def _available(self, items, catalogue, memory) -> jax.Array:
     """[J, E] bool: has the expert something to work on for this candidate?"""
-    visual = semantic = jnp.zeros(items.shape, bool)
     own = self.config.expert_input == 'candidate'  # suffices
-    if self.visual_dim:
-      visual = catalogue.has_visual[items] & (own | jnp.any(memory.visual_mask))
-    if self.text_dim:
-      semantic = (own & catalogue.has_text[items]) | jnp.any(memory.text_mask)
-    return jnp.stack([visual, semantic], axis=-1)
+
+    def has(name, matrix, expert):
+      feature = catalogue.has[matrix][items]
+      entries = jnp.any(memory[name].mask)
+      if expert.needs_feature:
+        return feature & (own | entries)
+      return (own & feature) | entries
+
+    return jnp.stack([has(*m) for m in self.modalities], axis=-1)
 
   def initialise(self, catalogue: Catalogue) -> None:
     """Touches every parameter; the method `init` runs."""
     window = jnp.zeros((self.config.max_seq_len,), jnp.int32)
     self.encode(window, catalogue)
-    self.candidates(window[:1], catalogue, view_memory(catalogue, window[:1]))
+    self.candidates(
+      window[:1], catalogue, self.view_memory(catalogue, window[:1])
+    )
+
+  @nn.nowrap  # needs no parameters: call it on the model itself
+  def view_memory(
+    self,
+    catalogue: Catalogue,
+    items: jax.Array,
+    prototypes: jax.Array | None = None,
+    prototype_mask: jax.Array | None = None,
+  ) -> MemoryView:
+    """Looks up the features of retrieved entries.
+
+    Args:
+      catalogue: item features.
+      items: [R] int32 item ids, 0 = empty slot.
+      prototypes: [P, F] global prototypes that the expert of the texts sees
+        behind the entries, or None.
+      prototype_mask: [P] bool, which of them exist.
+
+    Returns:
+      The entries as each expert reads them.
+    """
+    view = {}
+    for name, matrix, _ in self.modalities:
+      features = catalogue.features[matrix][items]
+      mask = (items > 0) & catalogue.has[matrix][items]
+      if matrix == TEXT and prototypes is not None:
+        features = jnp.concatenate([features, prototypes])
+        # Given where prototypes are.
+        mask = jnp.concatenate([mask, cast(jax.Array, prototype_mask)])
+      view[name] = Entries(features, mask)
+    return view
 
   @nn.nowrap  # needs no parameters: call it on the model itself
   def score_profile(self, state: States, candidates: Candidates) -> jax.Array:

@@ -17,8 +17,8 @@ class ItemRouter(nn.Module):
   @nn.compact
   def __call__(self, candidate: jax.Array, train: bool) -> jax.Array:
     """Args:
-      candidate: [J, D] float32 item embeddings; with
-        `--router_input=features` [J, D + 512 + 384], image and text behind.
+      candidate: [J, D] float32 item embeddings; with `router_input=features`
+        [J, D + Σ F], the features of each expert behind.
       train: whether dropout acts.
 
     Returns:
