@@ -24,8 +24,7 @@ TINY = (
   '--num_negatives=3',
   '--sampled_negatives=5',
   '--client_fraction=0.5',
-  '--memory_capacity=6',
-  '--retrieval_size=3',
+  '--memory=surprise,capacity=6,retrieval_size=3',
 )
 
 
