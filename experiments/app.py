@@ -65,24 +65,31 @@ _WORKERS = flags.DEFINE_integer(
 flags.DEFINE_alias('cpu_devices', 'workers')
 
 
-def define_config_flags() -> None:
+def define_config_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """One flag for each field of `RunConfig`, with its help and default."""
   for _, field, default in walk_fields(RunConfig()):
     help_text = as_flags(help_of(field))
     if 'choices' in field.metadata:
       flags.DEFINE_enum(
-        field.name, default, field.metadata['choices'], help_text
+        field.name, default, field.metadata['choices'], help_text, values
       )
     elif field.name == 'global_memory':  # once a boolean
       flags.DEFINE(
-        _Renamed(field.name), field.name, str(default), help_text, boolean=True
+        _Renamed(field.name),
+        field.name,
+        str(default),
+        help_text,
+        values,
+        boolean=True,
       )
     elif isinstance(default, Part):
-      flags.DEFINE_string(field.name, str(default), help_text)
+      flags.DEFINE_string(
+        field.name, str(default), help_text, flag_values=values
+      )
     else:
-      _DEFINE[type(default)](field.name, default, help_text)
+      _DEFINE[type(default)](field.name, default, help_text, flag_values=values)
   for old in RENAMED:  # known, and not in the help
-    flags.FLAGS[old] = flags.Flag(_Renamed(old), None, old, None, '')
+    values[old] = flags.Flag(_Renamed(old), None, old, None, '')
 
 
 class _Renamed(flags.ArgumentParser):

@@ -172,6 +172,7 @@ def combine(
     importance: [T] factors of the recommendation losses, or 1.
     profile: [T] losses of the client's profile alone; None without.
     profile_weight: of these.
+    profile_weight: of these.
 
   Returns:
     The terms.

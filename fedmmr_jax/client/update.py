@@ -59,7 +59,7 @@ class Broadcast(NamedTuple):
   Attributes:
     params: the server's parameters.
     prototypes: global prototypes over the text features; None unless
-      `--global_memory` has the experts attend to them.
+      `global_memory` has the experts attend to them.
     catalogue: item features (public, the same for everybody).
     learning_rate: [] float32 of the clients in this round.
     control: what drift control sends, see `DriftControl.broadcast`.
@@ -85,7 +85,7 @@ class ClientUpdate(NamedTuple):
     memory: its memory after training; None in a model without experts.
     kept: what drift control keeps at the client; None for nothing.
     prototypes: centres of its memory's texts and their sizes; None unless
-      `--global_memory`.
+      `global_memory`.
     metrics: means over its steps.
   """
 
