@@ -299,7 +299,7 @@ def test_stages_follow_one_another(ml_1m, tmp_path):
   assert 'round 2/2' not in out and 'test, full' in out
   for line, message in (
     ('a b: --experts=none', 'a plain word'),
-    ('a: --expert=none', 'no setting --expert'),
+    ('a: --expert=none', "unknown setting 'expert'"),
   ):
     stages.write_text(line)
     assert message in refused(
