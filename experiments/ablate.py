@@ -24,7 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import app, console, figures
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.config import RENAMED, RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
@@ -379,7 +379,8 @@ def _seeds() -> list[int]:
 
 def _configured(base: RunConfig, variant: Variant) -> RunConfig:
   place = f'{_VARIANTS.value}: variant {variant.name!r}'
-  for name in variant.flags:
+  for flag in variant.flags:
+    name = RENAMED[flag][0].partition('=')[0] if flag in RENAMED else flag
     # The data is loaded once, and differences are paired over users.
     if (
       name in dataclasses.asdict(base.data)
@@ -391,7 +392,7 @@ def _configured(base: RunConfig, variant: Variant) -> RunConfig:
         'it on the command line'
       )
   try:
-    return app.with_flags(base, variant.flags)
+    return base.changed(variant.flags).validate()
   except UserError as error:
     raise UserError(f'{place}: {error}') from None
 

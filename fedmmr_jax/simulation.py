@@ -17,10 +17,12 @@ from fedmmr_jax.client.update import ClientProgram
 from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
   CheckpointConfig,
+  ContentInit,
   DataConfig,
   EvaluationConfig,
   RunConfig,
   StartConfig,
+  TwoTierMemory,
 )
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
@@ -489,7 +491,7 @@ class Simulation:
     self, state: FederationState, clients: np.ndarray
   ) -> Memory | None:
     """Those of the state; of these [n] clients warm, if the config says so."""
-    if state.memories is None or not self.config.memory.warm_memory:
+    if state.memories is None or not self.config.evaluation.warm_memory:
       return state.memories
     chunks = round_lib.chunked(
       clients, self.num_train, self.config.server.clients_per_chunk
@@ -531,22 +533,26 @@ def build(
     name: _scaled(dataset.features[name], config)
     for name in dict.fromkeys(m.features for m in modalities)
   }
-  if config.memory.memory == 'two_tier' and experts_lib.TEXT not in features:
+  if (
+    isinstance(config.memory, TwoTierMemory)
+    and experts_lib.TEXT not in features
+  ):
     raise UserError(
-      '--memory=two_tier needs the semantic expert and text '
+      '`memory=two_tier` needs the semantic expert and text '
       'features: novelty is measured on texts'
     )
-  if config.model.global_memory and experts_lib.TEXT not in features:
+  if config.global_memory and experts_lib.TEXT not in features:
     raise UserError(
-      '--global_memory needs the semantic expert and text '
-      'features: the prototypes are clusters of texts'
+      f'`global_memory={config.global_memory}` needs the semantic expert and '
+      'text features: the prototypes are clusters of texts'
     )
   content = np.zeros((dataset.num_rows, 0), np.float32)
-  if config.model.item_embedding != 'id':
-    if not (dataset.features or config.model.collaborative_dim):
+  start = config.model.item_embedding
+  if isinstance(start, ContentInit):
+    if not (dataset.features or start.collaborative_dim):
       raise UserError(
-        f'--item_embedding={config.model.item_embedding} needs item '
-        'features; give some, or say --item_embedding=id'
+        f'`item_embedding={start}` needs item features; give some, or say '
+        '`item_embedding=id`'
       )
     content = content_lib.components(
       list(dataset.features.values()) or [content], config.model.hidden_dim

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.config import ContentPlusId, Gated, ModelConfig
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.experts import Entries, MemoryView, Modality, TEXT
@@ -126,7 +126,7 @@ class FedDMMR(nn.Module):
       _item_embedding_init(c.embedding_init_std),
       (self.num_rows, c.hidden_dim),
     )
-    if c.item_embedding == 'content_plus_id':
+    if isinstance(c.item_embedding, ContentPlusId):
       self.content_projection = self.param(
         'content_projection',
         _scaled_identity(
@@ -143,7 +143,7 @@ class FedDMMR(nn.Module):
       c.embedding_init_std,
       c.positions == 'relative',
     )
-    if c.profile == 'history':
+    if c.profile:
       self.profile_expert = ProfileExpert(c.hidden_dim, c.dropout)
     for modality in self.modalities:
       setattr(self, f'{modality.name}_expert', modality.expert(c))
@@ -157,15 +157,15 @@ class FedDMMR(nn.Module):
         c.router_hidden_dim, len(self.modalities), c.dropout
       )
       self.sequence_norm = layers.layer_norm()
-      if c.fusion == 'gated':
+      if isinstance(c.fusion, Gated):
         self.fusion_gate = self.param(
-          'fusion_gate', nn.initializers.constant(c.gating_init), ()
+          'fusion_gate', nn.initializers.constant(c.fusion.init), ()
         )
 
   def embed(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
     """[..., D] embeddings of items: their rows, and content if configured."""
     embedded = self.item_embedding[items]
-    if self.config.item_embedding == 'content_plus_id':
+    if isinstance(self.config.item_embedding, ContentPlusId):
       embedded += catalogue.content[items] @ self.content_projection
     return embedded
 
@@ -196,7 +196,7 @@ class FedDMMR(nn.Module):
     embedded = self.embed(window, catalogue) * valid[:, None]
     states = self.backbone(embedded, valid, train, last_only)
     own = None
-    if self.config.profile == 'history':
+    if self.config.profile:
       if profile is None:
         profile = jnp.zeros(states.shape[-1])
       known = jnp.any(profile != 0)
@@ -243,7 +243,7 @@ class FedDMMR(nn.Module):
         output
       )
       outputs[name] = output
-    if self.config.fusion == 'gated':  # the original's form, for ablation
+    if isinstance(self.config.fusion, Gated):  # the original's form
       auxiliary *= self.fusion_gate
     return Candidates(embedding, auxiliary, outputs, weights, available)
 

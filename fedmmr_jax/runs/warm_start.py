@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax.client import vocabulary
-from fedmmr_jax.config import ALL_GROUPS, MEMORIES, RunConfig
+from fedmmr_jax.config import (
+  ALL_GROUPS,
+  ContentPlusId,
+  MEMORIES,
+  RunConfig,
+  TwoTierMemory,
+)
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation.round import FederationState
@@ -229,7 +235,7 @@ _MEANING = {
   ),
   'router': ('router_input', 'feature_scaling'),
   'fusion': ('fusion',),
-  MEMORIES: ('memory', 'memory_capacity', 'long_term_capacity'),
+  MEMORIES: ('memory',),
 }
 
 
@@ -237,45 +243,37 @@ def _check_meaning(
   wanted, config: RunConfig, dataset: Dataset, run: RunFolder, refuse
 ) -> None:
   """Refuses what would fit, and come to mean something else."""
-  theirs, other = config.as_flat_dict(), run.config()
-  before = other.as_flat_dict()
+  other = run.config()
+  theirs, before = _meaning(config), _meaning(other)
   # Whatever their files and flags are called.
   same_data = run.data_fingerprint() == dataset.fingerprint()
   for group in wanted:
     for name in _MEANING.get(group, ()):
       if before[name] != theirs[name] and not (name == 'dataset' and same_data):
         refuse(
-          group, f'its run had --{name}={before[name]}, not {theirs[name]}'
+          group, f'its run had `{name}={before[name]}`, not {theirs[name]}'
         )
   if 'embeddings' in wanted:
     # Which items are cold, and were never trained, the seed says.
     if config.data.cold_items and config.seed != other.seed:
       refuse(
         'embeddings',
-        f'its run had --seed={other.seed}, and with it other cold items',
+        f'its run had `seed={other.seed}`, and with it other cold items',
       )
-    added = [
-      c.model.item_embedding == 'content_plus_id' for c in (config, other)
-    ]
-    if added[0] != added[1]:
+    starts = config.model.item_embedding, other.model.item_embedding
+    added = any(isinstance(start, ContentPlusId) for start in starts)
+    if added and starts[0] != starts[1]:
       refuse(
         'embeddings',
-        'its run had --item_embedding='
-        f'{other.model.item_embedding}, not {config.model.item_embedding}',
+        f'its run had `item_embedding={starts[1]}`, not {starts[0]}',
       )
-    for name in ('collaborative_dim', 'collaborative_rounds'):
-      if added[0] and before[name] != theirs[name]:
-        refuse(
-          'embeddings',
-          f'its run had --{name}={before[name]}, not {theirs[name]}',
-        )
   if same_data:
     return
   # Features may be others, and principal components of another catalogue are
   # other axes; a generated set has other items under the same ids.
   on_features = {
     'embeddings': (
-      config.model.item_embedding == 'content_plus_id'
+      isinstance(config.model.item_embedding, ContentPlusId)
       or config.data.dataset == 'synthetic'
     ),
     'experts': True,
@@ -289,6 +287,17 @@ def _check_meaning(
         'it was trained on other data, and its numbers belong to '
         'those items and features',
       )
+
+
+def _meaning(config: RunConfig) -> dict[str, Any]:
+  """Its settings, of parts only what gives arrays another meaning."""
+  memory = f'{config.memory.name},capacity={config.memory.capacity}'
+  if isinstance(config.memory, TwoTierMemory):
+    memory += f',long_term_capacity={config.memory.long_term_capacity}'
+  return config.as_flat_dict() | {
+    'fusion': config.model.fusion.name,
+    'memory': memory,
+  }
 
 
 def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
