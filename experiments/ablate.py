@@ -63,7 +63,7 @@ def main() -> None:
       '--eval_clients draws other clients for each seed; leave it '
       'out, or name one seed'
     )
-  variants = ablation.read_variants(pathlib.Path(_VARIANTS.value))
+  variants = ablation.read_variants(app.find_file(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
   loaded = load.load(base.data, base.seed)
   print(console.data_report(loaded))

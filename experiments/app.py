@@ -35,7 +35,8 @@ from fedmmr_jax.simulation import Simulation
 
 USER_ERROR, INTERRUPTED = 2, 130
 BROKEN_PIPE = 128 + signal.SIGPIPE  # as a shell would have it
-PRESETS = pathlib.Path(__file__).parent / 'presets'
+HERE = pathlib.Path(__file__).parent
+PRESETS = HERE / 'presets'
 
 WORKDIR = flags.DEFINE_string('workdir', '', 'folder of the run')
 
@@ -195,9 +196,43 @@ def run(main: Callable[..., None], commands: bool = False) -> None:
   app.run(lambda argv: _guarded(lambda: main(*argv[1:])), flags_parser=parse)
 
 
+def find_file(name: str) -> pathlib.Path:
+  """A file that a flag names; where there is none, the one that came with the
+  package under the same name: an installed package has its presets elsewhere.
+
+  Raises:
+    UserError: neither is there.
+  """
+  path = pathlib.Path(name).expanduser()
+  own = HERE / path.parent.name / path.name
+  for found in (path, own, PRESETS / path.name):
+    if found.is_file():
+      return found
+  raise UserError(f'{name}: no such file')
+
+
+def _with_flagfiles(argv: Sequence[str]) -> list[str]:
+  """The command line with its flagfiles where `find_file` has them; presets
+  that build on others do so from wherever they are."""
+  words = []
+  for word in argv:
+    flag, equals, name = word.partition('=')
+    if flag.lstrip('-') == 'flagfile' and flag[:1] == '-' and equals:
+      try:
+        path = find_file(name)
+      except UserError:
+        pass  # absl says so
+      else:
+        lines = map(str.strip, path.read_text('utf-8').splitlines())
+        words += _with_flagfiles([x for x in lines if x.startswith('-')])
+        continue
+    words.append(word)
+  return words
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS([argv[0], *_with_flagfiles(argv[1:])])
   except flags.Error as error:
     # absl's message may go over several lines; the first says what is wrong.
     line = str(error).splitlines()[0].removeprefix('ERROR:: ')

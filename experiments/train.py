@@ -160,7 +160,7 @@ def train_stages(
       '--resume or name another folder'
     )
   base = app.config_from_flags(saved['flags'] if saved else None)
-  lines = stages.read(pathlib.Path(_STAGES.value)) if _STAGES.value else None
+  lines = stages.read(app.find_file(_STAGES.value)) if _STAGES.value else None
   if saved and lines not in (None, saved['stages']):
     raise UserError(
       f'--workdir={workdir} holds other stages than --stages='

@@ -126,3 +126,19 @@ def test_settings_in_an_error_are_flags_on_the_command_line(line, printed):
   assert run(f'raise UserError({line!r})', status=2)[1] == (
     f'error: {printed}\n'
   )
+
+
+def test_presets_are_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  # Presets build on others.
+  words = app._with_flagfiles(['--seed=1', '--flagfile=staged.flags', '--x'])
+  assert words[0] == '--seed=1' and words[-1] == '--x'
+  assert '--top_k_users=1000' in words
+  assert words[-2].startswith('--stages=')
+  assert app.find_file('experiments/ablations/baselines.txt').is_file()
+  # What lies here comes first; what is nowhere is left for the error.
+  (tmp_path / 'staged.flags').write_text('# mine\n--seed=3\n')
+  assert app._with_flagfiles(['--flagfile=staged.flags']) == ['--seed=3']
+  assert app._with_flagfiles(['--flagfile=none.flags']) == [
+    '--flagfile=none.flags'
+  ]
