@@ -5,6 +5,7 @@ A user's error is one line on stderr and exit status 2, without a traceback.
 
 import os
 import pathlib
+import re
 import signal
 import sys
 import traceback
@@ -230,6 +231,23 @@ def _set_compilation_cache() -> None:
   )
 
 
+def as_flags(line: str) -> str:
+  """An error's line with the settings that it names, in backticks, as flags.
+
+  >>> as_flags('`hidden_dim=6` is not a multiple of `num_heads=4`')
+  '--hidden_dim=6 is not a multiple of --num_heads=4'
+  >>> as_flags('`hidden` is no setting')
+  '`hidden` is no setting'
+  """
+  known = {field.name for _, field, _ in walk_fields(RunConfig())}
+
+  def flag(match):
+    is_known = match[1] in known or match[1] in flags.FLAGS
+    return f'--{match[1]}{match[2] or ""}' if is_known else match[0]
+
+  return re.sub(r'`(\w+)(=[^`]*)?`', flag, line)
+
+
 def _fail(line: str, error: Exception | None = None) -> None:
   """Ends the process with one line; with --debug the error's traceback."""
   if error and _DEBUG.value:
@@ -238,5 +256,5 @@ def _fail(line: str, error: Exception | None = None) -> None:
       cause.__suppress_context__ = False
       cause = cause.__context__
     traceback.print_exception(error)
-  print(f'error: {line}', file=sys.stderr)
+  print(f'error: {as_flags(line)}', file=sys.stderr)
   sys.exit(USER_ERROR)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from experiments import app
 from tests.test_cli import ROOT
 
 
@@ -70,3 +71,19 @@ def test_the_environment_names_the_cache_unless_the_flag_does():
     '/tmp/other'
   )
   assert cache('--compilation_cache=', variable='/tmp/mine') == 'None'
+
+
+@pytest.mark.parametrize(
+  'line, printed',
+  [
+    ('`memory=none` has no options', '--memory=none has no options'),
+    ('`load=a b`, `freeze`', '--load=a b, --freeze'),
+    ('name a folder with `workdir`', 'name a folder with --workdir'),
+    ('`no_setting=3` and `x/y.npy`', '`no_setting=3` and `x/y.npy`'),
+  ],
+)
+def test_settings_in_an_error_are_flags_on_the_command_line(line, printed):
+  assert app.as_flags(line) == printed
+  assert run(f'raise UserError({line!r})', status=2)[1] == (
+    f'error: {printed}\n'
+  )
