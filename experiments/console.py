@@ -4,6 +4,7 @@ from typing import Any, Sequence
 
 import jax
 
+from fedmmr_jax import metrics
 from fedmmr_jax.client import windows
 from fedmmr_jax.config import ModelConfig
 from fedmmr_jax.data.load import Loaded
@@ -222,54 +223,58 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
 def round_line(record: dict[str, Any], num_rounds: int) -> str:
   """One line for one finished round."""
   train = record['train']
+  shares = metrics.members(train, metrics.ROUTER_WEIGHT)
   parts = [
     f'round {record["round"]:>{len(str(num_rounds))}}/{num_rounds}',
-    f'loss {train["loss"]:.4f}' if train['loss'] is not None else '',
+    _told('loss', train[metrics.LOSS], '.4f'),
+    'router ' * bool(shares)
+    + ' '.join(f'{expert} {share:.2f}' for expert, share in shares.items()),
+    _told('inst.weight', train[metrics.INSTANCE_WEIGHT], '.3f'),
+    _told('memory', train[metrics.MEMORY_FILL], '.0%'),
   ]
-  if train['w_visual'] is not None:
-    parts.append(
-      f'router vis {train["w_visual"]:.2f} sem {train["w_semantic"]:.2f}'
-    )
-  if train['instance_weight'] is not None:
-    parts.append(f'inst.weight {train["instance_weight"]:.3f}')
-  if train['memory_fill'] is not None:
-    parts.append(f'memory {train["memory_fill"]:.0%}')
   if 'val' in record:
-    sampled, full = record['val']['sampled'], record['val']['full']
     parts.append(
-      f'val HR@10 {sampled["HR@10"]:.4f} sampled {full["HR@10"]:.4f} full'
+      f'val {metrics.HR} '
+      + ' '.join(
+        f'{record["val"][protocol][metrics.HR]:.4f} {protocol}'
+        for protocol in metrics.PROTOCOLS
+      )
     )
   parts.append(f'{record["seconds"]:.1f} s')
   return '  '.join(part for part in parts if part)
 
 
+def _told(title: str, value: float | None, form: str) -> str:
+  return '' if value is None else f'{title} {value:{form}}'
+
+
 def progress(record: dict[str, Any]) -> dict[str, float]:
   """What the progress bar shows: loss, and validation where there is one."""
-  figures = {'loss': record['train']['loss']}
+  figures = {'loss': record['train'][metrics.LOSS]}
   if 'val' in record:
     figures |= {
-      f'HR@10 {protocol}': values['HR@10']
+      f'{metrics.HR} {protocol}': values[metrics.HR]
       for protocol, values in record['val'].items()
     }
   return figures
 
 
-def ranking_table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
+def ranking_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
   """Rows: split and protocol; columns: the metrics, one after the other with
   its cutoffs, or where there are too many for a line at 10 only."""
-  first = next(iter(next(iter(metrics.values())).values()))
+  first = next(iter(next(iter(found.values())).values()))
   kinds = list(dict.fromkeys(name.partition('@')[0] for name in first))
   kinds.sort(key=lambda kind: kind in first)  # what has no cutoff last
   names = [
     name for kind in kinds for name in first if name.partition('@')[0] == kind
   ]
   if len(names) > MAX_METRICS:
-    names = [name for name in names if name.endswith('@10')]
+    names = [n for n in names if '@' not in n or n.endswith('@10')]
   return table(
     ['', *names],
     [
       [f'{split}, {protocol}', *(f'{values[name]:.4f}' for name in names)]
-      for split, protocols in metrics.items()
+      for split, protocols in found.items()
       for protocol, values in protocols.items()
     ],
   )

@@ -462,6 +462,12 @@ class EvaluationConfig:
   eval_clients: int = _field(
     0, 'rank so many clients, drawn once from the seed (0 = all)', minimum=0
   )
+  metrics: str = _field(
+    '',
+    'ranking metrics beside HR, NDCG and MRR, with commas between; recbole: '
+    'hit, recall, precision, mrr, map and ndcg as RecBole has them; or your '
+    'own as my_package.module:Thing',
+  )
   clients_per_eval_chunk: int = _field(
     16, 'clients ranked side by side', minimum=1
   )
@@ -471,6 +477,10 @@ class EvaluationConfig:
     'items should fit the caches of a CPU, a GPU wants larger ones',
     minimum=1,
   )
+
+  @property
+  def metric_names(self) -> tuple[str, ...]:
+    return _names(self.metrics)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import time
-from typing import cast, Iterator, NamedTuple
+from typing import cast, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import metrics, optimizers
+from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import optimizers
 from fedmmr_jax.client import drift as drift_lib
 from fedmmr_jax.client.drift import DriftControl
 from fedmmr_jax.client.memory import Memory
@@ -33,6 +34,7 @@ from fedmmr_jax.federation import aggregators, collaborative, devices
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.round import FederationState, RoundProgram
+from fedmmr_jax.metrics import Metric
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.runs import warm_start as warm_start_lib
@@ -86,6 +88,7 @@ class Simulation:
     cold: items held out of training, with `--cold_items`.
     aggregator: what becomes of a cohort's updates.
     drift: what keeps local steps from drifting apart.
+    metrics: of ranking, beside HR, NDCG and MRR.
   """
 
   config: RunConfig
@@ -96,6 +99,7 @@ class Simulation:
   cold: ColdSplit | None = None
   aggregator: Aggregator = FedAvg()
   drift: DriftControl = DriftControl()
+  metrics: tuple[Metric, ...] = ()
 
   @classmethod
   def of(
@@ -104,6 +108,7 @@ class Simulation:
     data: Dataset | Loaded,
     aggregator: Aggregator | None = None,
     drift: DriftControl | None = None,
+    metrics: Sequence[Metric] | None = None,
   ) -> 'Simulation':
     """A simulation of federated learning over a data set.
 
@@ -112,6 +117,7 @@ class Simulation:
       data: from `load` or `Dataset.of`.
       aggregator: one of your own, instead of the one that the config names.
       drift: a drift control of your own, likewise.
+      metrics: further ranking metrics of your own, likewise.
 
     Raises:
       UserError: see `build`.
@@ -119,7 +125,9 @@ class Simulation:
     loaded = (
       (data, None) if isinstance(data, Dataset) else (data.dataset, data.cold)
     )
-    return build(config, *loaded, aggregator=aggregator, drift=drift)
+    return build(
+      config, *loaded, aggregator=aggregator, drift=drift, metrics=metrics
+    )
 
   @functools.cached_property
   def num_train(self) -> np.ndarray:
@@ -252,7 +260,7 @@ class Simulation:
       self.catalogue,
       self.data,
     )
-    return state, metrics.finish(jax.device_get(means))
+    return state, metrics_lib.finish(jax.device_get(means))
 
   def evaluate(
     self, state: FederationState, split: str
@@ -264,7 +272,7 @@ class Simulation:
       UserError: a score is NaN or infinite.
     """
     on = self._ranked(split)
-    return ranking.evaluate(
+    ranks = ranking.evaluate(
       self.model,
       self.compiled_config,
       on.max_items,
@@ -276,6 +284,7 @@ class Simulation:
       self.catalogue,
       on.data,
     )
+    return ranking.metrics_of(ranks, self.metrics), ranks
 
   def recommend(
     self, state: FederationState, client: int, count: int
@@ -510,6 +519,7 @@ def build(
   cold: ColdSplit | None = None,
   aggregator: Aggregator | None = None,
   drift: DriftControl | None = None,
+  metrics: Sequence[Metric] | None = None,
 ) -> Simulation:
   """Puts a data set on the devices and fits the model to it.
 
@@ -519,6 +529,7 @@ def build(
     cold: items held out of training.
     aggregator: one instead of that which the config names.
     drift: a drift control likewise.
+    metrics: further ranking metrics likewise.
 
   Raises:
     UserError: a client with too few unseen items for the negatives, global
@@ -572,7 +583,11 @@ def build(
     cold=cold,
     aggregator=aggregator or aggregators.of(config),
     drift=drift or drift_lib.of(config),
+    metrics=metrics_lib.further_metrics(config.evaluation.metric_names)
+    if metrics is None
+    else tuple(metrics),
   )
+  metrics_lib.own_names(simulation.metrics)  # before hours of training
   round_lib.check_size(simulation.abstract_state)
   frozen = optimizers.frozen_names(config.client)
   if frozen and set(simulation.abstract_state.server.params) <= set(frozen):

@@ -188,14 +188,16 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   out, _ = run(
     'inspect_checkpoint', f'--workdir={workdir}', '--k=3', 'router', 'last'
   )
-  assert 'visual weight' in out and out.count('Amélie') == 6
+  assert (
+    'visual weight' in out and out.count('Amélie') == 6 and 'least' not in out
+  )
   routed = json.loads(
     run(
       'inspect_checkpoint', f'--workdir={workdir}', '--json', 'router', 'last'
     )[0]
   )
   assert (
-    sum(b['items'] for b in routed['histogram'])
+    sum(b['items'] for b in routed['histogram_visual'])
     == 27
     == len(routed['w_visual'])
   )

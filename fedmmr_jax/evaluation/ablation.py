@@ -33,7 +33,7 @@ from fedmmr_jax.evaluation.bootstrap import Difference, paired_bootstrap
 from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.round import FederationState
-from fedmmr_jax.metrics import Mean
+from fedmmr_jax.metrics import HEADLINES, Mean, Metric, PROTOCOLS
 from fedmmr_jax.runs import training
 from fedmmr_jax.simulation import Simulation
 
@@ -41,17 +41,6 @@ POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
 ZEROED, SHUFFLED = '@zeroed', '@shuffled'
 FROM_FIRST = (ZEROED, SHUFFLED)  # they need the first variant's states
 SPECIAL = (POPULARITY, LOCAL_ONLY, ZEROED, SHUFFLED)
-HEADLINES = (('sampled', 'HR@10'), ('full', 'NDCG@10'))
-TRAINING_FIGURES = (
-  'rec_loss',
-  'contrastive_loss',
-  'w_visual',
-  'w_semantic',
-  'hardest_share',
-  'gradient_backbone',
-  'gradient_visual',
-  'gradient_semantic',
-)
 
 
 class Variant(NamedTuple):
@@ -74,9 +63,11 @@ class Outcome(NamedTuple):
   Attributes:
     ranks: split -> Ranks with axes [seeds, users]; 'cold' has other users.
     best_rounds: of each seed; empty where nothing was trained by rounds.
-    training: `TRAINING_FIGURES` of the last round, mean over the seeds.
+    training: metrics of training of the last round, mean over the seeds; empty
+      where nothing was trained by rounds.
     first_training: the same of the first round.
     seconds: in all.
+    metrics: of ranking, beside HR, NDCG and MRR.
   """
 
   ranks: dict[str, Ranks]
@@ -84,6 +75,13 @@ class Outcome(NamedTuple):
   training: dict[str, float | None]
   first_training: dict[str, float | None]
   seconds: float
+  metrics: tuple[Metric, ...] = ()
+
+  @property
+  def headlines(self) -> tuple[tuple[str, str], ...]:
+    """(protocol, metric) of what variants are compared by."""
+    own = metrics_lib.own_names(self.metrics)
+    return HEADLINES + tuple((p, name) for name in own for p in PROTOCOLS)
 
   def of_each_user(
     self, protocol: str, metric: str, split: str = 'test'
@@ -91,7 +89,8 @@ class Outcome(NamedTuple):
     """[users] a metric, mean over the seeds."""
     ranks = getattr(self.ranks[split], protocol)
     return np.mean(
-      [metrics_lib.ranking_of_each(r)[metric] for r in ranks], axis=0
+      [metrics_lib.ranking_of_each(r, self.metrics)[metric] for r in ranks],
+      axis=0,
     )
 
   def of_each_seed(
@@ -99,7 +98,7 @@ class Outcome(NamedTuple):
   ) -> list[float]:
     """A metric, mean over the users."""
     ranks = getattr(self.ranks[split], protocol)
-    return [metrics_lib.ranking(r)[metric] for r in ranks]
+    return [metrics_lib.ranking(r, self.metrics)[metric] for r in ranks]
 
   def difference(
     self, baseline: 'Outcome', protocol: str, metric: str
@@ -111,7 +110,7 @@ class Outcome(NamedTuple):
     )
 
 
-# Variant -> (protocol, metric) of HEADLINES -> difference to the first variant.
+# Variant -> (protocol, metric) of headlines -> difference to the first variant.
 Differences = dict[str, dict[tuple[str, str], Difference]]
 
 
@@ -121,7 +120,7 @@ def differences(outcomes: dict[str, Outcome]) -> Differences:
   return {
     name: {
       headline: outcome.difference(baseline, *headline)
-      for headline in HEADLINES
+      for headline in baseline.headlines
     }
     for name, outcome in outcomes.items()
   }
@@ -220,6 +219,7 @@ def run_trained(
     _mean(last),
     _mean(first),
     time.perf_counter() - started,
+    base.metrics,
   )
   return outcome, simulations, states
 
@@ -274,6 +274,7 @@ def _train_group(simulations, on_round):
     lambda *x: jnp.stack(x), *[s.init_state() for s in simulations]
   )
   best = [_Best(-1.0, 0, None)] * len(simulations)
+  protocol, metric = metrics_lib.SELECTED_BY
   first = None
   for number in range(1, config.server.num_rounds + 1):
     states, means = run_round(simulations, states, number)
@@ -290,7 +291,7 @@ def _train_group(simulations, on_round):
         state = jax.tree.map(lambda x: x[i], states)
         # Control variates are of no use in testing, and large.
         state = state._replace(controls=None)
-        value = simulation.evaluate(state, 'val')[0]['sampled']['HR@10']
+        value = simulation.evaluate(state, 'val')[0][protocol][metric]
         if value > best[i].value:
           best[i] = _Best(value, number, state)
         text += f' {value:.4f}'
@@ -333,8 +334,14 @@ def run_special(
       else:
         found.append(simulation.rank_local_only(simulation.init_state()))
     ranks = {split: _stacked([f[split] for f in found]) for split in found[0]}
-  nothing = dict.fromkeys(TRAINING_FIGURES)
-  return Outcome(ranks, [], nothing, nothing, time.perf_counter() - started)
+  return Outcome(
+    ranks,
+    [],
+    {},
+    {},
+    time.perf_counter() - started,
+    metrics_lib.further_metrics(config.evaluation.metric_names),
+  )
 
 
 def _rank(
@@ -357,9 +364,18 @@ def _stacked(ranks: Sequence[Ranks]) -> Ranks:
 
 
 def _mean(means: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-  """Over the seeds that have a value."""
+  """Over the seeds that have a value, of what the comparison tells."""
   result = {}
-  for name in TRAINING_FIGURES:
-    values = [m[name] for m in means if m[name] is not None]
-    result[name] = statistics.mean(values) if values else None
+  for name in metrics_lib.ordered(means[0]):
+    if name in _TOLD or name.startswith(_TOLD_FAMILIES):
+      values = [m[name] for m in means if m[name] is not None]
+      result[name] = statistics.mean(values) if values else None
   return result
+
+
+_TOLD = (
+  metrics_lib.REC_LOSS,
+  metrics_lib.CONTRASTIVE_LOSS,
+  metrics_lib.HARDEST_SHARE,
+)
+_TOLD_FAMILIES = (metrics_lib.ROUTER_WEIGHT, metrics_lib.GRADIENT)

@@ -441,7 +441,7 @@ def canary(simulation: Simulation) -> tuple[Check, Trained]:
   )
   lead = paired_bootstrap(
     *(
-      metrics_lib.ranking_of_each(ranks.sampled)['HR@10']
+      metrics_lib.ranking_of_each(ranks.sampled)[metrics_lib.HR]
       for ranks in (own, trained.popularity)
     )
   )
@@ -466,7 +466,7 @@ def federated(simulation: Simulation, rounds: int) -> Trained:
 
 def hit_rate(ranks: Ranks) -> float:
   """HR@10 of the sampled protocol."""
-  return metrics_lib.ranking(ranks.sampled)['HR@10']
+  return metrics_lib.ranking(ranks.sampled)[metrics_lib.HR]
 
 
 def _trained(simulation: Simulation, rounds: int) -> FederationState:

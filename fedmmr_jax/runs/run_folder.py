@@ -30,6 +30,7 @@ MAY_CHANGE = (
   'num_rounds',
   'patience',
   'eval_every',
+  'metrics',
   'clients_per_eval_chunk',
   'items_per_eval_block',
   'data_dir',
