@@ -10,6 +10,7 @@ from fedmmr_jax.config import ModelConfig
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.models import groups
 from fedmmr_jax.runs import warm_start
 from fedmmr_jax.runs.warm_start import WarmStart
 from fedmmr_jax.simulation import Simulation
@@ -112,6 +113,7 @@ def _hands() -> str:
 
 def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
   """What was taken over, what was left as drawn, what did not fit."""
+  places = groups.all_paths(frozen)
   rows = [
     [
       part.name,
@@ -119,7 +121,8 @@ def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
       part.status,
       f'{part.count:,}',
       'frozen'
-      if part.group in frozen and part.status != warm_start.UNFIT
+      if part.status != warm_start.UNFIT
+      and any(groups.is_within(part.name, place) for place in places)
       else '',
       part.note.ljust(1),
     ]

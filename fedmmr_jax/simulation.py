@@ -36,6 +36,7 @@ from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.round import FederationState, RoundProgram
 from fedmmr_jax.metrics import Metric
 from fedmmr_jax.models import content as content_lib
+from fedmmr_jax.models import groups
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.runs import warm_start as warm_start_lib
 from fedmmr_jax.runs.warm_start import WarmStart
@@ -589,11 +590,13 @@ def build(
   )
   metrics_lib.own_names(simulation.metrics)  # before hours of training
   round_lib.check_size(simulation.abstract_state)
-  frozen = optimizers.frozen_names(config.client)
-  if frozen and set(simulation.abstract_state.server.params) <= set(frozen):
+  params = simulation.abstract_state.server.params
+  groups.check(params, config.client.frozen_groups, 'freeze')
+  if all(jax.tree.leaves(optimizers.frozen(config.client, params))):
     raise UserError(
-      f'--freeze={config.client.freeze} leaves nothing of this model to train'
+      f'`freeze={config.client.freeze}` leaves nothing of this model to train'
     )
+  groups.check(params, warm_start_lib.named_parameters(config), 'load')
   return simulation
 
 

@@ -92,6 +92,10 @@ def test_what_is_frozen_is_not_asked_for_a_gradient():
       last=train(gradient_visual=0.0, gradient_semantic=0.0), freeze='experts'
     )
   ) == [True, True, True, None, True]
+  one = dict(freeze='visual_expert')
+  assert passed(judge(last=train(gradient_visual=0.0), **one)) == [True] * 5
+  dead = judge(last=train(gradient_semantic=0.0), **one)
+  assert dead['gradient reaching the experts']['passed'] is False
 
 
 def test_the_router_is_told_from_start_to_end():

@@ -11,6 +11,7 @@ from fedmmr_jax import metrics
 from fedmmr_jax.client import windows
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.features import IntegrityReport
+from fedmmr_jax.models import groups
 
 HR_TARGET = 0.55
 ROUTER_RANGE = (0.6, 1.4)  # of an equal share: 0.3 to 0.7 for two experts
@@ -115,13 +116,15 @@ def _gradient_flow(last, config: RunConfig) -> Point:
   measured = f'{fusion}; mean norm of a step: ' + ', '.join(
     f'{part} {_text(norm, 4)}' for part, norm in norms.items()
   )
-  if 'experts' in config.client.frozen_groups:
+  frozen = groups.all_paths(config.client.frozen_groups)
+  trained = [n for e, n in experts.items() if f'{e}_expert' not in frozen]
+  if not trained:
     return _point(name, target, 'the experts are frozen', None)
   return _point(
     name,
     target,
     measured,
-    fusion == 'residual' and all(norm > 0 for norm in experts.values()),
+    fusion == 'residual' and all(norm > 0 for norm in trained),
   )
 
 

@@ -27,6 +27,7 @@ from fedmmr_jax.config import CheckpointConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.models import groups
 from fedmmr_jax.runs import checksums
 from fedmmr_jax.runs.run_folder import ROUNDS
 
@@ -75,7 +76,7 @@ def saved_rounds(workdir: str | pathlib.Path) -> list[int]:
 def named_arrays(tree: Any) -> dict[str, Any]:
   """'group/layer/weight' -> array of a tree of parameters."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): x
+    groups.path_text(path): x
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
   }
 
