@@ -24,6 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import app, console, figures
+from experiments import variants as variants_lib
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
@@ -39,7 +40,7 @@ _VARIANTS = flags.DEFINE_string(
   'variants',
   'experiments/ablations/baselines.txt',
   'file with a variant a '
-  'line, name: --flag=value …; see fedmmr_jax/evaluation/ablation.py',
+  'line, name: --flag=value …; see experiments/variants.py',
 )
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds of each variant')
 
@@ -60,7 +61,7 @@ def main() -> None:
       '--eval_clients draws other clients for each seed; leave it '
       'out, or name one seed'
     )
-  variants = ablation.read_variants(pathlib.Path(_VARIANTS.value))
+  variants = variants_lib.read(pathlib.Path(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
   loaded = load.load(base.data, base.seed)
   print(console.data_report(loaded))

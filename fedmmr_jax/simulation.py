@@ -86,7 +86,7 @@ class Simulation:
     catalogue: item features on the device.
     data: the clients' data on the device.
     dataset: the host's side of `data`.
-    cold: items held out of training, with `--cold_items`.
+    cold: items held out of training, with `cold_items`.
     aggregator: what becomes of a cohort's updates.
     drift: what keeps local steps from drifting apart.
     metrics: of ranking, beside HR, NDCG and MRR.
@@ -190,7 +190,7 @@ class Simulation:
 
   @functools.cached_property
   def warm_start(self) -> WarmStart | None:
-    """What `--pretrained_path` gives, read once; None without.
+    """What `pretrained_path` gives, read once; None without.
 
     Raises:
       UserError: it cannot be loaded as asked.
@@ -266,7 +266,7 @@ class Simulation:
   def evaluate(
     self, state: FederationState, split: str
   ) -> tuple[dict[str, dict[str, float]], Ranks]:
-    """Ranks the targets of 'val' or 'test' for `--eval_clients`, or of 'cold'
+    """Ranks the targets of 'val' or 'test' for `eval_clients`, or of 'cold'
     for the clients that have one.
 
     Raises:
@@ -356,8 +356,8 @@ class Simulation:
     )
 
   def rank_local_only(self, state: FederationState) -> dict[str, Ranks]:
-    """Split -> ranks of `--eval_clients`, each with the model that it trained
-    from the state's, alone, for `--local_epochs` and without drift control.
+    """Split -> ranks of `eval_clients`, each with the model that it trained
+    from the state's, alone, for `local_epochs` and without drift control.
 
     Raises:
       UserError: a score is NaN or infinite.
@@ -447,7 +447,7 @@ class Simulation:
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """What can be evaluated: 'val', 'test' and, with `--cold_items`, 'cold'."""
+    """What can be evaluated: 'val', 'test' and, with `cold_items`, 'cold'."""
     return (*ranking.SPLITS, *(['cold'] if self.cold else []))
 
   def _ranked(self, split: str) -> _Ranked:
@@ -550,12 +550,12 @@ def build(
     )
   if config.memory.memory == 'two_tier' and not text.shape[1]:
     raise UserError(
-      '--memory=two_tier needs the semantic expert and text '
+      '`memory=two_tier` needs the semantic expert and text '
       'features: novelty is measured on texts'
     )
   if config.model.global_memory and not text.shape[1]:
     raise UserError(
-      '--global_memory needs the semantic expert and text '
+      '`global_memory` needs the semantic expert and text '
       'features: the prototypes are clusters of texts'
     )
   content = None
@@ -566,8 +566,8 @@ def build(
       or config.model.collaborative_dim
     ):
       raise UserError(
-        f'--item_embedding={config.model.item_embedding} needs item '
-        'features; give some, or say --item_embedding=id'
+        f'`item_embedding={config.model.item_embedding}` needs item '
+        'features; give some, or say `item_embedding=id`'
       )
     content = content_lib.components(
       [dataset.visual, dataset.text], config.model.hidden_dim

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import ablate
+from experiments import variants as variants_lib
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ablation
@@ -19,7 +20,7 @@ from tests.test_cli import refused, ROOT, run, TINY
 def variants(tmp_path, text):
   path = tmp_path / 'variants.txt'
   path.write_text(text)
-  return ablation.read_variants(path)
+  return variants_lib.read(path)
 
 
 def test_a_variants_file(tmp_path):
@@ -60,7 +61,7 @@ def test_the_files_that_come_along_are_well_formed():
   files = sorted((ROOT / 'experiments' / 'ablations').glob('*.txt'))
   assert files
   for path in files:
-    assert len(ablation.read_variants(path)) > 2
+    assert len(variants_lib.read(path)) > 2
 
 
 def outcome(sampled, full=None):

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -93,6 +94,38 @@ def test_nothing_reads_the_binaries():
   for path in (ROOT / 'fedmmr_jax').rglob('*.py'):
     assert 'import experiments' not in path.read_text(), path
     assert 'from experiments' not in path.read_text(), path
+
+
+def texts_of(path: pathlib.Path) -> list[tuple[int, str]]:
+  """(line, text) of what a module says: its strings without docstrings."""
+  tree = ast.parse(path.read_text())
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+  docstrings = {
+    id(node.body[0].value)
+    for node in ast.walk(tree)
+    if isinstance(node, documented)
+    and node.body
+    and isinstance(node.body[0], ast.Expr)
+  }
+  return [
+    (node.lineno, node.value)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Constant)
+    and isinstance(node.value, str)
+    and id(node) not in docstrings
+  ]
+
+
+def test_no_flag_is_named_to_who_calls_from_python():
+  """A setting is written `name`; only the binaries know flags."""
+  named = [
+    f'{path.relative_to(ROOT)}:{line}: {text}'
+    for path in (ROOT / 'fedmmr_jax').rglob('*.py')
+    for line, text in texts_of(path)
+    # In f'--{name}' the text ends with the dashes.
+    if re.search(r'(?<![-\w])--(\w|$)', text)
+  ]
+  assert not named
 
 
 def test_a_model_loads_no_reader():

@@ -55,7 +55,7 @@ class IntegrityReport(NamedTuple):
 
 
 def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
-  """Which file `--{kind}_features` means.
+  """Which file `{kind}_features` means.
 
   Args:
     flag: 'auto' (the file in the data folder, if there is one), 'none' or a
@@ -74,8 +74,8 @@ def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
   path = pathlib.Path(flag)
   if not path.exists():
     raise UserError(
-      f'--{kind}_features={flag}: no such file; name a .npy matrix, or say '
-      f'--{kind}_features=none to train without'
+      f'`{kind}_features={flag}`: no such file; name a .npy matrix, or say '
+      f'`{kind}_features=none` to train without'
     )
   return path
 
@@ -178,12 +178,12 @@ def check(
   if (values == values[0, 0]).all():
     raise UserError(
       f'{source}: every value is {values[0, 0]:g}, a constant matrix tells '
-      f'items apart in nothing; rebuild it or say --{kind}_features=none'
+      f'items apart in nothing; rebuild it or say `{kind}_features=none`'
     )
   if len(values) > 1 and (values == values[0]).all():
     raise UserError(
       f'{source}: every row is the same, which tells items apart in '
-      f'nothing; rebuild it or say --{kind}_features=none'
+      f'nothing; rebuild it or say `{kind}_features=none`'
     )
   if np.any(matrix[0]):
     raise UserError(
@@ -194,7 +194,7 @@ def check(
   if not covered:
     raise UserError(
       f'{source}: no item of the catalogue has features; is it the matrix '
-      f'of another data set? Or say --{kind}_features=none'
+      f'of another data set? Or say `{kind}_features=none`'
     )
   return IntegrityReport(
     kind=kind,

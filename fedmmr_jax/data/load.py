@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
     integrity: one report for each feature matrix in use.
     dropped_users: source ids of users with too few interactions.
     notes: lines about the file, its format, what was left out.
-    cold: items held out of training, with `--cold_items`.
+    cold: items held out of training, with `cold_items`.
   """
 
   dataset: Dataset
@@ -74,7 +74,7 @@ def read_items(config: DataConfig) -> ItemTable:
     UserError: as `load`; the synthetic set has no files.
   """
   if config.dataset == SYNTHETIC:
-    raise UserError('--dataset=synthetic has no item files; name a data set')
+    raise UserError('`dataset=synthetic` has no item files; name a data set')
   source = _source(config)
   return items.table(
     formats.read(source, _columns(config)), items.find(source, config.item_file)
@@ -186,7 +186,7 @@ def _filters(config: DataConfig) -> Filters:
     )
   except ValueError:
     raise UserError(
-      f'--test_from={config.test_from} is neither a date (2000-12-31) nor '
+      f'`test_from={config.test_from}` is neither a date (2000-12-31) nor '
       'seconds since 1970'
     ) from None
   return Filters(

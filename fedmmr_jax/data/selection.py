@@ -76,8 +76,8 @@ def select(
   """
   if filters.test_from is not None and interactions.times is None:
     raise UserError(
-      f'{name}: --split_by=timeline needs timestamps, and these '
-      'interactions have none; say --split_by=leave_one_out'
+      f'{name}: `split_by=timeline` needs timestamps, and these '
+      'interactions have none; say `split_by=leave_one_out`'
     )
   table = _in_order(interactions)
   notes = _about_times(table)
@@ -96,7 +96,7 @@ def select(
       + (
         'training, validation and test need'
         if needed == MIN_INTERACTIONS
-        else '--min_interactions and --k_core ask for'
+        else '`min_interactions` and `k_core` ask for'
       )
     )
   if filters.top_k_users:
@@ -104,7 +104,7 @@ def select(
     sizes = kept.sizes(size, filters)
   if not (sizes.held_out == HELD_OUT)[kept.users].any():
     raise UserError(
-      f'{name}: no user has an interaction before --test_from and '
+      f'{name}: no user has an interaction before `test_from` and '
       'one from it on; choose a date within ' + _span(table.times)
     )
   kept = kept.where(kept.positions(size) < sizes.used[kept.users])

@@ -21,7 +21,7 @@ The checks, and how each is made:
     canary: each client alone, from a random model: it cannot learn more than
       what it consumed, so that far above popularity it knows its target
 
-The canary sings with `--leaky_negatives`, where held-out items are never drawn
+The canary sings with `leaky_negatives`, where held-out items are never drawn
 as negatives: of the unseen items they alone are not pushed down. That is the
 original system's leak.
 """
@@ -311,7 +311,7 @@ def catalogue_filter(simulation: Simulation) -> Check:
     f'its training; {unknown} of {dataset.num_items:,} items are known from '
     'held-out interactions only, and drawn and ranked like any other'
     + (
-      f'; {rare} have fewer than --k_core={k_core} training interactions'
+      f'; {rare} have fewer than `k_core={k_core}` training interactions'
       if k_core
       else ''
     ),
@@ -400,7 +400,7 @@ class Trained(NamedTuple):
 
 
 def canary(simulation: Simulation) -> tuple[Check, Trained]:
-  """Trains every client of `--eval_clients` alone, from a random model.
+  """Trains every client of `eval_clients` alone, from a random model.
 
   The check is about the simulation's own negatives.
   """

@@ -306,7 +306,7 @@ def check_finite(ranks: Ranks, split: str) -> None:
     raise UserError(
       f'{split}: {bad.size} of {len(ranks.bad_scores)} clients have scores '
       'that are NaN or infinite, the training diverged; lower '
-      '--client_learning_rate or --server_learning_rate'
+      '`client_learning_rate` or `server_learning_rate`'
     )
 
 

@@ -4,7 +4,7 @@ users, a table to keep, the difference to another run.
 | protocol | the target is ranked against |
 |---|---|
 | full | everything that its user had not consumed before it |
-| sampled | unseen items drawn uniformly (`--sampled_negatives`, 100) |
+| sampled | unseen items drawn uniformly (`sampled_negatives`, 100) |
 | popularity | as many, drawn by how often an item was consumed in training |
 | corrected | as full, estimated from `sampled` (`corrected.py`) |
 
@@ -198,7 +198,7 @@ def difference(
     raise UserError(
       'the two runs do not rank the same targets of the same users, so that '
       'they cannot be paired; compare runs on the same data, with the same '
-      '--top_k_users, filters and split'
+      '`top_k_users`, filters and split'
     )
   mine, theirs = results.of_each(), other.of_each()
   return {
@@ -213,9 +213,9 @@ def difference(
 def check_path(path: str) -> None:
   """Raises UserError unless `write` knows the file's ending."""
   if pathlib.Path(path).suffix not in FORMATS:
-    raise UserError(f'--per_user={path}: end it in {" or ".join(FORMATS)}')
+    raise UserError(f'{path}: end it in {" or ".join(FORMATS)}')
   if not pathlib.Path(path).absolute().parent.is_dir():
-    raise UserError(f'--per_user={path}: no such folder')
+    raise UserError(f'{path}: its folder does not exist')
 
 
 def write(results: UserResults, path: pathlib.Path) -> None:

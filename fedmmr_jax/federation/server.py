@@ -30,7 +30,7 @@ class ServerState(NamedTuple):
   Attributes:
     params: global parameters.
     opt_state: of the server optimizer.
-    prototypes: global prototypes; None unless `--global_memory`.
+    prototypes: global prototypes; None unless `global_memory`.
     round: [] int32 finished rounds.
     control: what drift control keeps here; None for nothing.
     aggregator: what the aggregator keeps; None for nothing.

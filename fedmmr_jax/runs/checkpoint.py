@@ -298,7 +298,7 @@ class Saver:
       raise UserError(
         f'{self._rounds.path(number)}: cannot be saved ({_reason(error)}); '
         + (
-          f'round {saved[-1]} is whole, go on from it with --resume'
+          f'round {saved[-1]} is whole, go on from it'
           if saved
           else 'no round is saved'
         )
@@ -309,7 +309,7 @@ class Saver:
     except OSError as error:
       raise UserError(
         f'{self._rounds.folder}: an older round cannot be removed '
-        f'({_one_line(error)}); say --keep_last=0 to keep all'
+        f'({_one_line(error)}); say `keep_last=0` to keep all'
       ) from error
 
   def _remove_superseded(self) -> None:

@@ -98,7 +98,7 @@ def restore(
     if len(run.records()) > 1:
       raise UserError(
         f'{run.path}: there are metrics but no saved round to continue from; '
-        'name another --workdir'
+        'train in another folder'
       )
     run.rewind(None)
     return Checkpoint(simulation.init_state(), Progress.start()), 0, 0.0
