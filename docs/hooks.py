@@ -47,13 +47,45 @@ def settings() -> str:
             f'`--{field.name}`',
             _default(value),
             _values(field.metadata),
-            _with_flags(field.metadata['help']),
+            _with_flags(field.metadata['help']) + _evidence(field.metadata),
           )
           for field, value in fields
         ],
       )
     )
+    for field, _ in fields:
+      sections += _options(field)
   return '\n\n'.join(sections)
+
+
+def _options(field: Any) -> list[str]:
+  """A table of the options of a setting's parts, if they have any."""
+  rows = [
+    (
+      f'`{name}`',
+      f'`{option.name}`',
+      'must be given'
+      if option.default is dataclasses.MISSING
+      else _default(option.default),
+      _values(option.metadata),
+      option.metadata['help'],
+    )
+    for name, kind in field.metadata.get('parts', {}).items()
+    for option in dataclasses.fields(kind)
+    if option.init
+  ]
+  if not rows:
+    return []
+  head = (f'`--{field.name}`', 'option', 'default', 'values', 'what it does')
+  return [f'Options of `--{field.name}`:', _table(head, rows)]
+
+
+def _evidence(metadata: Any) -> str:
+  """What is known of a setting's effect, with links."""
+  if 'evidence' not in metadata:
+    return ''
+  told = re.sub(r'docs/(\w+)\.md', r'[\1](\1.md)', metadata['evidence'])
+  return f'. *Evidence: {told}.*'
 
 
 def _groups(config: Any) -> Iterator[tuple[str, str, list]]:
@@ -99,7 +131,12 @@ def _fields(group: Any) -> list[tuple[Any, Any]]:
 
 
 def _is_group(value: Any) -> bool:
-  return dataclasses.is_dataclass(value) and not isinstance(value, type)
+  """Is it a group of settings? A part has a name."""
+  return (
+    dataclasses.is_dataclass(value)
+    and not isinstance(value, type)
+    and not hasattr(value, 'name')
+  )
 
 
 def _summary(value: Any) -> str:
@@ -113,6 +150,8 @@ def _default(value: Any) -> str:
 
 
 def _values(bounds: Any) -> str:
+  if 'parts' in bounds:
+    return ', '.join(f'`{name}`' for name in bounds['parts'])
   if 'choices' in bounds:
     return ', '.join(f'`{choice}`' for choice in bounds['choices'])
   if 'names' in bounds:

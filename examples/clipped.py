@@ -1,6 +1,7 @@
-"""An aggregator of one's own: FedAvg of updates clipped to a norm.
+r"""An aggregator of one's own: FedAvg of updates clipped to a norm.
 
-python -m experiments.train --flagfile=… --aggregator=examples.clipped:Clipped
+python -m experiments.train --flagfile=… \
+    --aggregator=examples.clipped:Clipped,max_norm=0.5
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from experiments import app, console, figures
 from experiments import variants as variants_lib
 from fedmmr_jax import metrics as metrics_lib
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.config import RENAMED, RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
@@ -399,7 +399,8 @@ def _seeds() -> list[int]:
 
 def _configured(base: RunConfig, variant: Variant) -> RunConfig:
   place = f'{_VARIANTS.value}: variant {variant.name!r}'
-  for name in variant.flags:
+  for flag in variant.flags:
+    name = RENAMED[flag][0].partition('=')[0] if flag in RENAMED else flag
     # The data is loaded once, and differences are paired over users.
     if (
       name in dataclasses.asdict(base.data)
@@ -411,7 +412,7 @@ def _configured(base: RunConfig, variant: Variant) -> RunConfig:
         'it on the command line'
       )
   try:
-    return app.with_flags(base, variant.flags)
+    return base.changed(variant.flags).validate()
   except UserError as error:
     raise UserError(f'{place}: {error}') from None
 

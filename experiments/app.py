@@ -15,7 +15,14 @@ import jax
 from absl import app, flags, logging
 
 from fedmmr_jax import simulation as simulation_lib
-from fedmmr_jax.config import RunConfig, walk_fields
+from fedmmr_jax.config import (
+  help_of,
+  Part,
+  RENAMED,
+  renamed,
+  RunConfig,
+  walk_fields,
+)
 from fedmmr_jax.data import load
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
@@ -58,22 +65,45 @@ _WORKERS = flags.DEFINE_integer(
 flags.DEFINE_alias('cpu_devices', 'workers')
 
 
-# Flags that had another name.
-RENAMED = {'averaging': 'aggregator'}
-
-
-def define_config_flags() -> None:
+def define_config_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """One flag for each field of `RunConfig`, with its help and default."""
   for _, field, default in walk_fields(RunConfig()):
-    help_text = field.metadata['help']
+    help_text = as_flags(help_of(field))
     if 'choices' in field.metadata:
       flags.DEFINE_enum(
-        field.name, default, field.metadata['choices'], help_text
+        field.name, default, field.metadata['choices'], help_text, values
+      )
+    elif field.name == 'global_memory':  # once a boolean
+      flags.DEFINE(
+        _Renamed(field.name),
+        field.name,
+        str(default),
+        help_text,
+        values,
+        boolean=True,
+      )
+    elif isinstance(default, Part):
+      flags.DEFINE_string(
+        field.name, str(default), help_text, flag_values=values
       )
     else:
-      _DEFINE[type(default)](field.name, default, help_text)
-  for old, new in RENAMED.items():
-    flags.DEFINE_alias(old, new)
+      _DEFINE[type(default)](field.name, default, help_text, flag_values=values)
+  for old in RENAMED:  # known, and not in the help
+    values[old] = flags.Flag(_Renamed(old), None, old, None, '')
+
+
+class _Renamed(flags.ArgumentParser):
+  """Refuses a flag that is called otherwise now, and says how."""
+
+  def __init__(self, name: str):
+    super().__init__()
+    self._name = name
+
+  def parse(self, argument: str) -> str:
+    now = renamed(self._name, argument)
+    if now:
+      raise ValueError('this is now ' + ' or '.join(f'--{x}' for x in now))
+    return argument
 
 
 _DEFINE = {
@@ -94,27 +124,10 @@ def config_from_flags(before: dict[str, Any] | None = None) -> RunConfig:
   Raises:
     UserError: a value out of bounds.
   """
-  values = RunConfig().as_flat_dict() | (before or {})
+  values = RunConfig.from_flat_dict(before or {}).as_flat_dict()
   for name in values:
     if name in flags.FLAGS and flags.FLAGS[name].present:
       values[name] = flags.FLAGS[name].value
-  return RunConfig.from_flat_dict(values).validate()
-
-
-def with_flags(config: RunConfig, changes: dict[str, str]) -> RunConfig:
-  """The settings with some flags given as text, as on a command line.
-
-  Raises:
-    UserError: no such flag, or a value that is none of its.
-  """
-  values = config.as_flat_dict()
-  for name, text in changes.items():
-    if name not in values:
-      raise UserError(f'there is no setting --{name}')
-    try:
-      values[name] = flags.FLAGS[name].parser.parse(text)
-    except ValueError as error:
-      raise UserError(f'--{name}={text}: {error}') from None
   return RunConfig.from_flat_dict(values).validate()
 
 
@@ -157,9 +170,7 @@ def load_round(
   Raises:
     UserError: the round cannot be read, or the data is not the run's.
   """
-  config = RunConfig.from_flat_dict(
-    run.config().as_flat_dict() | given
-  ).validate()
+  config = run.config().changed(given).validate()
   loaded = load.load(config.data, config.seed)
   run.check_data(loaded.dataset)
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)

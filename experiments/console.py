@@ -6,7 +6,14 @@ import jax
 
 from fedmmr_jax import metrics
 from fedmmr_jax.client import windows
-from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.config import (
+  Constant,
+  ContentInit,
+  Gated,
+  ModelConfig,
+  NoMemory,
+  Schedule,
+)
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
@@ -74,8 +81,8 @@ def banner(simulation: Simulation) -> str:
   c, s = config.client, config.server
   size = round_lib.cohort_size(config, simulation.dataset.num_clients)
   steps = windows.num_steps(simulation.num_train, config).mean()
-  drift = (
-    config.loss.drift
+  contrastive = (
+    config.loss.contrastive.name
     if simulation.model.has_both_experts
     else 'none, it needs both experts'
   )
@@ -87,7 +94,8 @@ def banner(simulation: Simulation) -> str:
       *(f'  {line}' for line in _history_lines(config.model)),
       *(f'  {line}' for line in _fusion_lines(simulation)),
       f'  loss       cross-entropy against {c.num_negatives} negatives '
-      f'({c.negatives}), {c.objective}{_emphasis(config.loss)}; drift: {drift}',
+      f'({c.negatives}), {c.objective}{_emphasis(config.loss)}; '
+      f'contrastive: {contrastive}',
       f'  client     {_stepping(c)}, '
       f'epochs {c.local_epochs}, batch {c.batch_size} '
       f'({steps:.0f} steps on average)'
@@ -141,8 +149,6 @@ def _stepping(config) -> str:
     optimizer = 'the server optimizer (MimeLite)'
   elif config.drift_control != 'none':
     optimizer += f' with {config.drift_control}'
-  if config.proximal_mu:
-    optimizer += f', FedProx {config.proximal_mu:g}'
   return (
     f'{optimizer} {config.client_learning_rate:g}'
     f'{_decay(config.client_schedule)}'
@@ -159,20 +165,21 @@ def _averaged(server) -> str:
   return '' if server.aggregator == 'fedavg' else f'{server.aggregator}, '
 
 
-def _decay(schedule: str) -> str:
-  return '' if schedule == 'constant' else f' ({schedule} decay)'
+def _decay(schedule: Schedule) -> str:
+  return '' if isinstance(schedule, Constant) else f' ({schedule.name} decay)'
 
 
 def _history_lines(model: ModelConfig) -> list[str]:
   """What of whole histories enters the model."""
   lines = []
-  if model.item_embedding != 'id' and model.collaborative_dim:
+  start = model.item_embedding
+  if isinstance(start, ContentInit) and start.collaborative_dim:
     lines.append(
-      f'items      {model.collaborative_dim} of {model.hidden_dim} '
+      f'items      {start.collaborative_dim} of {model.hidden_dim} '
       'directions of their content are co-occurrence, as cohorts that would '
-      f'make {model.collaborative_rounds} rounds sketched it'
+      f'make {start.collaborative_rounds} rounds sketched it'
     )
-  if model.profile == 'history':
+  if model.profile:
     lines.append(
       'profile    the mean of what left the window, added to the '
       'sequence and mixed with it'
@@ -201,8 +208,8 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
     f'experts    {", ".join(experts)}, over '
     + (
       f'{memory.retrieval_size} of {memory.num_slots} entries of the '
-      f"client's own memory ({memory.memory})"
-      if memory.memory != 'none'
+      f"client's own memory ({memory.name})"
+      if not isinstance(memory, NoMemory)
       else 'no memory'
     )
     + (
@@ -211,10 +218,10 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
       else ''
     )
   ]
-  if config.model.fusion == 'gated':
+  if isinstance(config.model.fusion, Gated):
     return lines + [
       f'fusion     LN(s) + g·({parts}), GATED: g starts at '
-      f"{config.model.gating_init:g} and scales the experts' "
+      f"{config.model.fusion.init:g} and scales the experts' "
       f'gradient{score}'
     ]
   return lines + [

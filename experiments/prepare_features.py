@@ -90,7 +90,9 @@ for _, _field, _default in walk_fields(RunConfig()):
       'format of the files in --data_dir; auto: tell it by the file',
     )
   elif _field.name in _READING:
-    flags.DEFINE_string(_field.name, _default, _field.metadata['help'])
+    flags.DEFINE_string(
+      _field.name, _default, app.as_flags(_field.metadata['help'])
+    )
 
 
 def main() -> None:

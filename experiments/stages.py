@@ -12,7 +12,7 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-from experiments import app, variants
+from experiments import variants
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.runs import run_folder
@@ -67,7 +67,7 @@ def chain(
       before = str(found[-1].run.path)
       changes = {'pretrained_path': before} | changes
     try:
-      config = app.with_flags(base, changes)
+      config = base.changed(changes).validate()
     except UserError as error:
       raise UserError(f'stage {name!r}: {error}') from None
     found.append(Stage(name, RunFolder(workdir / f'{number}-{name}'), config))

@@ -253,20 +253,32 @@ def own_names(further: Sequence[Metric]) -> list[str]:
   return [n for n in ranking_of_each(ranks, further) if n not in RANKING]
 
 
-def further_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
+def further_metrics(words: Sequence[str]) -> tuple[Metric, ...]:
   """Metrics by their names, those of `FURTHER` or 'my_package.module:Thing'.
 
+  Args:
+    words: names, each with its options behind it, 'option=value'.
+
   Raises:
-    UserError: there is none of a name, or it is no function.
+    UserError: there is none of a name, it is no function, or an option is none
+      of its own.
   """
-  found = []
-  for name in names:
-    metric = parts.find(name, FURTHER, 'metric')
-    metric = metric() if isinstance(metric, type) else metric
-    if not callable(metric):
-      raise UserError(f'metric {name}: cannot be called with ranks')
-    found.append(metric)
-  return tuple(found)
+  texts: list[str] = []
+  for word in words:
+    if '=' in word and texts:
+      texts[-1] += f',{word}'
+    else:
+      texts.append(word)
+  return tuple(map(_further_metric, texts))
+
+
+def _further_metric(text: str) -> Metric:
+  name, given = parts.split(text)
+  found = parts.find(name, FURTHER, 'metric')
+  metric = parts.make(found, given, f'metric {text}')
+  if not callable(metric):
+    raise UserError(f'metric {name}: cannot be called with ranks')
+  return metric
 
 
 def recbole_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:

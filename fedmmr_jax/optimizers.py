@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from fedmmr_jax.config import ClientConfig, RunConfig, ServerConfig
+from fedmmr_jax.config import (
+  AdaptiveStep,
+  ClientConfig,
+  Cosine,
+  Linear,
+  RunConfig,
+  Schedule,
+  ServerConfig,
+  ServerMomentum,
+  ServerMuon,
+  ServerYogi,
+)
 from fedmmr_jax.models import groups
 
 Params = Any
@@ -26,10 +37,7 @@ def client_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:
   """[] float32 of the round after `finished` [] int32 rounds."""
   c = config.client
   return c.client_learning_rate * _factor(
-    c.client_schedule,
-    c.client_warmup_rounds,
-    config.server.num_rounds,
-    finished,
+    c.client_schedule, config.server.num_rounds, finished
   )
 
 
@@ -37,24 +45,23 @@ def server_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:
   """[] float32 of the round after `finished` [] int32 rounds."""
   s = config.server
   return s.server_learning_rate * _factor(
-    s.server_schedule, s.server_warmup_rounds, s.num_rounds, finished
+    s.server_schedule, s.num_rounds, finished
   )
 
 
-def _factor(schedule, warmup_rounds, num_rounds, finished) -> jax.Array:
+def _factor(schedule: Schedule, num_rounds: int, finished) -> jax.Array:
   """Rises linearly over the warm-up, from 1/(n + 1) in round 1, then stays
   (`constant`) or falls to 0 behind the last round (`linear`; `cosine`, half a
   period, Loshchilov & Hutter 2017)."""
-  decay_rounds = max(1, num_rounds - warmup_rounds)
-  falling = {
-    'constant': lambda: optax.constant_schedule(1.0),
-    'cosine': lambda: optax.cosine_decay_schedule(1.0, decay_rounds),
-    'linear': lambda: optax.linear_schedule(1.0, 0.0, decay_rounds),
-  }[schedule]()
-  rising = optax.linear_schedule(
-    1 / (warmup_rounds + 1), 1.0, max(1, warmup_rounds)
-  )
-  return optax.join_schedules([rising, falling], [warmup_rounds])(finished)
+  warmup = schedule.warmup
+  decay_rounds = max(1, num_rounds - warmup)
+  after = optax.constant_schedule(1.0)
+  if isinstance(schedule, Cosine):
+    after = optax.cosine_decay_schedule(1.0, decay_rounds)
+  elif isinstance(schedule, Linear):
+    after = optax.linear_schedule(1.0, 0.0, decay_rounds)
+  rising = optax.linear_schedule(1 / (warmup + 1), 1.0, max(1, warmup))
+  return optax.join_schedules([rising, after], [warmup])(finished)
 
 
 def frozen(config: ClientConfig, params: Params) -> Any:
@@ -97,23 +104,22 @@ def client_optimizer(
 
 def server_direction(config: ServerConfig) -> optax.GradientTransformation:
   """What the server optimizer makes of a gradient, before its learning rate."""
-  adaptive = dict(
-    b1=config.server_momentum, b2=config.server_beta2, eps=config.server_epsilon
-  )
-  return {
-    'fedavg': optax.identity,
-    'fedavgm': lambda: optax.trace(config.server_momentum),
-    'fedadam': lambda: optax.scale_by_adam(**adaptive),
+  kind = config.server_optimizer
+  if isinstance(kind, ServerMomentum):
+    return optax.trace(kind.momentum)
+  if not isinstance(kind, AdaptiveStep):
+    return optax.identity()
+  if isinstance(kind, ServerMuon):
+    return _muon(kind)
+  adaptive = dict(b1=kind.beta1, b2=kind.beta2, eps=kind.epsilon)
+  if isinstance(kind, ServerYogi):
     # optax starts yogi's moments at 1e-6, which would swamp the gradients
     # of rare items and move parameters that got none.
-    'fedyogi': lambda: optax.scale_by_yogi(
-      **adaptive, initial_accumulator_value=0.0
-    ),
-    'fedmuon': lambda: _muon(config),
-  }[config.server_optimizer]()
+    return optax.scale_by_yogi(**adaptive, initial_accumulator_value=0.0)
+  return optax.scale_by_adam(**adaptive)
 
 
-def _muon(config: ServerConfig) -> optax.GradientTransformation:
+def _muon(kind: ServerMuon) -> optax.GradientTransformation:
   """Muon (Jordan et al. 2024) for the weight matrices, Adam for the rest,
   both with Nesterov's momentum.
 
@@ -123,11 +129,11 @@ def _muon(config: ServerConfig) -> optax.GradientTransformation:
   """
   return optax.contrib.muon(
     -1.0,  # a learning rate would be multiplied with −1
-    beta=config.server_momentum,
+    beta=kind.beta1,
     consistent_rms=1.0,
-    eps=config.server_epsilon,
-    adam_b1=config.server_momentum,
-    adam_b2=config.server_beta2,
+    eps=kind.epsilon,
+    adam_b1=kind.beta1,
+    adam_b2=kind.beta2,
     muon_weight_dimension_numbers=_matrices,
   )
 
@@ -169,7 +175,7 @@ def server_step(
   rate = server_learning_rate(config, finished)
   direction = server_direction(config.server)
   scale = -1.0
-  if config.server.server_optimizer not in ('fedavg', 'fedavgm'):
+  if isinstance(config.server.server_optimizer, AdaptiveStep):
     client_rate = client_learning_rate(config, finished)
     scale = -1.0 / jnp.where(client_rate > 0, client_rate, 1.0)
   gradient = jax.tree.map(lambda d: scale * d, delta)

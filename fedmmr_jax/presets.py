@@ -13,13 +13,16 @@ def preset(name: str, **changes: Any) -> RunConfig:
   Args:
     name: a file of `experiments/presets` without `.flags`: 'recommended',
       'paper', 'synthetic'.
-    **changes: settings by the names of their flags.
+    **changes: settings by the names of their flags, as values or as text; a
+      part replaces the whole part that the preset has.
 
   Raises:
     UserError: no such preset, no such setting, or a value out of bounds.
 
   >>> preset('paper', data_dir='ml-1m', num_rounds=5).server.num_rounds
   5
+  >>> preset('synthetic', memory='recent,capacity=40').memory.capacity
+  40
   """
   folder = importlib.resources.files('experiments') / 'presets'
   file = folder / f'{name}.flags'
@@ -35,4 +38,4 @@ def preset(name: str, **changes: Any) -> RunConfig:
     for line in map(str.strip, file.read_text('utf-8').splitlines())
     if line.startswith('--')
   )
-  return RunConfig.from_texts(texts, **changes).validate()
+  return RunConfig.from_flat_dict(texts | changes).validate()

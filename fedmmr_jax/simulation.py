@@ -18,10 +18,12 @@ from fedmmr_jax.client.update import ClientProgram
 from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
   CheckpointConfig,
+  ContentInit,
   DataConfig,
   EvaluationConfig,
   RunConfig,
   StartConfig,
+  TwoTierMemory,
 )
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
@@ -499,7 +501,7 @@ class Simulation:
     self, state: FederationState, clients: np.ndarray
   ) -> Memory | None:
     """Those of the state; of these [n] clients warm, if the config says so."""
-    if state.memories is None or not self.config.memory.warm_memory:
+    if state.memories is None or not self.config.evaluation.warm_memory:
       return state.memories
     chunks = round_lib.chunked(
       clients, self.num_train, self.config.server.clients_per_chunk
@@ -548,26 +550,25 @@ def build(
       content_lib.components([x], config.model.hidden_dim)
       for x in (visual, text)
     )
-  if config.memory.memory == 'two_tier' and not text.shape[1]:
+  if isinstance(config.memory, TwoTierMemory) and not text.shape[1]:
     raise UserError(
       '`memory=two_tier` needs the semantic expert and text '
       'features: novelty is measured on texts'
     )
-  if config.model.global_memory and not text.shape[1]:
+  if config.global_memory and not text.shape[1]:
     raise UserError(
-      '`global_memory` needs the semantic expert and text '
-      'features: the prototypes are clusters of texts'
+      f'`global_memory={config.global_memory}` needs the semantic expert and '
+      'text features: the prototypes are clusters of texts'
     )
   content = None
-  if config.model.item_embedding != 'id':
+  start = config.model.item_embedding
+  if isinstance(start, ContentInit):
     if not (
-      dataset.visual.any()
-      or dataset.text.any()
-      or config.model.collaborative_dim
+      dataset.visual.any() or dataset.text.any() or start.collaborative_dim
     ):
       raise UserError(
-        f'`item_embedding={config.model.item_embedding}` needs item '
-        'features; give some, or say `item_embedding=id`'
+        f'`item_embedding={start}` needs item features; give some, or say '
+        '`item_embedding=id`'
       )
     content = content_lib.components(
       [dataset.visual, dataset.text], config.model.hidden_dim

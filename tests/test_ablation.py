@@ -262,7 +262,7 @@ def test_any_change_of_the_code_is_another_program(tmp_path):
 @pytest.mark.parametrize(
   'line, message',
   [
-    ('--nonsense=1', 'there is no setting --nonsense'),
+    ('--nonsense=1', "unknown setting 'nonsense'"),
     ('--num_rounds=few', '--num_rounds=few'),
     ('--num_rounds=0', 'below its minimum'),
     ('--eval_clients=2', 'the same for all variants'),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from experiments import app
 from tests.test_cli import ROOT
@@ -71,6 +72,44 @@ def test_the_environment_names_the_cache_unless_the_flag_does():
     '/tmp/other'
   )
   assert cache('--compilation_cache=', variable='/tmp/mine') == 'None'
+
+
+@pytest.mark.parametrize(
+  'flag, now',
+  [
+    ('--memory_capacity=6', '--memory=surprise,capacity=6'),
+    ('--contrastive_weight=0', '--contrastive=none'),
+    ('--proximal_mu=0.1', '--drift_control=fedprox,mu=0.1'),
+    ('--averaging=fednova', '--aggregator=fednova'),
+    (
+      '--server_momentum=0.5',
+      '--server_optimizer=fedavgm,momentum=0.5 or '
+      '--server_optimizer=fedadam,beta1=0.5',
+    ),
+    ('--global_memory', '--global_memory=prototypes'),
+    ('--noglobal_memory', '--global_memory=none'),
+    ('--global_memory=True', '--global_memory=prototypes'),
+  ],
+)
+def test_a_flag_of_before_says_what_it_is_called_now(flag, now):
+  values = flags.FlagValues()
+  app.define_config_flags(values)
+  with pytest.raises(flags.IllegalFlagValueError) as caught:
+    values(['train', flag])
+  assert str(caught.value).endswith(f': this is now {now}')
+
+
+def test_a_later_flag_replaces_the_whole_part():
+  values = flags.FlagValues()
+  app.define_config_flags(values)
+  given = ['--memory=two_tier,capacity=30', '--memory=two_tier']
+  values(['train', *given, '--global_memory=prototypes,number=3'])
+  assert values.memory == 'two_tier'
+  assert values.global_memory == 'prototypes,number=3'
+  assert 'capacity=50' in values['memory'].help
+  # What is gone is known, and not in the help.
+  assert 'memory_capacity' in values
+  assert 'memory_capacity' not in values.get_help()
 
 
 @pytest.mark.parametrize(

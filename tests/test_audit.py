@@ -28,7 +28,7 @@ CLEAN = {
 }
 # What a client's whole history enters, beside its windows.
 SKETCH_AND_PROFILE = dict(
-  item_embedding='content_plus_id', collaborative_dim=4, profile='history'
+  item_embedding='content_plus_id,collaborative_dim=4', profile='history'
 )
 
 
@@ -37,7 +37,7 @@ def simulation(**changes):
   return small.simulation(
     **{
       'client_fraction': 1.0,
-      'surprise_threshold': 0.0,
+      'memory': 'surprise,capacity=8,retrieval_size=4,threshold=0',
       'experts': 'none',
       **changes,
     }
@@ -108,7 +108,7 @@ def test_a_profile_of_held_out_items_is_found(monkeypatch):
   )
   # Other settings, so that it is compiled anew.
   checks = audit.all_checks(
-    simulation(**SKETCH_AND_PROFILE, profile_weight=0.5)
+    simulation(**SKETCH_AND_PROFILE | {'profile': 'history,weight=0.5'})
   )
   assert failed(checks) == {'2 rounds'}
 
@@ -122,7 +122,10 @@ def test_training_on_a_held_out_item_is_found(monkeypatch):
 
   monkeypatch.setattr('fedmmr_jax.federation.round.client_view', one_too_many)
   # Other settings, so that it is compiled anew.
-  other = simulation(surprise_threshold=-1.0, experts='semantic')
+  other = simulation(
+    memory='surprise,capacity=8,retrieval_size=4,threshold=-1',
+    experts='semantic',
+  )
   assert failed(audit.trained_rounds(other, 2)) == {'2 rounds', 'memory'}
 
 

@@ -24,8 +24,7 @@ TINY = (
   '--num_negatives=3',
   '--sampled_negatives=5',
   '--client_fraction=0.5',
-  '--memory_capacity=6',
-  '--retrieval_size=3',
+  '--memory=surprise,capacity=6,retrieval_size=3',
 )
 
 
@@ -302,7 +301,7 @@ def test_stages_follow_one_another(ml_1m, tmp_path):
   assert 'round 2/2' not in out and 'test, full' in out
   for line, message in (
     ('a b: --experts=none', 'a plain word'),
-    ('a: --expert=none', 'no setting --expert'),
+    ('a: --expert=none', "unknown setting 'expert'"),
   ):
     stages.write_text(line)
     assert message in refused(

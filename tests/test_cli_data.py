@@ -34,10 +34,9 @@ def test_string_ids_along_a_timeline(tmp_path):
   flags = [
     *TINY[1:],
     '--dataset=auto',
-    '--split_by=timeline',
-    '--test_from=2001-09-15',
+    '--split_by=timeline,test_from=2001-09-15',
     '--client_fraction=1',
-    '--surprise_threshold=0',
+    '--memory=surprise,threshold=0',
   ]
   out, _ = run(
     'train', *flags, f'--data_dir={tmp_path}', f'--workdir={workdir}'
@@ -70,6 +69,9 @@ def test_string_ids_along_a_timeline(tmp_path):
   assert {e['item_id'] for e in json.loads(out)['most_visual']} <= set(
     ids['item_ids'][1:]
   )
-  assert '--test_from=noon is neither a date' in refused(
-    *flags, f'--data_dir={tmp_path}', '--test_from=noon'
+  assert (
+    '--split_by=timeline,test_from=noon: test_from is neither a date'
+    in refused(
+      *flags, f'--data_dir={tmp_path}', '--split_by=timeline,test_from=noon'
+    )
   )

@@ -234,7 +234,7 @@ def test_proximal_term_pulls_towards_the_server():
   def distance(mu):
     run = updater(
       small.simulation(
-        proximal_mu=mu,
+        drift_control=f'fedprox,mu={mu}',
         local_epochs=2,
         client_optimizer='sgd',
         client_learning_rate=0.05,

@@ -57,9 +57,10 @@ def test_more_directions_than_there_are_clients_are_zero():
 
 
 def test_it_takes_the_last_directions_of_the_content():
-  changes = dict(item_embedding='content_plus_id')
-  without = small.simulation(**changes).catalogue.content
-  content = small.simulation(**changes, collaborative_dim=4).catalogue.content
+  without = small.simulation(item_embedding='content_plus_id').catalogue.content
+  content = small.simulation(
+    item_embedding='content_plus_id,collaborative_dim=4'
+  ).catalogue.content
   assert content.shape == without.shape and content.shape[1] == 16
   np.testing.assert_array_equal(content[:, :12], without[:, :12])
   assert content[1:, 12:].any() and not content[0].any()
@@ -73,7 +74,7 @@ def test_seeds_share_it_and_it_needs_no_features():
   contents = [
     simulation_lib.build(
       small.config(
-        item_embedding='content_plus_id', collaborative_dim=4, seed=seed
+        item_embedding='content_plus_id,collaborative_dim=4', seed=seed
       ),
       dataset,
     ).catalogue.content
@@ -84,6 +85,6 @@ def test_seeds_share_it_and_it_needs_no_features():
 
 
 def test_more_directions_than_an_embedding_has_are_refused():
-  assert '--collaborative_dim=32 exceeds --hidden_dim=16' in small.error_of(
-    lambda: small.config(collaborative_dim=32, item_embedding='content_init')
+  assert 'collaborative_dim exceeds `hidden_dim=16`' in small.error_of(
+    lambda: small.config(item_embedding='content_init,collaborative_dim=32')
   )

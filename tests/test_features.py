@@ -270,10 +270,10 @@ def test_a_path_is_that_path_whatever_the_folder_holds(tmp_path):
 def test_a_path_that_does_not_exist_is_an_error(kind, tmp_path):
   path = tmp_path / 'absent.npy'
   with pytest.raises(
-    UserError, match=re.escape(f'--{kind}_features={path}: no such file')
+    UserError, match=re.escape(f'`{kind}_features={path}`: no such file')
   ) as caught:
     features.resolve(str(path), kind, tmp_path)
-  assert f'--{kind}_features=none' in str(caught.value)
+  assert f'`{kind}_features=none`' in str(caught.value)
 
 
 @pytest.fixture

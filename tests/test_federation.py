@@ -338,7 +338,9 @@ def aggregate(state, delta_sum, weight, config):
 
 
 def test_prototypes_reach_the_server():
-  simulation = small.simulation(global_memory=True)
+  simulation = small.simulation(
+    global_memory='prototypes,number=2,iterations=3'
+  )
   after, _ = run(simulation, COHORT)
   stored = np.asarray(after.memories.item)[COHORT.ravel()]
   with_text = (stored > 0) & np.asarray(simulation.catalogue.has_text)[stored]
@@ -376,11 +378,15 @@ def test_nothing_is_kept_that_nobody_reads(simulation):
   [
     dict(
       fusion='gated',
-      drift='adaptive_temperature',
-      proximal_mu=0.1,
+      contrastive='adaptive_temperature',
+      drift_control='fedprox,mu=0.1',
       server_optimizer='fedyogi',
     ),
-    dict(global_memory=True, drift='none', local_epochs=2),
+    dict(
+      global_memory='prototypes,number=2,iterations=3',
+      contrastive='unweighted',
+      local_epochs=2,
+    ),
     dict(objective='all_positions', negatives='shared'),
     dict(objective='all_positions', negatives='per_sample'),
   ],

@@ -176,7 +176,7 @@ def test_late_targets_count_more():
   rec, profile = jnp.array([1.0, 2.0, 5.0]), jnp.array([1.0, 0.0, 3.0])
   nothing, nobody = jnp.zeros((3, 2)), jnp.zeros(3, bool)
   terms = losses.combine(
-    LossConfig(profile_weight=0.5),
+    LossConfig(),
     rec,
     jnp.array([True, False, True]),
     nothing,
@@ -185,6 +185,7 @@ def test_late_targets_count_more():
     0.0,
     importance,
     profile,
+    0.5,
   )
   # The mean is over the samples, not over their importance.
   assert float(terms.rec) == close((0.2 * 1 + 1.8 * 5) / 2)
@@ -210,7 +211,7 @@ def combined(
 @pytest.mark.parametrize(
   'drift, contrastive, instance_weight',
   [
-    ('none', SOFT, 1.0),
+    ('unweighted', SOFT, 1.0),
     ('instance_weight', (1.15 + 1.40) / 2 * SOFT, (1.15 + 1.40) / 2),
     (
       'adaptive_temperature',
@@ -225,8 +226,7 @@ def test_combine_by_hand(drift, contrastive, instance_weight):
     jnp.eye(2),
     jnp.eye(2),
     load_balance=0.08,
-    drift=drift,
-    temperature=1.0,
+    contrastive=f'{drift},temperature=1',
   )
   rec = (np.log(3 / 7) + np.log(4)) / 2
   assert terms.rec == close(rec)
@@ -245,7 +245,7 @@ def gradient_shares(drift):
   visual, semantic = jnp.eye(2, 4), jnp.eye(2, 4, 2)
   rec = [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]]
   gradient = jax.grad(
-    lambda v: combined(rec, v, semantic, drift=drift).contrastive
+    lambda v: combined(rec, v, semantic, contrastive=drift).contrastive
   )(visual)
   pull = -gradient[jnp.arange(2), 2 + jnp.arange(2)]
   return np.asarray(pull / pull.sum()).tolist()
@@ -254,7 +254,7 @@ def gradient_shares(drift):
 @pytest.mark.parametrize(
   'drift, easy, hard',
   [
-    ('none', 0.5, 0.5),
+    ('unweighted', 0.5, 0.5),
     ('instance_weight', 1.15 / 2.55, 1.40 / 2.55),  # 0.451, 0.549
     ('adaptive_temperature', 1.40 / 2.55, 1.15 / 2.55),  # 1/1.15 : 1/1.40
   ],
@@ -264,16 +264,30 @@ def test_hard_samples_count_more_only_with_instance_weights(drift, easy, hard):
 
 
 @pytest.mark.parametrize(
-  'drift', LossConfig.__dataclass_fields__['drift'].metadata['choices']
+  'drift', LossConfig.__dataclass_fields__['contrastive'].metadata['parts']
 )
 def test_surprise_sends_no_gradient_into_the_recommendation(drift):
   visual, semantic = views(1, 4)
   rec = jnp.array([0.1, 1.0, 2.0, 4.0])
   gradient = jax.grad(
-    lambda r: combined(r, visual, semantic, drift=drift).total
+    lambda r: combined(r, visual, semantic, contrastive=drift).total
   )(rec)
   # Only the mean of the cross-entropies is left: 1/4 each.
   assert gradient == close([0.25] * 4)
+
+
+def test_without_contrastive_loss_nothing_of_it_is_there():
+  visual, semantic = views(1, 4)
+  terms = combined(
+    [0.1, 1.0, 2.0, 4.0],
+    visual,
+    semantic,
+    load_balance=0.08,
+    contrastive='none',
+  )
+  assert terms.total == close(7.1 / 4 + 0.01 * 0.08)
+  assert terms.load_balance == close(0.08)
+  assert not terms.contrastive and not terms.instance_weight
 
 
 @pytest.mark.parametrize('garbage', [0.0, 1.0, -1e6])
@@ -359,7 +373,7 @@ def test_the_scale_of_surprise_comes_from_the_config():
     [REC_OF_SURPRISE[0.3], REC_OF_SURPRISE[0.8]],
     jnp.eye(2),
     jnp.eye(2),
-    surprise_scale=1.0,
+    contrastive='instance_weight,surprise_scale=1',
   )
   assert terms.instance_weight == close(1.55)
 
@@ -398,7 +412,7 @@ def test_hard_samples_count_more_with_weights_and_less_with_temperature():
   share = {
     drift: float(
       losses.combine(
-        LossConfig(drift=drift, surprise_scale=2.0),
+        LossConfig(contrastive=drift),
         rec,
         everyone,
         visual,
@@ -407,10 +421,14 @@ def test_hard_samples_count_more_with_weights_and_less_with_temperature():
         0.0,
       ).hardest_share
     )
-    for drift in ('instance_weight', 'none', 'adaptive_temperature')
+    for drift in (
+      'instance_weight,surprise_scale=2',
+      'unweighted',
+      'adaptive_temperature,surprise_scale=2',
+    )
   }
-  assert share['instance_weight'] > share['none']
-  assert share['adaptive_temperature'] < share['none']
+  hard, alike, flat = share.values()
+  assert flat < alike < hard
 
 
 def test_histogram_of_instance_weights_by_hand():

@@ -197,13 +197,14 @@ class Within:
 
 def test_a_further_metric_by_name():
   named = metrics.further_metrics(
-    ['recbole', f'{__name__}:depth', f'{__name__}:Within']
+    ['recbole', f'{__name__}:Within', 'n=4', f'{__name__}:depth']
   )
-  assert named == (metrics.recbole_of_each, depth, Within())
-  assert metrics.ranking(np.array([2, 3]), named)['within 3'] == 0.5
+  assert named == (metrics.recbole_of_each, Within(4), depth)
+  assert metrics.ranking(np.array([2, 4]), named)['within 4'] == 0.5
   for name, message in (
     ('precision', "no metric 'precision'; one of recbole, or your own as"),
     ('math:pi', 'metric math:pi: cannot be called'),
+    ('recbole,k=1', 'metric recbole,k=1: there is no option k; it has no'),
   ):
     assert message in small.error_of(metrics.further_metrics, [name])
 

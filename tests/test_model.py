@@ -188,7 +188,7 @@ def test_empty_slots_and_missing_features_change_nothing():
 
 
 def test_gate_scales_the_experts_and_residual_has_none():
-  gated = small.config(dropout=0.0, fusion='gated', gating_init=0.25).model
+  gated = small.config(dropout=0.0, fusion='gated,init=0.25').model
   _, catalogue, apply, params = build(gated)
   assert params['fusion_gate'] == 0.25
   _, _, residual, plain = build()

@@ -47,10 +47,7 @@ def test_learning_rates_over_ten_rounds(schedule, finished, expected):
 
 def test_warm_up_rises_and_then_the_rate_falls_over_what_is_left():
   config = small.config(
-    num_rounds=7,
-    server_learning_rate=1.0,
-    server_schedule='linear',
-    server_warmup_rounds=3,
+    num_rounds=7, server_learning_rate=1.0, server_schedule='linear,warmup=3'
   )
   rates = [
     float(optimizers.server_learning_rate(config, jnp.int32(n)))
@@ -79,7 +76,7 @@ def test_scaffold_adds_the_difference_of_the_control_variates():
 
 
 def test_mime_lite_steps_by_the_servers_moments_and_keeps_them():
-  server = small.config(server_optimizer='fedavgm', server_momentum=0.5).server
+  server = small.config(server_optimizer='fedavgm,momentum=0.5').server
   sent = optax.TraceState({'w': jnp.array([2.0])})
   step = drift.MimeLite(server).transform(sent, None)
   state = step.init(None)
@@ -122,8 +119,8 @@ def server_step(name, delta, client_rate, **changes):
 def test_an_adaptive_step_does_not_depend_on_the_clients_step_size(name):
   # Deltas are proportional to the client's rate; ε is large enough to show.
   small.assert_trees_close(
-    server_step(name, 1e-3, client_rate=1e-3, server_epsilon=0.5),
-    server_step(name, 1e-1, client_rate=1e-1, server_epsilon=0.5),
+    server_step(f'{name},epsilon=0.5', 1e-3, client_rate=1e-3),
+    server_step(f'{name},epsilon=0.5', 1e-1, client_rate=1e-1),
   )
 
 
@@ -164,7 +161,7 @@ def test_muon_makes_singular_values_equal_and_leaves_tables_to_adam():
 
 def test_muon_is_the_published_recursion():
   """optax keeps Muon in contrib, where a default may change unseen."""
-  config = small.config(server_optimizer='fedmuon', server_momentum=0.9)
+  config = small.config(server_optimizer='fedmuon,beta1=0.9')
   direction = optimizers.server_direction(config.server)
   params = {'kernel': jnp.zeros((6, 4))}
   state = direction.init(params)

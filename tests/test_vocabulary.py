@@ -199,7 +199,11 @@ def test_sgd_trains_the_same_on_touched_rows(changes):
 
 @pytest.mark.parametrize(
   'changes',
-  [{'client_optimizer': 'adam'}, {'weight_decay': 0.1}, {'proximal_mu': 0.1}],
+  [
+    {'client_optimizer': 'adam'},
+    {'weight_decay': 0.1},
+    {'drift_control': 'fedprox,mu=0.1'},
+  ],
   ids=str,
 )
 def test_rows_that_no_step_touches_stay(changes):

@@ -175,7 +175,10 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
     (dict(fusion='gated', load='fusion'), '`fusion=residual`, not gated'),
     (dict(similarity='dot', load='experts'), '`similarity=cosine`, not dot'),
     (dict(experts='none', load='all,router'), 'has no router; it has'),
-    (dict(memory='recent', load='memories'), '`memory=surprise`, not recent'),
+    (
+      dict(memory='recent,capacity=8,retrieval_size=4', load='memories'),
+      '`memory=surprise,capacity=8`, not recent',
+    ),
   ],
 )
 def test_a_load_that_would_leave_or_twist_something_is_refused(
@@ -225,8 +228,14 @@ def test_memories_of_a_run_without_texts_come_along(tmp_path):
 
 
 def test_prototypes_come_along_where_somebody_attends_to_them(tmp_path):
-  path = train(tmp_path / 'run', global_memory=True, num_rounds=1)
-  state = start(path, global_memory=True, load='all,memories').init_state()
+  path = train(
+    tmp_path / 'run',
+    global_memory='prototypes,number=2,iterations=3',
+    num_rounds=1,
+  )
+  state = start(
+    path, global_memory='prototypes,number=2,iterations=3', load='all,memories'
+  ).init_state()
   trained = saved(path)
   assert trained.server.prototypes.size.sum() > 0
   small.assert_trees_equal(state.server.prototypes, trained.server.prototypes)
@@ -312,7 +321,7 @@ def test_flags_are_checked():
       server_optimizer='fedyogi',
       server_learning_rate=0.01,
       client_optimizer='sgd',
-      proximal_mu=0.1,
+      drift_control='fedprox,mu=0.1',
     ),
     dict(drift_control='scaffold', client_optimizer='sgd'),
   ],

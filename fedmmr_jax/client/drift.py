@@ -174,10 +174,10 @@ class FedProx(DriftControl):
   μ (w − w_server) is added to the local gradient.
 
   Attributes:
-    mu: μ, > 0.
+    mu: μ.
   """
 
-  mu: float = 0.0
+  mu: float = dataclasses.field(metadata={'minimum': 0.0})
 
   def transform(self, sent, kept):
     def update(gradient, anchor, params):
@@ -304,6 +304,7 @@ def record_gradient() -> optax.GradientTransformation:
 
 DRIFT_CONTROLS: dict[str, type[DriftControl]] = {
   'none': DriftControl,
+  'fedprox': FedProx,
   'scaffold': Scaffold,
   'mime_lite': MimeLite,
 }
@@ -313,12 +314,11 @@ def of(config: RunConfig) -> DriftControl:
   """The method that a config names.
 
   Raises:
-    UserError: there is none of that name.
+    UserError: there is none of that name, or an option is none of its own.
   """
-  name = config.client.drift_control
-  found = parts.find(name, DRIFT_CONTROLS, 'drift control')
-  if found is MimeLite:
-    return MimeLite(config.server)
-  if found is DriftControl and config.client.proximal_mu:
-    return FedProx(config.client.proximal_mu)
-  return parts.built(found, DriftControl, name)
+  method = parts.built(
+    config.client.drift_control, DRIFT_CONTROLS, DriftControl, 'drift control'
+  )
+  if isinstance(method, MimeLite):
+    return dataclasses.replace(method, server=config.server)
+  return method

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmmr_jax.config import LossConfig
+from fedmmr_jax.config import AdaptiveTemperature, InstanceWeight, LossConfig
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.feddmmr import NUM_EXPERTS
 
@@ -156,11 +156,12 @@ def combine(
   load_balance: jax.Array,
   importance: jax.Array | float = 1.0,
   profile: jax.Array | None = None,
+  profile_weight: float = 0.0,
 ) -> LossTerms:
   """Total loss of a step from its parts.
 
   Args:
-    config: weights, temperature and the treatment of surprise.
+    config: the contrastive loss and the weight of the router's.
     rec_per_sample: [T] from `cross_entropy`.
     valid: [T] bool, False at padding.
     visual: [T, D] visual representations of the positives; None in a model
@@ -170,6 +171,8 @@ def combine(
     load_balance: scalar.
     importance: [T] factors of the recommendation losses, or 1.
     profile: [T] losses of the client's profile alone; None without.
+    profile_weight: of these.
+    profile_weight: of these.
 
   Returns:
     The terms.
@@ -177,38 +180,41 @@ def combine(
   rec = weighted_mean(importance * rec_per_sample, valid)
   total = rec
   if profile is not None:
-    total += config.profile_weight * weighted_mean(importance * profile, valid)
+    total += profile_weight * weighted_mean(importance * profile, valid)
+  nothing = jnp.zeros(())
+  without = LossTerms(
+    total, rec, nothing, nothing, nothing, nothing, jnp.zeros((WEIGHT_BINS,))
+  )
   if visual is None or semantic is None:
-    nothing = jnp.zeros(())
-    return LossTerms(
-      total, rec, nothing, nothing, nothing, nothing, jnp.zeros((WEIGHT_BINS,))
-    )
+    return without
+  how, balance = config.contrastive, config.load_balance_weight * load_balance
+  if not how:
+    return without._replace(total=total + balance, load_balance=load_balance)
 
   surprise = surprise_of(rec_per_sample)
   weights = jnp.ones_like(surprise)
-  temperature = config.temperature
-  if config.drift == 'instance_weight':
-    weights = instance_weights(surprise, config.surprise_scale)
-  elif config.drift == 'adaptive_temperature':
+  temperature: jax.Array | float = how.temperature
+  scale = 0.0
+  if isinstance(how, InstanceWeight):
+    scale = how.surprise_scale
+    weights = instance_weights(surprise, scale)
+  elif isinstance(how, AdaptiveTemperature):
     # The broken variant: a hard sample's logits are flattened, so it counts
     # less. Kept to show that it does.
-    temperature = temperature * (1.0 + config.surprise_scale * surprise)
+    scale = how.surprise_scale
+    temperature = temperature * (1.0 + scale * surprise)
 
   pairs = valid & has_both
   per_sample = symmetric_infonce(visual, semantic, pairs, temperature)
   contrastive = weighted_mean(weights * per_sample, pairs)
-  total += (
-    config.contrastive_weight * contrastive
-    + config.load_balance_weight * load_balance
-  )
   return LossTerms(
-    total,
+    total + (how.weight * contrastive + balance),
     rec,
     contrastive,
     load_balance,
     weighted_mean(weights, pairs),
     hardest_share(weights * per_sample, surprise, pairs),
-    weight_shares(weights, pairs, config.surprise_scale),
+    weight_shares(weights, pairs, scale),
   )
 
 

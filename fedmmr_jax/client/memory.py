@@ -17,7 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmmr_jax.config import MemoryConfig
+from fedmmr_jax.config import (
+  MemoryRule,
+  NoMemory,
+  RecentMemory,
+  SurpriseMemory,
+  TwoTierMemory,
+  UtilityMemory,
+)
 from fedmmr_jax.models import layers
 
 
@@ -41,9 +48,9 @@ class Memory(NamedTuple):
   clock: jax.Array
 
 
-def init(config: MemoryConfig) -> Memory:
+def init(rule: MemoryRule) -> Memory:
   """An empty memory; the short-term slots come before the long-term ones."""
-  zeros = jnp.zeros((config.num_slots,), jnp.int32)
+  zeros = jnp.zeros((rule.num_slots,), jnp.int32)
   return Memory(
     item=zeros,
     last_update=zeros,
@@ -54,22 +61,22 @@ def init(config: MemoryConfig) -> Memory:
   )
 
 
-def utility(memory: Memory, now: jax.Array, config: MemoryConfig) -> jax.Array:
+def utility(memory: Memory, now: jax.Array, rule: UtilityMemory) -> jax.Array:
   """0.6·exp(−age/τ) + 0.4·log1p(f)/log1p(f+10) of each slot.
 
   Args:
     memory: one client's memory.
     now: [] int32 clock.
-    config: weights and time constant.
+    rule: weights and time constant.
 
   Returns:
     [M] float32; −inf for empty slots.
   """
   age = (now - memory.last_update).astype(jnp.float32)
   f = memory.frequency.astype(jnp.float32)
-  recency = jnp.exp(-age / config.recency_time_constant)
+  recency = jnp.exp(-age / rule.recency_time_constant)
   frequency = jnp.log1p(f) / jnp.log1p(f + 10.0)
-  value = config.recency_weight * recency + config.frequency_weight * frequency
+  value = rule.recency_weight * recency + rule.frequency_weight * frequency
   return jnp.where(memory.item > 0, value, -jnp.inf)
 
 
@@ -79,7 +86,7 @@ def update(
   surprise: jax.Array,
   valid: jax.Array,
   features: jax.Array,
-  config: MemoryConfig,
+  rule: MemoryRule,
 ) -> Memory:
   """Processes one positive: skip, refresh its entry, or write a new one.
 
@@ -89,29 +96,24 @@ def update(
     surprise: [] float32 pairwise loss of the positive.
     valid: [] bool; False (padding) changes nothing, not even the clock.
     features: [V, F] float32 that `two_tier` compares items by.
-    config: which form, threshold and utility.
+    rule: which form, threshold and utility.
 
   Returns:
     The next memory.
   """
   now = memory.clock
   stored = memory.item == item
-  value = utility(memory, now, config)
-  if config.memory == 'surprise':
-    slot = _slot(memory, stored, value)
+  if isinstance(rule, SurpriseMemory):
+    slot = _slot(memory, stored, utility(memory, now, rule))
     memory = _write(
-      memory,
-      slot,
-      item,
-      surprise,
-      now,
-      valid & (surprise >= config.surprise_threshold),
+      memory, slot, item, surprise, now, valid & (surprise >= rule.threshold)
     )
-  elif config.memory == 'recent':
+  elif isinstance(rule, RecentMemory):
     slot = _slot(memory, stored, _recency(memory))
     memory = _write(memory, slot, item, surprise, now, valid)
-  elif config.memory == 'two_tier':
-    is_short = jnp.arange(len(stored)) < config.memory_capacity
+  elif isinstance(rule, TwoTierMemory):
+    value = utility(memory, now, rule)
+    is_short = jnp.arange(len(stored)) < rule.capacity
     similarity = _cosine(features, item, memory)
     novelty = 1 - jnp.max(
       jnp.where(is_short & ~stored, similarity, 0.0), initial=0.0
@@ -120,7 +122,7 @@ def update(
       memory, stored & is_short, jnp.where(is_short, _recency(memory), jnp.inf)
     )
     memory = _write(memory, slot, item, surprise, now, valid)
-    alike = (memory.item > 0) & (similarity >= config.merge_similarity)
+    alike = (memory.item > 0) & (similarity >= rule.merge_similarity)
     own = ~is_short & stored
     merged = jnp.where(jnp.any(own), own, ~is_short & alike)
     slot = _slot(memory, merged, jnp.where(is_short, jnp.inf, value))
@@ -132,7 +134,7 @@ def update(
       kept,
       surprise,
       now,
-      valid & (novelty >= config.novelty_threshold),
+      valid & (novelty >= rule.novelty_threshold),
     )
   return memory._replace(clock=now + valid.astype(jnp.int32))
 
@@ -187,32 +189,32 @@ def update_all(
   surprises: jax.Array,
   valid: jax.Array,
   features: jax.Array,
-  config: MemoryConfig,
+  rule: MemoryRule,
 ) -> Memory:
   """`update` for each of [T] positives in their order."""
-  if config.memory == 'none':
+  if isinstance(rule, NoMemory):
     count = jnp.sum(valid, dtype=jnp.int32)
     return memory._replace(clock=memory.clock + count)
 
   def step(memory, positive):
-    return update(memory, *positive, features, config), None
+    return update(memory, *positive, features, rule), None
 
   return jax.lax.scan(step, memory, (items, surprises, valid))[0]
 
 
-def retrieve(memory: Memory, config: MemoryConfig) -> jax.Array:
+def retrieve(memory: Memory, rule: MemoryRule) -> jax.Array:
   """[R] int32 item ids to attend to, 0 where empty.
 
   Those of highest utility, best first; the latest with `recent`; with
   `two_tier` the latest of the short term and then, the smaller half, the best
   of the long term.
   """
-  size = config.retrieval_size
-  value = utility(memory, memory.clock, config)
-  if config.memory == 'recent':
+  size = rule.retrieval_size
+  if not isinstance(rule, UtilityMemory):
     return _best(memory, _recency(memory), size)
-  if config.memory == 'two_tier':
-    is_short = jnp.arange(len(value)) < config.memory_capacity
+  value = utility(memory, memory.clock, rule)
+  if isinstance(rule, TwoTierMemory):
+    is_short = jnp.arange(len(value)) < rule.capacity
     latest = jnp.where(is_short, _recency(memory), -jnp.inf)
     lasting = jnp.where(is_short, -jnp.inf, value)
     return jnp.concatenate(

@@ -59,7 +59,7 @@ class Broadcast(NamedTuple):
   Attributes:
     params: the server's parameters.
     prototypes: global prototypes over the text features; None unless
-      `--global_memory` has the experts attend to them.
+      `global_memory` has the experts attend to them.
     catalogue: item features (public, the same for everybody).
     learning_rate: [] float32 of the clients in this round.
     control: what drift control sends, see `DriftControl.broadcast`.
@@ -85,7 +85,7 @@ class ClientUpdate(NamedTuple):
     memory: its memory after training; None in a model without experts.
     kept: what drift control keeps at the client; None for nothing.
     prototypes: centres of its memory's texts and their sizes; None unless
-      `--global_memory`.
+      `global_memory`.
     metrics: means over its steps.
   """
 
@@ -142,21 +142,23 @@ def step_loss(
     balance,
     losses.importance_of(batch.lateness.reshape(-1), config.loss.late_emphasis),
     scores.profile,
+    config.model.profile.weight if config.model.profile else 0.0,
   )
   count = jnp.sum(valid)
   pairs = jnp.sum(valid & has_both)
+  contrasts = pairs * bool(config.loss.contrastive)
   usable = scores.counted & jnp.any(scores.candidates.available, axis=-1)
   weights = scores.candidates.weights
   step_metrics = {
     'loss': metrics_lib.mean(terms.total, count),
     'rec_loss': metrics_lib.mean(terms.rec, count),
-    'contrastive_loss': metrics_lib.mean(terms.contrastive, pairs),
+    'contrastive_loss': metrics_lib.mean(terms.contrastive, contrasts),
     'load_balance_loss': metrics_lib.mean(balance, pairs),
     'w_visual': metrics_lib.over(weights[:, VISUAL], usable),
     'w_semantic': metrics_lib.over(weights[:, SEMANTIC], usable),
-    'instance_weight': metrics_lib.mean(terms.instance_weight, pairs),
-    'hardest_share': metrics_lib.mean(terms.hardest_share, pairs),
-    'instance_weight_shares': metrics_lib.mean(terms.weight_shares, pairs),
+    'instance_weight': metrics_lib.mean(terms.instance_weight, contrasts),
+    'hardest_share': metrics_lib.mean(terms.hardest_share, contrasts),
+    'instance_weight_shares': metrics_lib.mean(terms.weight_shares, contrasts),
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
   return terms.total, (surprise, step_metrics)
@@ -357,7 +359,7 @@ def _cutter(model, config, client, params, vocabulary, catalogue):
   def cut(index, present):
     return cut_windows(client, index, present, stride, length)
 
-  if config.model.profile == 'none':
+  if not config.model.profile:
     return cut
   if len(vocabulary.ids) != model.num_rows:
     catalogue = jax.tree.map(lambda x: x[vocabulary.ids], catalogue)
@@ -495,7 +497,7 @@ def memory_view(
   if memory is None:
     return None
   items = memory_lib.retrieve(memory, config.memory)
-  if not config.model.global_memory:
+  if not config.global_memory:
     return view_memory(broadcast.catalogue, items)
   prototypes = cast(Prototypes, broadcast.prototypes)
   return view_memory(
@@ -508,14 +510,14 @@ def summarise(
 ) -> Prototypes | None:
   """Prototypes of the texts of the stored items, for upload; None where nobody
   attends to them."""
-  if not config.model.global_memory:
+  if not config.global_memory:
     return None
   stored = (memory.item > 0) & catalogue.has_text[memory.item]
   return prototypes_lib.cluster(
     catalogue.text[memory.item],
     stored.astype(jnp.float32),
-    config.memory.num_prototypes,
-    config.memory.prototype_iterations,
+    config.global_memory.number,
+    config.global_memory.iterations,
   )
 
 

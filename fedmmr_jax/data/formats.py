@@ -120,13 +120,12 @@ class Source(NamedTuple):
 
 
 def format_of(name: str) -> Format:
-  """A format by its name, see `parts.find`.
+  """A format by its name, see `parts.built`.
 
   Raises:
     UserError: there is none of that name.
   """
-  found = parts.find(name, FORMATS, 'data format')
-  return parts.built(found, Format, name)
+  return parts.built(name, FORMATS, Format, 'data format')
 
 
 def find(

@@ -6,7 +6,7 @@ from typing import Any, cast, NamedTuple
 
 import numpy as np
 
-from fedmmr_jax.config import DataConfig, RunConfig, SYNTHETIC
+from fedmmr_jax.config import DataConfig, RunConfig, SYNTHETIC, Timeline
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.data import columns, features, formats, items, synthetic
 from fedmmr_jax.data.cold import ColdSplit
@@ -182,12 +182,14 @@ def _columns(config: DataConfig) -> ColumnNames:
 def _filters(config: DataConfig) -> Filters:
   try:
     test_from = (
-      columns.parse_time(config.test_from) if config.test_from else None
+      columns.parse_time(config.split_by.test_from)
+      if isinstance(config.split_by, Timeline)
+      else None
     )
   except ValueError:
     raise UserError(
-      f'`test_from={config.test_from}` is neither a date (2000-12-31) nor '
-      'seconds since 1970'
+      f'`split_by={config.split_by}`: test_from is neither a date (2000-12-31) '
+      'nor seconds since 1970'
     ) from None
   return Filters(
     config.k_core, config.min_interactions, config.top_k_users, test_from

@@ -104,7 +104,7 @@ def select(
     sizes = kept.sizes(size, filters)
   if not (sizes.held_out == HELD_OUT)[kept.users].any():
     raise UserError(
-      f'{name}: no user has an interaction before `test_from` and '
+      f'{name}: no user has an interaction before the date of the split and '
       'one from it on; choose a date within ' + _span(table.times)
     )
   kept = kept.where(kept.positions(size) < sizes.used[kept.users])

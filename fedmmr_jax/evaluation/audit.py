@@ -54,16 +54,14 @@ CANARY = {
   'client_optimizer': 'adam',
   'client_learning_rate': 1e-2,
   'client_schedule': 'constant',
-  'client_warmup_rounds': 0,
   'max_local_steps': 0,
   'local_epochs': 10,
   'drift_control': 'none',
-  'proximal_mu': 0.0,
   'freeze': '',
   'item_embedding': 'id',
   'experts': 'none',
   'memory': 'none',
-  'global_memory': False,
+  'global_memory': 'none',
 }
 
 

@@ -66,7 +66,7 @@ def score_catalogue(
   """
   apply: Callable[..., Any] = partial(model.apply, {'params': broadcast.params})
   profile = None
-  if config.model.profile != 'none' and earlier is not None:
+  if config.model.profile and earlier is not None:
     profile = profile_lib.mean(
       model, broadcast.params, earlier, broadcast.catalogue
     )

@@ -156,9 +156,8 @@ def of(config: RunConfig) -> Aggregator:
   """The aggregator that a config names.
 
   Raises:
-    UserError: there is none of that name.
+    UserError: there is none of that name, or an option is none of its own.
   """
-  name = config.server.aggregator
   return parts.built(
-    parts.find(name, AGGREGATORS, 'aggregator'), Aggregator, name
+    config.server.aggregator, AGGREGATORS, Aggregator, 'aggregator'
   )

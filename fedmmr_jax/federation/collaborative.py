@@ -13,7 +13,7 @@ item table; a client is asked once.
 
 import numpy as np
 
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.config import ContentInit, RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.streams import generator, Stream
@@ -29,23 +29,23 @@ def put_into(
   Whom the sketch asks does not depend on the run's seed, so that seeds side by
   side have one catalogue.
   """
-  model = config.model
-  if not model.collaborative_dim:
+  model, start = config.model, config.model.item_embedding
+  if not isinstance(start, ContentInit) or not start.collaborative_dim:
     return content
   rng = generator(0, Stream.COLLABORATIVE, 0)
   asked = round(
     config.server.client_fraction
     * dataset.num_clients
-    * model.collaborative_rounds
+    * start.collaborative_rounds
   )
   clients = rng.choice(
     dataset.num_clients, min(max(1, asked), dataset.num_clients), replace=False
   )
   probe = rng.standard_normal((dataset.num_rows, model.hidden_dim))
   found = factors(
-    sketch(dataset, clients, probe), probe, model.collaborative_dim
+    sketch(dataset, clients, probe), probe, start.collaborative_dim
   )
-  kept = content[:, : model.hidden_dim - model.collaborative_dim]
+  kept = content[:, : model.hidden_dim - start.collaborative_dim]
   # Without any features there is no content to keep.
   free = model.hidden_dim - kept.shape[1] - found.shape[1]
   return np.concatenate([np.pad(kept, ((0, 0), (0, free))), found], axis=1)

@@ -27,7 +27,7 @@ from fedmmr_jax.client.memory import Memory
 from fedmmr_jax.client.prototypes import Prototypes
 from fedmmr_jax.client.scoring import Params
 from fedmmr_jax.client.update import ClientProgram, ClientUpdate
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.config import ContentInit, ContentPlusId, RunConfig
 from fedmmr_jax.data.dataset import client_view, ClientData, FederatedData
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
@@ -95,7 +95,7 @@ def init(
   params = jax.jit(partial(model.init, method='initialise'))(key, catalogue)[
     'params'
   ]
-  if config.model.item_embedding != 'id':
+  if isinstance(config.model.item_embedding, ContentInit):
     # The model's parameters are drawn from what Flax derives of the key and
     # their names, so that the key itself is drawn from here alone. (To derive
     # another would be cleaner, and another table for every seed.)
@@ -103,7 +103,7 @@ def init(
       key,
       catalogue.content,
       config.model.embedding_init_std,
-      config.model.item_embedding == 'content_plus_id',
+      isinstance(config.model.item_embedding, ContentPlusId),
     )
   server = server_lib.init(
     params,

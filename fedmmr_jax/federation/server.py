@@ -69,8 +69,8 @@ def init(
 ) -> ServerState:
   """State before round 1."""
   prototypes = None
-  if config.model.global_memory:
-    prototypes = prototypes_lib.init(config.memory.num_prototypes, text_dim)
+  if config.global_memory:
+    prototypes = prototypes_lib.init(config.global_memory.number, text_dim)
   return ServerState(
     params=params,
     opt_state=optimizers.server_direction(config.server).init(params),
@@ -139,9 +139,9 @@ def aggregate(
     delta,
     ServerOptimizer(config, state.params, state.opt_state, state.round),
   )
-  if prototypes is not None:
+  if config.global_memory and prototypes is not None:
     prototypes = prototypes_lib.recluster(
-      prototypes, state.prototypes, config.memory.prototype_iterations
+      prototypes, state.prototypes, config.global_memory.iterations
     )
   return ServerState(
     params=optax.apply_updates(state.params, updates),

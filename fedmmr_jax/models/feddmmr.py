@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.config import ContentPlusId, Gated, ModelConfig
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.experts import MemoryView, SemanticExpert, VisualExpert
@@ -158,7 +158,7 @@ class FedDMMR(nn.Module):
       _item_embedding_init(c.embedding_init_std),
       (self.num_rows, c.hidden_dim),
     )
-    if c.item_embedding == 'content_plus_id':
+    if isinstance(c.item_embedding, ContentPlusId):
       self.content_projection = self.param(
         'content_projection',
         _scaled_identity(
@@ -175,7 +175,7 @@ class FedDMMR(nn.Module):
       c.embedding_init_std,
       c.positions == 'relative',
     )
-    if c.profile == 'history':
+    if c.profile:
       self.profile_expert = ProfileExpert(c.hidden_dim, c.dropout)
     if self.visual_dim:
       self.visual_expert = VisualExpert(
@@ -193,15 +193,15 @@ class FedDMMR(nn.Module):
     if not self.is_backbone_only:
       self.router = ItemRouter(c.router_hidden_dim, NUM_EXPERTS, c.dropout)
       self.sequence_norm = layers.layer_norm()
-      if c.fusion == 'gated':
+      if isinstance(c.fusion, Gated):
         self.fusion_gate = self.param(
-          'fusion_gate', nn.initializers.constant(c.gating_init), ()
+          'fusion_gate', nn.initializers.constant(c.fusion.init), ()
         )
 
   def embed(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
     """[..., D] embeddings of items: their rows, and content if configured."""
     embedded = self.item_embedding[items]
-    if self.config.item_embedding == 'content_plus_id':
+    if isinstance(self.config.item_embedding, ContentPlusId):
       embedded += catalogue.content[items] @ self.content_projection
     return embedded
 
@@ -232,7 +232,7 @@ class FedDMMR(nn.Module):
     embedded = self.embed(window, catalogue) * valid[:, None]
     states = self.backbone(embedded, valid, train, last_only)
     own = None
-    if self.config.profile == 'history':
+    if self.config.profile:
       if profile is None:
         profile = jnp.zeros(states.shape[-1])
       known = jnp.any(profile != 0)
@@ -282,7 +282,9 @@ class FedDMMR(nn.Module):
         embedding, catalogue.text[items], memory, train
       )
       auxiliary += weights[:, SEMANTIC, None] * self.semantic_norm(semantic)
-    if self.config.fusion == 'gated':  # the original's form, for ablation
+    if isinstance(
+      self.config.fusion, Gated
+    ):  # the original's form, for ablation
       auxiliary *= self.fusion_gate
     return Candidates(
       embedding, auxiliary, visual, semantic, weights, available

@@ -87,7 +87,12 @@ def _contrastive(last, config: RunConfig) -> Point:
   name, target = 'contrastive loss', f'{low:g} to {high:g}'
   value = last[metrics.CONTRASTIVE_LOSS]
   if value is None:
-    return _point(name, target, 'no positive had both experts', None)
+    why = (
+      'no positive had both experts'
+      if config.loss.contrastive
+      else 'no such loss in this run'
+    )
+    return _point(name, target, why, None)
   chance = math.log(windows.targets_of_step(config))
   why = ''
   if value > high:
@@ -112,7 +117,7 @@ def _gradient_flow(last, config: RunConfig) -> Point:
   experts = {e: n for e, n in norms.items() if e != metrics.BACKBONE}
   if not experts:
     return _point(name, target, 'no experts in this run', None)
-  fusion = config.model.fusion
+  fusion = config.model.fusion.name
   measured = f'{fusion}; mean norm of a step: ' + ', '.join(
     f'{part} {_text(norm, 4)}' for part, norm in norms.items()
   )

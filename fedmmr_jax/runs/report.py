@@ -9,6 +9,7 @@ import jinja2
 
 from fedmmr_jax import metrics
 from fedmmr_jax.client.losses import WEIGHT_BINS
+from fedmmr_jax.config import InstanceWeight
 from fedmmr_jax.runs.run_folder import REPORT, RunFolder
 
 WIDTH, HEIGHT = 560, 240
@@ -124,8 +125,9 @@ def write(run: RunFolder) -> pathlib.Path:
   records, summary = run.records(), run.summary()
   flags = run.config().as_flat_dict()
   charts = draw_run(records)
-  if flags['drift'] == 'instance_weight':
-    charts += draw_weights(records, flags['surprise_scale'])
+  contrastive = run.config().loss.contrastive
+  if isinstance(contrastive, InstanceWeight):
+    charts += draw_weights(records, contrastive.surprise_scale)
   path = run.path / REPORT
   path.write_text(
     _render(

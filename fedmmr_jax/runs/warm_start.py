@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax.client import vocabulary
-from fedmmr_jax.config import ALL_GROUPS, MEMORIES, RunConfig
+from fedmmr_jax.config import (
+  ALL_GROUPS,
+  ContentPlusId,
+  MEMORIES,
+  RunConfig,
+  TwoTierMemory,
+)
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation.round import FederationState
@@ -267,7 +273,7 @@ _MEANING = {
   ),
   'router': ('router_input', 'feature_scaling'),
   'fusion': ('fusion',),
-  MEMORIES: ('memory', 'memory_capacity', 'long_term_capacity'),
+  MEMORIES: ('memory',),
 }
 
 
@@ -299,7 +305,7 @@ def _check_group(
   group: str, config: RunConfig, other: RunConfig, same_data: bool, refuse
 ) -> None:
   """Refuses what two configs or data sets make of parameters of a group."""
-  before, here = other.as_flat_dict(), config.as_flat_dict()
+  before, here = _meaning(other), _meaning(config)
   for name in _MEANING.get(group, ()):
     if before[name] != here[name] and not (name == 'dataset' and same_data):
       refuse(f'its run had `{name}={before[name]}`, not {here[name]}')
@@ -307,22 +313,15 @@ def _check_group(
     # Which items are cold, and were never trained, the seed says.
     if config.data.cold_items and config.seed != other.seed:
       refuse(f'its run had `seed={other.seed}`, and with it other cold items')
-    added = [
-      c.model.item_embedding == 'content_plus_id' for c in (config, other)
-    ]
-    if added[0] != added[1]:
-      refuse(
-        f'its run had `item_embedding={other.model.item_embedding}`, not '
-        f'{config.model.item_embedding}'
-      )
-    for name in ('collaborative_dim', 'collaborative_rounds'):
-      if added[0] and before[name] != here[name]:
-        refuse(f'its run had `{name}={before[name]}`, not {here[name]}')
+    starts = config.model.item_embedding, other.model.item_embedding
+    added = any(isinstance(start, ContentPlusId) for start in starts)
+    if added and starts[0] != starts[1]:
+      refuse(f'its run had `item_embedding={starts[1]}`, not {starts[0]}')
   # Features may be others, and principal components of another catalogue are
   # other axes; a generated set has other items under the same ids.
   on_features = {
     'embeddings': (
-      config.model.item_embedding == 'content_plus_id'
+      isinstance(config.model.item_embedding, ContentPlusId)
       or config.data.dataset == 'synthetic'
     ),
     'experts': True,
@@ -334,6 +333,17 @@ def _check_group(
       'it was trained on other data, and its numbers belong to '
       'those items and features'
     )
+
+
+def _meaning(config: RunConfig) -> dict[str, Any]:
+  """Its settings, of parts only what gives arrays another meaning."""
+  memory = f'{config.memory.name},capacity={config.memory.capacity}'
+  if isinstance(config.memory, TwoTierMemory):
+    memory += f',long_term_capacity={config.memory.long_term_capacity}'
+  return config.as_flat_dict() | {
+    'fusion': config.model.fusion.name,
+    'memory': memory,
+  }
 
 
 def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
