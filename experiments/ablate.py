@@ -24,25 +24,23 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import app, console, figures
+from experiments import variants as variants_lib
+from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.config import RENAMED, RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ablation
-from fedmmr_jax.evaluation.ablation import (
-  Differences,
-  HEADLINES,
-  Outcome,
-  Variant,
-)
+from fedmmr_jax.evaluation.ablation import Differences, Outcome, Variant
 from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.metrics import FULL, HEADLINES, HR, NDCG, PROTOCOLS, SAMPLED
 from fedmmr_jax.runs import provenance, run_folder
 
 _VARIANTS = flags.DEFINE_string(
   'variants',
   'experiments/ablations/baselines.txt',
   'file with a variant a '
-  'line, name: --flag=value …; see fedmmr_jax/evaluation/ablation.py',
+  'line, name: --flag=value …; see experiments/variants.py',
 )
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds of each variant')
 
@@ -63,7 +61,7 @@ def main() -> None:
       '--eval_clients draws other clients for each seed; leave it '
       'out, or name one seed'
     )
-  variants = ablation.read_variants(app.find_file(_VARIANTS.value))
+  variants = variants_lib.read(app.find_file(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
   loaded = load.load(base.data, base.seed)
   print(console.data_report(loaded))
@@ -93,6 +91,8 @@ def _outcomes(
   """Each variant's outcome: as an earlier call left it, or found now."""
   outcomes = {}
   program = provenance.program()
+  further = metrics_lib.further_metrics(configs[0].evaluation.metric_names)
+  metrics_lib.own_names(further)  # before hours of training
   trained = None  # simulations and states of the first variant
   for variant, config in zip(variants, configs):
     from_first = variant.special in ablation.FROM_FIRST
@@ -102,7 +102,7 @@ def _outcomes(
     if not path.exists():
       _tell_of_others(variant.name, folder, key, program)
     if path.exists():
-      outcome = _load(path)
+      outcome = _load(path)._replace(metrics=further)
       print(f'{variant.name}: found in {path}')
     else:
       if from_first and trained is None:  # an earlier call kept its ranks only
@@ -182,6 +182,7 @@ def markdown(
       'that includes 0.',
       '',
       *_ranking_lines(outcomes, differences),
+      *_further_lines(outcomes, differences),
       *_cold_lines(outcomes),
       '',
       'Training, first round → last round, mean over the seeds '
@@ -195,37 +196,70 @@ def markdown(
 
 
 def _ranking_lines(outcomes, differences) -> list[str]:
-  rows = []
-  for i, (name, outcome) in enumerate(outcomes.items()):
-    row = [name]
-    for headline in HEADLINES:
-      d = differences[name][headline]
-      row += [
-        _mean(outcome, *headline),
-        ''
-        if not i
-        else f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]'
-        + ('' if d.is_clear else ' n.s.'),
-      ]
-    row += [
-      _mean(outcome, 'sampled', 'NDCG@10'),
-      _mean(outcome, 'full', 'HR@10'),
-      ', '.join(map(str, outcome.best_rounds)) or '–',
-    ]
-    rows.append(row)
   return _pipes(
     [
       'variant',
-      'HR@10 sampled',
-      'difference',
-      'NDCG@10 full',
-      'difference',
-      'NDCG@10 sampled',
-      'HR@10 full',
+      *(
+        column
+        for protocol, metric in HEADLINES
+        for column in (f'{metric} {protocol}', 'difference')
+      ),
+      *(f'{metric} {protocol}' for protocol, metric in _BESIDE),
       'best rounds',
     ],
-    rows,
+    [
+      [
+        name,
+        *_compared(outcome, differences[name], HEADLINES, is_baseline=not i),
+        *(_mean(outcome, *which) for which in _BESIDE),
+        ', '.join(map(str, outcome.best_rounds)) or '–',
+      ]
+      for i, (name, outcome) in enumerate(outcomes.items())
+    ],
   )
+
+
+def _further_lines(outcomes, differences) -> list[str]:
+  """The same of further metrics, if there are any."""
+  baseline = next(iter(outcomes.values()))
+  further = baseline.headlines[len(HEADLINES) :]
+  if not further:
+    return []
+  return [
+    '',
+    *_pipes(
+      [
+        'variant',
+        *(
+          column
+          for protocol, metric in further
+          for column in (f'{metric} {protocol}', 'difference')
+        ),
+      ],
+      [
+        [
+          name,
+          *_compared(outcome, differences[name], further, is_baseline=not i),
+        ]
+        for i, (name, outcome) in enumerate(outcomes.items())
+      ],
+    ),
+  ]
+
+
+def _compared(outcome, differences, headlines, is_baseline) -> list[str]:
+  """Cells of a row: each mean, and its difference to the baseline."""
+  cells = []
+  for headline in headlines:
+    d = differences[headline]
+    cells += [
+      _mean(outcome, *headline),
+      ''
+      if is_baseline
+      else f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]'
+      + ('' if d.is_clear else ' n.s.'),
+    ]
+  return cells
 
 
 def _cold_lines(outcomes) -> list[str]:
@@ -252,19 +286,19 @@ def _cold_lines(outcomes) -> list[str]:
 
 
 def _training_lines(outcomes) -> list[str]:
+  figures = metrics_lib.ordered(
+    dict.fromkeys(name for o in outcomes.values() for name in o.training)
+  )
   rows = [
     [
       name,
-      *(
-        _figure(o.first_training[f], o.training[f])
-        for f in ablation.TRAINING_FIGURES
-      ),
+      *(_figure(o.first_training.get(f), o.training.get(f)) for f in figures),
       f'{o.seconds:.0f}',
     ]
     for name, o in outcomes.items()
   ]
   return _pipes(
-    ['variant', *(_TITLES[f] for f in ablation.TRAINING_FIGURES), 'seconds'],
+    ['variant', *(metrics_lib.figure(f).title for f in figures), 'seconds'],
     rows,
   )
 
@@ -275,22 +309,8 @@ def _mean(
   return f'{np.mean(outcome.of_each_seed(protocol, metric, split)):.4f}'
 
 
-_COLD_METRICS = (
-  ('sampled', 'HR@10'),
-  ('sampled', 'NDCG@10'),
-  ('full', 'HR@10'),
-  ('full', 'NDCG@10'),
-)
-_TITLES = {
-  'rec_loss': 'rec. loss',
-  'contrastive_loss': 'contrastive',
-  'w_visual': 'router vis.',
-  'w_semantic': 'router sem.',
-  'hardest_share': 'hardest tenth',
-  'gradient_backbone': 'grad. backbone',
-  'gradient_visual': 'grad. visual',
-  'gradient_semantic': 'grad. semantic',
-}
+_BESIDE = ((SAMPLED, NDCG), (FULL, HR))
+_COLD_METRICS = ((SAMPLED, HR), (SAMPLED, NDCG), (FULL, HR), (FULL, NDCG))
 
 
 def as_json(
@@ -302,8 +322,8 @@ def as_json(
       'seeds': {
         split: {
           f'{protocol} {metric}': o.of_each_seed(protocol, metric, split)
-          for protocol in ('sampled', 'full')
-          for metric in ('HR@10', 'NDCG@10')
+          for protocol in PROTOCOLS
+          for metric in (HR, NDCG, *metrics_lib.own_names(o.metrics))
         }
         for split in o.ranks
       },
@@ -385,7 +405,7 @@ def _configured(base: RunConfig, variant: Variant) -> RunConfig:
     if (
       name in dataclasses.asdict(base.data)
       and name != 'feature_scaling'
-      or (name in ('seed', 'eval_clients'))
+      or (name in ('seed', 'eval_clients', 'metrics'))
     ):
       raise UserError(
         f'{place}: --{name} is the same for all variants; give '
@@ -404,7 +424,8 @@ def _key(variant: Variant, config: RunConfig, seeds, loaded) -> str:
   return f'{slug}-' + _digest(
     [
       variant.special,
-      config.as_flat_dict(),
+      # Of ranks that are kept, other metrics can be had too.
+      config.as_flat_dict() | {'metrics': ''},
       list(seeds),
       loaded.dataset.fingerprint(),
     ]
@@ -425,7 +446,7 @@ def _save(
     for split, ranks in outcome.ranks.items()
     for name, value in ranks._asdict().items()
   }
-  told = json.dumps({**outcome._asdict(), 'ranks': None})
+  told = json.dumps({**outcome._asdict(), 'ranks': None, 'metrics': ()})
   temporary = path.with_suffix('.tmp')
   with temporary.open('wb') as file:
     np.savez_compressed(

@@ -20,6 +20,7 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.data import load
 from fedmmr_jax.evaluation import audit, ranking
 from fedmmr_jax.evaluation.audit import Trained
+from fedmmr_jax.metrics import FULL, HR, NDCG, SAMPLED
 from fedmmr_jax.runs.run_folder import RunFolder
 
 _ROUNDS = flags.DEFINE_integer(
@@ -85,9 +86,8 @@ def main() -> None:
 
 
 _COLUMNS = {
-  'HR@10 sampled': ('sampled', 'HR@10'),
-  'HR@10 full': ('full', 'HR@10'),
-  'NDCG@10 full': ('full', 'NDCG@10'),
+  f'{metric} {protocol}': (protocol, metric)
+  for protocol, metric in ((SAMPLED, HR), (FULL, HR), (FULL, NDCG))
 }
 
 

@@ -4,6 +4,7 @@ from typing import Any, Sequence
 
 import jax
 
+from fedmmr_jax import metrics
 from fedmmr_jax.client import windows
 from fedmmr_jax.config import (
   Constant,
@@ -13,9 +14,11 @@ from fedmmr_jax.config import (
   NoMemory,
   Schedule,
 )
-from fedmmr_jax.data.load import Loaded, MODALITIES
+from fedmmr_jax.data import features
+from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.models import groups
 from fedmmr_jax.runs import warm_start
 from fedmmr_jax.runs.warm_start import WarmStart
 from fedmmr_jax.simulation import Simulation
@@ -67,7 +70,7 @@ def data_report(loaded: Loaded) -> str:
       f'cold       {dataset.num_cold} items held out of training, the '
       f'targets of {len(loaded.cold.clients)} clients'
     )
-  for kind in MODALITIES:
+  for kind in features.KINDS:
     if kind not in dataset.features:
       lines.append(f'{kind:6} features  none: this expert is left out')
   return '\n'.join(lines)
@@ -119,6 +122,7 @@ def _hands() -> str:
 
 def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
   """What was taken over, what was left as drawn, what did not fit."""
+  places = groups.all_paths(frozen)
   rows = [
     [
       part.name,
@@ -126,7 +130,8 @@ def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
       part.status,
       f'{part.count:,}',
       'frozen'
-      if part.group in frozen and part.status != warm_start.UNFIT
+      if part.status != warm_start.UNFIT
+      and any(groups.is_within(part.name, place) for place in places)
       else '',
       part.note.ljust(1),
     ]
@@ -222,57 +227,58 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
 def round_line(record: dict[str, Any], num_rounds: int) -> str:
   """One line for one finished round."""
   train = record['train']
+  shares = metrics.members(train, metrics.ROUTER_WEIGHT)
   parts = [
     f'round {record["round"]:>{len(str(num_rounds))}}/{num_rounds}',
-    f'loss {train["loss"]:.4f}' if train['loss'] is not None else '',
+    _told('loss', train[metrics.LOSS], '.4f'),
+    'router ' * bool(shares)
+    + ' '.join(f'{expert} {share:.2f}' for expert, share in shares.items()),
+    _told('inst.weight', train[metrics.INSTANCE_WEIGHT], '.3f'),
+    _told('memory', train[metrics.MEMORY_FILL], '.0%'),
   ]
-  weights = [
-    f'{name[2:5]} {value:.2f}'
-    for name, value in train.items()
-    if name.startswith('w_') and value is not None
-  ]
-  if weights:
-    parts.append('router ' + ' '.join(weights))
-  if train['instance_weight'] is not None:
-    parts.append(f'inst.weight {train["instance_weight"]:.3f}')
-  if train['memory_fill'] is not None:
-    parts.append(f'memory {train["memory_fill"]:.0%}')
   if 'val' in record:
-    sampled, full = record['val']['sampled'], record['val']['full']
     parts.append(
-      f'val HR@10 {sampled["HR@10"]:.4f} sampled {full["HR@10"]:.4f} full'
+      f'val {metrics.HR} '
+      + ' '.join(
+        f'{record["val"][protocol][metrics.HR]:.4f} {protocol}'
+        for protocol in metrics.PROTOCOLS
+      )
     )
   parts.append(f'{record["seconds"]:.1f} s')
   return '  '.join(part for part in parts if part)
 
 
+def _told(title: str, value: float | None, form: str) -> str:
+  return '' if value is None else f'{title} {value:{form}}'
+
+
 def progress(record: dict[str, Any]) -> dict[str, float]:
   """What the progress bar shows: loss, and validation where there is one."""
-  figures = {'loss': record['train']['loss']}
+  figures = {'loss': record['train'][metrics.LOSS]}
   if 'val' in record:
     figures |= {
-      f'HR@10 {protocol}': values['HR@10']
+      f'{metrics.HR} {protocol}': values[metrics.HR]
       for protocol, values in record['val'].items()
     }
   return figures
 
 
-def ranking_table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
+def ranking_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
   """Rows: split and protocol; columns: the metrics, one after the other with
   its cutoffs, or where there are too many for a line at 10 only."""
-  first = next(iter(next(iter(metrics.values())).values()))
+  first = next(iter(next(iter(found.values())).values()))
   kinds = list(dict.fromkeys(name.partition('@')[0] for name in first))
   kinds.sort(key=lambda kind: kind in first)  # what has no cutoff last
   names = [
     name for kind in kinds for name in first if name.partition('@')[0] == kind
   ]
   if len(names) > MAX_METRICS:
-    names = [name for name in names if name.endswith('@10')]
+    names = [n for n in names if '@' not in n or n.endswith('@10')]
   return table(
     ['', *names],
     [
       [f'{split}, {protocol}', *(f'{values[name]:.4f}' for name in names)]
-      for split, protocols in metrics.items()
+      for split, protocols in found.items()
       for protocol, values in protocols.items()
     ],
   )

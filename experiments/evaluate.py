@@ -41,12 +41,12 @@ _PROTOCOL = flags.DEFINE_enum(
   'all; sampled, popularity: 100 unseen ones drawn uniformly or by '
   'popularity; corrected: full as estimated from sampled',
 )
-_METRICS = flags.DEFINE_enum(
+_METRICS = flags.DEFINE_string(
   'metrics',
-  'default',
-  ['default', 'recbole'],
-  'names and definitions of '
-  'the metrics; recbole: hit, recall, precision, mrr, map, ndcg, all cut off',
+  None,
+  'ranking metrics beside HR, NDCG and MRR, with commas between; recbole: hit, '
+  'recall, precision, mrr, map and ndcg as RecBole has them; or your own as '
+  'my_package.module:Thing; default: as the run',
 )
 _SLICES = flags.DEFINE_boolean(
   'slices', False, 'also by history length and by popularity of the target'
@@ -88,25 +88,23 @@ _WARM_MEMORY = flags.DEFINE_boolean(
 )
 
 # What the tables of slices and differences show.
-_HEADLINES = ('HR@10', 'NDCG@10', 'hit@10', 'ndcg@10')
+_HEADLINES = (metrics_lib.HR, metrics_lib.NDCG)
 
 
 def main() -> None:
   # Before minutes of ranking.
   if _PER_USER.value:
     user_results.check_path(_PER_USER.value)
-  if _PROTOCOL.value == 'corrected' and _METRICS.value == 'recbole':
-    raise UserError('--protocol=corrected needs --metrics=default')
   run = app.open_run()
   rounds = Rounds(run.path)
   number = app.find_round(rounds, _ROUND.value)
   other = warm_start.find(_COMPARE.value, 'compare') if _COMPARE.value else None
   config, results = _results(run, rounds, number, _FEATURES.value)
-  told = {'round': number, _SPLIT.value: _chosen(results.means(_naming()))}
+  told = {'round': number, _SPLIT.value: _chosen(results.means())}
   if _SLICES.value:
     told['slices'] = {
       title: {
-        label: {'users': len(part.users)} | _chosen(part.means(_naming()))
+        label: {'users': len(part.users)} | _chosen(part.means())
         for label, part in parts.items()
       }
       for title, parts in user_results.slices(results).items()
@@ -139,7 +137,7 @@ def _results(
   """
   given = same | {
     flag.name: flag.value
-    for flag in (_DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY, _CLIENTS)
+    for flag in (_DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY, _CLIENTS, _METRICS)
     if flag.value is not None
   }
   loaded, simulation, state = app.load_round(run, rounds, number, given)
@@ -166,8 +164,9 @@ def _difference(config, results, run, number) -> dict[str, Any]:
     config.seed,
     sampled_negatives=config.data.sampled_negatives,
     eval_clients=config.evaluation.eval_clients,
+    metrics=config.evaluation.metrics,
   )
-  found = _chosen(user_results.difference(results, theirs, _naming()))
+  found = _chosen(user_results.difference(results, theirs))
   as_trained = '' if _FEATURES.value == 'trained' else ', features as trained'
   return {'to': f'{run.path}, round {number}{as_trained}'} | {
     protocol: {
@@ -175,14 +174,6 @@ def _difference(config, results, run, number) -> dict[str, Any]:
     }
     for protocol, by_metric in found.items()
   }
-
-
-def _naming():
-  return (
-    metrics_lib.recbole_of_each
-    if _METRICS.value == 'recbole'
-    else metrics_lib.ranking_of_each
-  )
 
 
 def _chosen(by_protocol: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +190,7 @@ def _tables(told: dict[str, Any]) -> str:
       (protocol, metric)
       for protocol, found in told[_SPLIT.value].items()
       for metric in found
-      if metric in _HEADLINES
+      if _is_shown(metric)
       and (protocol != 'corrected' or _PROTOCOL.value != 'all')
     ]
     parts.append(
@@ -232,11 +223,19 @@ def _tables(told: dict[str, Any]) -> str:
           ]
           for protocol, found in by_protocol
           for metric in found
-          if metric in (*_HEADLINES, 'MRR', 'mrr@10')
+          if metric == metrics_lib.MRR or _is_shown(metric)
         ],
       )
     )
   return '\n\n'.join(parts)
+
+
+def _is_shown(metric: str) -> bool:
+  """In tables of slices and differences: further metrics at 10 only."""
+  return metric in _HEADLINES or (
+    metric not in metrics_lib.RANKING
+    and ('@' not in metric or metric.endswith('@10'))
+  )
 
 
 def cli() -> None:

@@ -23,11 +23,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import app, console
+from experiments import app, console, routing
+from fedmmr_jax import metrics
 from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.models.feddmmr import VISUAL
 from fedmmr_jax.runs.checkpoint import named_arrays, Rounds
 from fedmmr_jax.runs.run_folder import RunFolder
 
@@ -41,7 +41,10 @@ USAGE = (
   'list | show ROUND | diff ROUND ROUND | memory ROUND USER | '
   'router ROUND | recommend ROUND USER | export ROUND FILE.npz'
 )
-_BINS = 10  # of the router's histogram
+_LISTED = [
+  (p, m) for p in metrics.PROTOCOLS for m in (metrics.HR, metrics.NDCG)
+]
+EXPERTS = ('visual', 'semantic')  # in the order of the router's columns
 
 
 def main(*words: str) -> None:
@@ -88,10 +91,9 @@ def list_rounds(rounds: Rounds) -> tuple[Any, str]:
   for number in rounds.numbers():
     record = found[number]['record'] if number in found else {}
     val = record.get('val', {})
-    figures = {'loss': record.get('train', {}).get('loss')} | {
+    figures = {'loss': record.get('train', {}).get(metrics.LOSS)} | {
       f'val {protocol} {metric}': val.get(protocol, {}).get(metric)
-      for protocol in ('sampled', 'full')
-      for metric in ('HR@10', 'NDCG@10')
+      for protocol, metric in _LISTED
     }
     content.append(
       {
@@ -114,10 +116,7 @@ def list_rounds(rounds: Rounds) -> tuple[Any, str]:
     'round',
     'size',
     'loss',
-    'HR@10 sampled',
-    'NDCG@10 sampled',
-    'HR@10 full',
-    'NDCG@10 full',
+    *(f'{metric} {protocol}' for protocol, metric in _LISTED),
     '',
   ]
   return content, '\n'.join([console.table(header, rows), *damage.values()])
@@ -291,68 +290,14 @@ def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
     UserError: a run without experts, or the data is not the run's.
   """
   loaded, simulation, state = _load(run, rounds, number)
-  weights = simulation.route(state)[1:]
-  has_choice = (weights > 0).all(axis=1)
-  visual = np.where(has_choice, weights[:, VISUAL], np.nan)
-  counts, edges = np.histogram(visual[has_choice], bins=_BINS, range=(0.0, 1.0))
-  order = np.argsort(-visual, kind='stable')[: has_choice.sum()]
-  ids, titles = loaded.dataset.item_ids.tolist(), loaded.dataset.titles
-  content = {
-    'round': number,
-    'items': len(weights),
-    'with_choice': int(has_choice.sum()),
-    'mean_visual': _finite(visual[has_choice].mean())
-    if has_choice.any()
-    else None,
-    'histogram': [
-      {'from': float(a), 'to': float(b), 'items': int(n)}
-      for a, b, n in zip(edges, edges[1:], counts)
-    ],
-    'w_visual': {
-      str(ids[row + 1]): float(visual[row])
-      for row in np.flatnonzero(has_choice)
-    },
-  }
-  for name, rows in (('most_visual', order), ('most_semantic', order[::-1])):
-    content[name] = [
-      {
-        'item_id': ids[row + 1],
-        'w_visual': float(visual[row]),
-        'title': titles[row + 1] if titles else '',
-      }
-      for row in rows[: _K.value]
-    ]
-  return content, _router_text(content)
-
-
-def _router_text(content: dict[str, Any]) -> str:
-  most = max([b['items'] for b in content['histogram']] + [1])
-  bars = [
-    [
-      f'{b["from"]:.1f} to {b["to"]:.1f}',
-      b['items'],
-      ('█' * round(40 * b['items'] / most)).ljust(1),
-    ]
-    for b in content['histogram']
-  ]
-  lines = [
-    f'round {content["round"]}: {content["with_choice"]} of '
-    f'{content["items"]} items have an image and a text; visual weight '
-    f'{_number(content["mean_visual"])} on average, the rest is semantic',
-    '',
-    console.table(['visual weight', 'items', ''], bars),
-  ]
-  for name in ('most_visual', 'most_semantic'):
-    rows = [
-      [e['item_id'], f'{e["w_visual"]:.4f}', e['title'].ljust(1)]
-      for e in content[name]
-    ]
-    lines += [
-      '',
-      name.replace('_', ' '),
-      console.table(['item', 'visual weight', 'title'], rows),
-    ]
-  return '\n'.join(lines)
+  content = {'round': number} | routing.summary(
+    simulation.route(state)[1:],
+    EXPERTS,
+    loaded.dataset.item_ids[1:].tolist(),
+    loaded.dataset.titles[1:],
+    _K.value,
+  )
+  return content, f'round {number}: {routing.text(content)}'
 
 
 def _load(run: RunFolder, rounds: Rounds, number: int):

@@ -12,9 +12,9 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from experiments import variants
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import ablation
 from fedmmr_jax.runs import run_folder
 from fedmmr_jax.runs.run_folder import RunFolder
 
@@ -41,7 +41,7 @@ def read(path: pathlib.Path) -> list[tuple[str, dict[str, str]]]:
   Raises:
     UserError: it cannot be read, or a line is malformed.
   """
-  lines = ablation.read_variants(path)
+  lines = variants.read(path)
   for line in lines:
     if line.special or not re.fullmatch(r'[\w-]+', line.name):
       raise UserError(

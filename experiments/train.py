@@ -68,7 +68,7 @@ def main() -> None:
       train_stages(workdir, chained, stop)
     else:
       run = RunFolder(workdir)
-      run.check_free(_RESUME.value)
+      _check_free(run)
       train_run(
         run,
         app.config_from_flags(run.flags() if run.holds_run() else None),
@@ -119,7 +119,12 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   )
   with (
     events as board,
-    supervision.Supervisor(run.path, _STUCK_MINUTES.value) as supervisor,
+    supervision.Supervisor(
+      run.path,
+      _STUCK_MINUTES.value,
+      f' with --resume --workdir={run.path}; a step that may take longer wants '
+      'a larger --stuck_minutes',
+    ) as supervisor,
     tqdm(
       total=config.server.num_rounds,
       initial=done,
@@ -169,7 +174,7 @@ def train_stages(
   lines = lines or saved['stages']
   chain = stages.chain(workdir, base, lines)
   if not saved:
-    RunFolder(workdir).check_free(resume=False)
+    _check_free(RunFolder(workdir))
     stages.save(workdir, base, lines)
   for number, stage in enumerate(chain, 1):
     stop.check()
@@ -179,6 +184,15 @@ def train_stages(
       print(f'finished, in {stage.run.path}')
     else:
       train_run(stage.run, _continued(stage), stop)
+
+
+def _check_free(run: RunFolder) -> None:
+  if run.holds_run() and not _RESUME.value:
+    raise UserError(
+      f'--workdir={run.path} already holds a run; continue it with '
+      '--resume or name another folder'
+    )
+  run.check_free(_RESUME.value)
 
 
 def _continued(stage: stages.Stage) -> RunConfig:

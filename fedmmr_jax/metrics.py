@@ -1,15 +1,123 @@
-"""Mergeable means (sum and weight) of training, and ranking metrics.
+"""Mergeable means (sum and weight) of training, ranking metrics, and what both
+are called.
 
-HR, NDCG and MRR are computed from ranks on the host, in float64.
+HR, NDCG and MRR are computed from ranks on the host, in float64, and so are
+further metrics of one's own. Everything that shows a metric, or decides by one,
+takes its name from here.
 """
 
-from typing import NamedTuple
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedmmr_jax import parts
+from fedmmr_jax.errors import UserError
+
+# Metrics of training, the keys of a record's 'train'.
+LOSS, REC_LOSS = 'loss', 'rec_loss'
+CONTRASTIVE_LOSS, BALANCE_LOSS = 'contrastive_loss', 'load_balance_loss'
+HARDEST_SHARE = 'hardest_share'
+INSTANCE_WEIGHT = 'instance_weight'
+WEIGHT_SHARES = 'instance_weight_shares'  # a histogram
+MEMORY_FILL, MEMORY_AGE = 'memory_fill', 'memory_age'
+# Families of them: the mean weight that the router gives an expert, the norm of
+# the gradient at an expert or the backbone. Its name follows.
+ROUTER_WEIGHT, GRADIENT = 'w_', 'gradient_'
+BACKBONE = 'backbone'
+
+# Ranking metrics and protocols that tables show first.
 CUTOFFS = (5, 10, 20)
+HR, NDCG, MRR = 'HR@10', 'NDCG@10', 'MRR'
+SAMPLED, FULL = 'sampled', 'full'
+PROTOCOLS = (SAMPLED, FULL)
+HEADLINES = ((SAMPLED, HR), (FULL, NDCG))
+# What the best round is chosen by, and patience is lost over.
+SELECTED_BY = (SAMPLED, HR)
+
+# From ranks [K] to name -> [K] values, one a user, each of its own rank alone.
+Metric = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+
+
+class Figure(NamedTuple):
+  """How a metric of training is shown to people.
+
+  Attributes:
+    title: of a curve, of a column.
+    panel: heading of the report's figure that draws it.
+    unit: what the vertical axis of that figure shows.
+  """
+
+  title: str
+  panel: str
+  unit: str
+
+
+# In the order of the report; {} is the name in a family.
+_FIGURES = {
+  LOSS: Figure('loss', 'Recommendation loss', 'nats'),
+  REC_LOSS: Figure('rec. loss', 'Recommendation loss', 'nats'),
+  CONTRASTIVE_LOSS: Figure('contrastive', 'Contrastive loss', 'nats'),
+  ROUTER_WEIGHT: Figure('router {}', 'Router', 'mean weight'),
+  BALANCE_LOSS: Figure(
+    'load balance', 'Load balance', 'squared distance of use from even'
+  ),
+  INSTANCE_WEIGHT: Figure('instance weight', 'Instance weight', 'mean'),
+  HARDEST_SHARE: Figure(
+    'hardest tenth', 'Hardest tenth', 'share of the contrastive loss'
+  ),
+  GRADIENT: Figure('gradient {}', 'Gradient', 'mean norm of a local step'),
+  MEMORY_FILL: Figure(
+    'memory fill', 'Client memory, fill', 'share of slots in use'
+  ),
+  MEMORY_AGE: Figure(
+    'memory age', 'Client memory, age', 'samples since an entry was written'
+  ),
+}
+
+
+def figure(name: str) -> Figure:
+  """How a metric of training is shown; one that the table does not know, under
+  its own name.
+
+  >>> figure('w_audio').title
+  'router audio'
+  """
+  known = _FIGURES.get(_family(name))
+  if known is None:
+    words = name.replace('_', ' ')
+    return Figure(words, words.capitalize(), 'mean')
+  member = name.removeprefix(_family(name)).replace('_', ' ')
+  return known._replace(title=known.title.format(member))
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+  """Metrics of training in the order of the table, unknown ones last."""
+  place = {name: i for i, name in enumerate(_FIGURES)}
+  return sorted(names, key=lambda name: place.get(_family(name), len(place)))
+
+
+def _family(name: str) -> str:
+  """The key of the table that a metric of training falls under."""
+  for prefix in (ROUTER_WEIGHT, GRADIENT):
+    if name.startswith(prefix):
+      return prefix
+  return name
+
+
+def members(train: Mapping[str, Any], family: str) -> dict[str, Any]:
+  """Name -> value of a family's metrics in a record of training, without those
+  that have no value.
+
+  >>> members({'w_a': 0.25, 'w_b': 0.75, 'w_c': None, 'loss': 1.0}, 'w_')
+  {'a': 0.25, 'b': 0.75}
+  """
+  return {
+    name.removeprefix(family): value
+    for name, value in train.items()
+    if name.startswith(family) and value is not None
+  }
 
 
 class Mean(NamedTuple):
@@ -62,32 +170,115 @@ def finish(means: dict[str, Mean]) -> dict[str, float | list[float] | None]:
   }
 
 
-def ranking(ranks: np.ndarray | jax.Array) -> dict[str, float]:
-  """HR, NDCG and MRR of one relevant item per user.
+def ranking(
+  ranks: np.ndarray | jax.Array, further: Sequence[Metric] = ()
+) -> dict[str, float]:
+  """HR, NDCG and MRR of one relevant item per user, and further metrics.
 
   Args:
     ranks: [K] int 0-based: how many candidates are at least as good as the
       target. A tie counts against the target.
+    further: metrics beside them.
 
   Returns:
-    'HR@n', 'NDCG@n' for n in CUTOFFS, and 'MRR'.
+    'HR@n', 'NDCG@n' for n in CUTOFFS, 'MRR', and what is further.
+
+  Raises:
+    UserError: see `ranking_of_each`.
   """
   return {
     name: float(np.mean(values))
-    for name, values in ranking_of_each(ranks).items()
+    for name, values in ranking_of_each(ranks, further).items()
   }
 
 
-def ranking_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
-  """As `ranking`, but [K] values, one a user."""
-  ranks = np.asarray(ranks, np.float64)
+def ranking_of_each(
+  ranks: np.ndarray | jax.Array, further: Sequence[Metric] = ()
+) -> dict[str, np.ndarray]:
+  """As `ranking`, but [K] float64 values, one a user.
+
+  Raises:
+    UserError: a further metric gives something else, or takes a name twice.
+  """
+  ranks = np.asarray(ranks)
   result = {}
   for n in CUTOFFS:
     hit = ranks < n
     result[f'HR@{n}'] = hit.astype(np.float64)
-    result[f'NDCG@{n}'] = hit / np.log2(ranks + 2)
-  result['MRR'] = 1 / (ranks + 1)
+    result[f'NDCG@{n}'] = hit / np.log2(ranks + 2.0)
+  result[MRR] = 1 / (ranks + 1.0)
+  for metric in further:
+    result |= _values_of(metric, ranks, result)
   return result
+
+
+def _values_of(
+  metric: Metric, ranks: np.ndarray, taken: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """What a further metric gives, checked."""
+  title = 'metric ' + getattr(metric, '__name__', type(metric).__name__)
+  found = metric(ranks)
+  if not isinstance(found, Mapping):
+    raise UserError(
+      f'{title} gives {type(found).__name__}, not a dict from a name to an '
+      'array of a value for each rank'
+    )
+  result = {}
+  for name, values in found.items():
+    if not isinstance(name, str) or name in taken:
+      raise UserError(f'{title}: {name!r} is no name, or that of another one')
+    try:
+      values = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+      raise UserError(f'{title}: {name!r} is no array of numbers') from None
+    if values.shape != ranks.shape:
+      raise UserError(
+        f'{title}: {name!r} has shape {values.shape} for ranks of shape '
+        f'{ranks.shape}; a metric gives a value for each rank'
+      )
+    if not np.isfinite(values).all():
+      rank = ranks[~np.isfinite(values)][0]
+      raise UserError(f'{title}: {name!r} is NaN or infinite at rank {rank}')
+    result[name] = values
+  return result
+
+
+def own_names(further: Sequence[Metric]) -> list[str]:
+  """Names of further metrics.
+
+  Raises:
+    UserError: see `ranking_of_each`.
+  """
+  ranks = np.arange(2 * max(CUTOFFS))
+  return [n for n in ranking_of_each(ranks, further) if n not in RANKING]
+
+
+def further_metrics(words: Sequence[str]) -> tuple[Metric, ...]:
+  """Metrics by their names, those of `FURTHER` or 'my_package.module:Thing'.
+
+  Args:
+    words: names, each with its options behind it, 'option=value'.
+
+  Raises:
+    UserError: there is none of a name, it is no function, or an option is none
+      of its own.
+  """
+  texts: list[str] = []
+  for word in words:
+    if '=' in word and texts:
+      texts[-1] += f',{word}'
+    else:
+      texts.append(word)
+  return tuple(map(_further_metric, texts))
+
+
+def _further_metric(text: str) -> Metric:
+  name, given = parts.split(text)
+  found = parts.find(name, FURTHER, 'metric')
+  metric = parts.make(found, given, f'metric {text}')
+  if not callable(metric):
+    raise UserError(f'metric {name}: cannot be called with ranks')
+  return metric
 
 
 def recbole_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
@@ -110,3 +301,8 @@ def recbole_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
     result[f'mrr@{n}'] = result[f'map@{n}'] = hit / (ranks + 1)
     result[f'ndcg@{n}'] = hit / np.log2(ranks + 2)
   return result
+
+
+# What a run always has, and what may be named beside it.
+RANKING = tuple(ranking_of_each(np.arange(1)))
+FURTHER: dict[str, Metric] = {'recbole': recbole_of_each}

@@ -8,6 +8,7 @@ epsilon are those of gradients whatever the client's step size. In `fedavg` and
 `fedavgm` a server learning rate of 1 means the mean of the clients.
 """
 
+import operator
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from fedmmr_jax.config import (
   ServerMuon,
   ServerYogi,
 )
-from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
+from fedmmr_jax.models import groups
 
 Params = Any
 
@@ -63,11 +64,9 @@ def _factor(schedule: Schedule, num_rounds: int, finished) -> jax.Array:
   return optax.join_schedules([rising, after], [warmup])(finished)
 
 
-def frozen_names(config: ClientConfig) -> tuple[str, ...]:
-  """Top-level names of the parameters that `--freeze` leaves as they are."""
-  return tuple(
-    name for group in config.frozen_groups for name in PARAMETER_GROUPS[group]
-  )
+def frozen(config: ClientConfig, params: Params) -> Any:
+  """The tree of parameters, each a bool: does `freeze` leave it as it is?"""
+  return groups.mask(params, config.frozen_groups)
 
 
 def client_optimizer(
@@ -87,13 +86,14 @@ def client_optimizer(
     makes_step: does it take the place of the optimizer's direction?
   """
   c = config.client
-  frozen = frozen_names(c)
 
   def trained(params):
-    return {name: name not in frozen for name in params}
+    return jax.tree.map(operator.not_, frozen(c, params))
 
   links = [
-    optax.add_decayed_weights(c.weight_decay, mask=trained if frozen else None)
+    optax.add_decayed_weights(
+      c.weight_decay, mask=trained if c.freeze else None
+    )
   ]
   if correction is not None:
     links.append(correction)

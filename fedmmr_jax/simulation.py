@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import time
-from typing import cast, Iterator, NamedTuple
+from typing import cast, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmmr_jax import metrics, optimizers
+from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax import optimizers
 from fedmmr_jax.client import drift as drift_lib
 from fedmmr_jax.client.drift import DriftControl
 from fedmmr_jax.client.memory import Memory
@@ -35,8 +36,10 @@ from fedmmr_jax.federation import aggregators, collaborative, devices
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.round import FederationState, RoundProgram
+from fedmmr_jax.metrics import Metric
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models import experts as experts_lib
+from fedmmr_jax.models import groups
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.runs import warm_start as warm_start_lib
 from fedmmr_jax.runs.warm_start import WarmStart
@@ -86,9 +89,10 @@ class Simulation:
     catalogue: item features on the device.
     data: the clients' data on the device.
     dataset: the host's side of `data`.
-    cold: items held out of training, with `--cold_items`.
+    cold: items held out of training, with `cold_items`.
     aggregator: what becomes of a cohort's updates.
     drift: what keeps local steps from drifting apart.
+    metrics: of ranking, beside HR, NDCG and MRR.
   """
 
   config: RunConfig
@@ -99,6 +103,7 @@ class Simulation:
   cold: ColdSplit | None = None
   aggregator: Aggregator = FedAvg()
   drift: DriftControl = DriftControl()
+  metrics: tuple[Metric, ...] = ()
 
   @classmethod
   def of(
@@ -107,6 +112,7 @@ class Simulation:
     data: Dataset | Loaded,
     aggregator: Aggregator | None = None,
     drift: DriftControl | None = None,
+    metrics: Sequence[Metric] | None = None,
   ) -> 'Simulation':
     """A simulation of federated learning over a data set.
 
@@ -115,6 +121,7 @@ class Simulation:
       data: from `load` or `Dataset.of`.
       aggregator: one of your own, instead of the one that the config names.
       drift: a drift control of your own, likewise.
+      metrics: further ranking metrics of your own, likewise.
 
     Raises:
       UserError: see `build`.
@@ -122,7 +129,9 @@ class Simulation:
     loaded = (
       (data, None) if isinstance(data, Dataset) else (data.dataset, data.cold)
     )
-    return build(config, *loaded, aggregator=aggregator, drift=drift)
+    return build(
+      config, *loaded, aggregator=aggregator, drift=drift, metrics=metrics
+    )
 
   @functools.cached_property
   def num_train(self) -> np.ndarray:
@@ -184,7 +193,7 @@ class Simulation:
 
   @functools.cached_property
   def warm_start(self) -> WarmStart | None:
-    """What `--pretrained_path` gives, read once; None without.
+    """What `pretrained_path` gives, read once; None without.
 
     Raises:
       UserError: it cannot be loaded as asked.
@@ -255,19 +264,19 @@ class Simulation:
       self.catalogue,
       self.data,
     )
-    return state, metrics.finish(jax.device_get(means))
+    return state, metrics_lib.finish(jax.device_get(means))
 
   def evaluate(
     self, state: FederationState, split: str
   ) -> tuple[dict[str, dict[str, float]], Ranks]:
-    """Ranks the targets of 'val' or 'test' for `--eval_clients`, or of 'cold'
+    """Ranks the targets of 'val' or 'test' for `eval_clients`, or of 'cold'
     for the clients that have one.
 
     Raises:
       UserError: a score is NaN or infinite.
     """
     on = self._ranked(split)
-    return ranking.evaluate(
+    ranks = ranking.evaluate(
       self.model,
       self.compiled_config,
       on.max_items,
@@ -279,6 +288,7 @@ class Simulation:
       self.catalogue,
       on.data,
     )
+    return ranking.metrics_of(ranks, self.metrics), ranks
 
   def recommend(
     self, state: FederationState, client: int, count: int
@@ -349,8 +359,8 @@ class Simulation:
     )
 
   def rank_local_only(self, state: FederationState) -> dict[str, Ranks]:
-    """Split -> ranks of `--eval_clients`, each with the model that it trained
-    from the state's, alone, for `--local_epochs` and without drift control.
+    """Split -> ranks of `eval_clients`, each with the model that it trained
+    from the state's, alone, for `local_epochs` and without drift control.
 
     Raises:
       UserError: a score is NaN or infinite.
@@ -439,7 +449,7 @@ class Simulation:
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """What can be evaluated: 'val', 'test' and, with `--cold_items`, 'cold'."""
+    """What can be evaluated: 'val', 'test' and, with `cold_items`, 'cold'."""
     return (*ranking.SPLITS, *(['cold'] if self.cold else []))
 
   def _ranked(self, split: str) -> _Ranked:
@@ -512,6 +522,7 @@ def build(
   cold: ColdSplit | None = None,
   aggregator: Aggregator | None = None,
   drift: DriftControl | None = None,
+  metrics: Sequence[Metric] | None = None,
 ) -> Simulation:
   """Puts a data set on the devices and fits the model to it.
 
@@ -521,6 +532,7 @@ def build(
     cold: items held out of training.
     aggregator: one instead of that which the config names.
     drift: a drift control likewise.
+    metrics: further ranking metrics likewise.
 
   Raises:
     UserError: a client with too few unseen items for the negatives, global
@@ -567,13 +579,19 @@ def build(
     cold=cold,
     aggregator=aggregator or aggregators.of(config),
     drift=drift or drift_lib.of(config),
+    metrics=metrics_lib.further_metrics(config.evaluation.metric_names)
+    if metrics is None
+    else tuple(metrics),
   )
+  metrics_lib.own_names(simulation.metrics)  # before hours of training
   round_lib.check_size(simulation.abstract_state)
-  frozen = optimizers.frozen_names(config.client)
-  if frozen and set(simulation.abstract_state.server.params) <= set(frozen):
+  params = simulation.abstract_state.server.params
+  groups.check(params, config.client.frozen_groups, 'freeze')
+  if all(jax.tree.leaves(optimizers.frozen(config.client, params))):
     raise UserError(
-      f'--freeze={config.client.freeze} leaves nothing of this model to train'
+      f'`freeze={config.client.freeze}` leaves nothing of this model to train'
     )
+  groups.check(params, warm_start_lib.named_parameters(config), 'load')
   return simulation
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import ablate
+from experiments import variants as variants_lib
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ablation
@@ -19,7 +20,7 @@ from tests.test_cli import refused, ROOT, run, TINY
 def variants(tmp_path, text):
   path = tmp_path / 'variants.txt'
   path.write_text(text)
-  return ablation.read_variants(path)
+  return variants_lib.read(path)
 
 
 def test_a_variants_file(tmp_path):
@@ -60,14 +61,13 @@ def test_the_files_that_come_along_are_well_formed():
   files = sorted((ROOT / 'experiments' / 'ablations').glob('*.txt'))
   assert files
   for path in files:
-    assert len(ablation.read_variants(path)) > 2
+    assert len(variants_lib.read(path)) > 2
 
 
 def outcome(sampled, full=None):
   full = sampled if full is None else full
   ranks = Ranks(np.array(full), np.array(sampled), np.zeros_like(full))
-  nothing = dict.fromkeys(ablation.TRAINING_FIGURES)
-  return Outcome({'test': ranks}, [1], nothing, nothing, 1.0)
+  return Outcome({'test': ranks}, [1], {}, {}, 1.0)
 
 
 def test_users_are_averaged_over_seeds_before_they_are_compared():
@@ -83,11 +83,10 @@ def test_users_are_averaged_over_seeds_before_they_are_compared():
 
 def test_a_figure_that_only_some_seeds_or_rounds_have():
   means = [
-    dict.fromkeys(ablation.TRAINING_FIGURES) | {'w_visual': v}
+    {'rec_loss': None, 'w_visual': v, 'memory_age': 1.0}
     for v in (None, 0.25, 0.75)
   ]
-  assert ablation._mean(means)['w_visual'] == 0.5
-  assert ablation._mean(means)['rec_loss'] is None
+  assert ablation._mean(means) == {'rec_loss': None, 'w_visual': 0.5}
   assert ablate._figure(None, None) == '–'
   assert ablate._figure(None, 0.5) == '– → 0.5'
 
@@ -292,3 +291,24 @@ def test_ablate_refuses_bad_seeds(ml_1m, tmp_path, seeds):
     binary='ablate',
   )
   assert '--seeds' in error
+
+
+def test_a_third_expert_and_a_further_metric_are_in_the_tables():
+  def depth(ranks):
+    return {'depth': ranks / 2}
+
+  shown = {'rec_loss': 2.0, 'w_visual': 0.5, 'w_audio': 0.25}
+  both = {
+    name: outcome(ranks)._replace(training=shown, metrics=(depth,))
+    for name, ranks in (('base', [[0, 4]]), ('other', [[2, 6]]))
+  } | {'none': outcome([[8, 8]])._replace(metrics=(depth,))}
+  differences = ablation.differences(both)
+  table = ablate.markdown(both, differences, small.config(), [0])
+  assert '| variant | rec. loss | router visual | router audio | sec' in table
+  assert '| other | – → 2 | – → 0.5 | – → 0.25 | 1 |' in table
+  assert '| none | – | – | – | 1 |' in table
+  assert '| variant | depth sampled | difference | depth full |' in table
+  assert '| other | 2.0000 | +1.0000 [+1.0000, +1.0000] | 2.0000 |' in table
+  told = ablate.as_json(both, differences)
+  assert told['other']['seeds']['test']['full depth'] == [2]
+  assert told['other']['difference']['sampled depth']['mean'] == 1

@@ -92,6 +92,10 @@ def test_what_is_frozen_is_not_asked_for_a_gradient():
       last=train(gradient_visual=0.0, gradient_semantic=0.0), freeze='experts'
     )
   ) == [True, True, True, None, True]
+  one = dict(freeze='visual_expert')
+  assert passed(judge(last=train(gradient_visual=0.0), **one)) == [True] * 5
+  dead = judge(last=train(gradient_semantic=0.0), **one)
+  assert dead['gradient reaching the experts']['passed'] is False
 
 
 def test_the_router_is_told_from_start_to_end():
@@ -107,3 +111,24 @@ def test_a_contrastive_loss_outside_is_explained():
   assert '4 positives of a step gives 1.39' in high['measured']
   low = judge(last=train(contrastive_loss=0.5), expert_input='candidate')
   assert 'both see the candidate' in low['contrastive loss']['measured']
+
+
+def test_each_of_three_experts_is_asked_for_its_share():
+  """Within 0.6 and 1.4 of an equal share."""
+
+  def three(visual, semantic, audio):
+    return judge(
+      last=train(
+        w_visual=visual, w_semantic=semantic, w_audio=audio, gradient_audio=0.1
+      )
+    )['router weights']
+
+  good = three(0.46, 0.33, 0.21)
+  assert good['passed'] and good['target'] == (
+    'each expert in 0.2 to 0.47 at the end'
+  )
+  assert 'audio - -> 0.21' in good['measured']
+  assert three(0.4, 0.41, 0.19)['passed'] is False
+  assert three(0.48, 0.3, 0.22)['passed'] is False
+  dead = judge(last=train(gradient_audio=0.0))
+  assert dead['gradient reaching the experts']['passed'] is False

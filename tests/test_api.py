@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 
 import fedmmr_jax as fm
-from examples import clipped, feddyn, median, own_data, own_slice
+from examples import clipped, feddyn, median, own_data, own_metric, own_slice
 from fedmmr_jax import parts
+from fedmmr_jax.evaluation import user_results
+from fedmmr_jax.runs import report
 from tests import small
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,6 +96,39 @@ def test_nothing_reads_the_binaries():
     assert 'from experiments' not in path.read_text(), path
 
 
+def texts_of(path: pathlib.Path) -> list[tuple[int, str]]:
+  """(line, text) of what a module says: its strings without docstrings."""
+  tree = ast.parse(path.read_text())
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+  docstrings = {
+    id(node.body[0].value)
+    for node in ast.walk(tree)
+    if isinstance(node, documented)
+    and node.body
+    and isinstance(node.body[0], ast.Expr)
+  }
+  return [
+    (node.lineno, node.value)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Constant)
+    and isinstance(node.value, str)
+    and id(node) not in docstrings
+  ]
+
+
+def test_no_flag_is_named_to_who_calls_from_python():
+  """A setting is written `name`; only the binaries know flags."""
+  named = [
+    f'{path.relative_to(ROOT)}:{line}: {text}'
+    for path in (ROOT / 'fedmmr_jax').rglob('*.py')
+    if path.name != 'presets.py'  # it reads what is written for the binaries
+    for line, text in texts_of(path)
+    # In f'--{name}' the text ends with the dashes.
+    if re.search(r'(?<![-\w])--(\w|$)', text)
+  ]
+  assert not named
+
+
 def test_a_model_loads_no_reader():
   subprocess.run(
     [
@@ -122,6 +158,7 @@ def test_every_public_name_is_there_and_documented():
   'module',
   [
     'fedmmr_jax',
+    'fedmmr_jax.metrics',
     'fedmmr_jax.parts',
     'fedmmr_jax.presets',
     'fedmmr_jax.data.dataset',
@@ -133,7 +170,9 @@ def test_docstrings_run(module):
 
 
 @pytest.mark.parametrize(
-  'example', [clipped, own_data, own_slice], ids=lambda e: e.__name__
+  'example',
+  [clipped, own_data, own_metric, own_slice],
+  ids=lambda e: e.__name__,
 )
 def test_an_example_runs(example, capsys):
   example.main()
@@ -249,6 +288,34 @@ def test_parts_from_outside_by_name(tmp_path):
   )
   assert loaded.dataset.num_clients == 9
   assert loaded.dataset.item_ids[1] == 'i0'
+
+
+def test_a_metric_of_ones_own_is_in_whatever_a_run_leaves(tmp_path):
+  config = small.config(metrics='examples.own_metric:Biased', eval_every=2)
+  simulation = fm.Simulation.of(config, small.dataset())
+  run = fm.RunFolder(tmp_path)
+  run.start(config, simulation.dataset)
+  summary = fm.train(simulation, run, lambda record: None)
+  first, second = run.records()
+  assert 'val' not in first
+  for found in (second['val'], summary['test']):
+    for values in found.values():
+      assert 0 < values['RBP 0.8'] < 0.2
+  _, ranks = simulation.evaluate(simulation.init_state(), 'test')
+  assert fm.metrics_of(ranks, [own_metric.Biased()])['full'].keys() == (
+    summary['test']['full'].keys()
+  )
+  page = report.write(run).read_text()
+  assert 'RBP 0.8' in page and page.count('RBP 0.8') > 2
+  # By users too, by all protocols, and in each part of them.
+  simulation = simulation.with_popular_negatives()
+  results = user_results.evaluate(simulation, simulation.init_state(), 'test')
+  assert {len(by_metric) for by_metric in results.of_each().values()} == {8}
+  for parts_ in user_results.slices(results).values():
+    for part in parts_.values():
+      assert 'RBP 0.8' in part.means()['corrected']
+  user_results.write(results, tmp_path / 'users.csv')
+  assert 'popularity/RBP 0.8' in (tmp_path / 'users.csv').read_text()
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,7 @@ def test_a_failed_save_is_told_and_loses_nothing(tmp_path):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   with pytest.raises(
     UserError,
-    match='rounds/2: cannot be saved .*; round 1 '
-    'is whole, go on from it with --resume',
+    match='rounds/2: cannot be saved .*; round 1 is whole, go on from it',
   ):
     with Saver(rounds, CheckpointConfig()) as saver:
       resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))

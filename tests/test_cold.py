@@ -69,7 +69,7 @@ def test_users_left_with_too_little_are_left_out_and_named():
 
 
 def test_nothing_held_out_is_refused():
-  with pytest.raises(UserError, match='--cold_items=0.001'):
+  with pytest.raises(UserError, match='`cold_items=0.001`'):
     cold_lib.hold_out(small.dataset(), 0.001, seed=0)
 
 

@@ -184,7 +184,7 @@ def test_a_texts_file_that_is_none_is_refused(tmp_path, content, said):
   path = tmp_path / 'texts.json'
   path.write_bytes(content)
   message = error_of(extraction.read_texts, path)
-  assert message.startswith(f'--texts={path}: ') and said in message
+  assert message.startswith(f'{path}: ') and said in message
 
 
 def test_a_missing_texts_file_is_refused(tmp_path):
@@ -200,7 +200,7 @@ def test_a_value_that_is_not_finite_names_its_item(tmp_path):
   with pytest.raises(
     UserError,
     match='item a: the model gives values that are '
-    'not finite; name another --text_model',
+    'not finite; take another model',
   ):
     extract(tmp_path, text_inputs(), encode)
   assert not extraction.matrix_path(tmp_path, 'text').exists()

@@ -147,7 +147,7 @@ def test_an_all_zero_matrix_is_refused():
 def test_a_constant_matrix_is_refused(value):
   message = error_of(check, np.full((5, 2), value))
   assert f'every value is {value:g}, a constant matrix' in message
-  assert '--visual_features=none' in message
+  assert '`visual_features=none`' in message
 
 
 @pytest.mark.parametrize('missing', [[0], [0, 3]], ids=str)
@@ -159,7 +159,7 @@ def test_a_constant_matrix_is_refused_behind_its_zero_rows(missing):
 
 
 def test_the_mend_names_the_flag_of_the_kind():
-  with pytest.raises(UserError, match='--text_features=none'):
+  with pytest.raises(UserError, match='`text_features=none`'):
     check(np.zeros((5, 2)), kind='text')
 
 
@@ -270,10 +270,10 @@ def test_a_path_is_that_path_whatever_the_folder_holds(tmp_path):
 def test_a_path_that_does_not_exist_is_an_error(kind, tmp_path):
   path = tmp_path / 'absent.npy'
   with pytest.raises(
-    UserError, match=re.escape(f'--{kind}_features={path}: no such file')
+    UserError, match=re.escape(f'`{kind}_features={path}`: no such file')
   ) as caught:
     features.resolve(str(path), kind, tmp_path)
-  assert f'--{kind}_features=none' in str(caught.value)
+  assert f'`{kind}_features=none`' in str(caught.value)
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_rows_must_reach_the_largest_id_of_the_movies(movielens_folder):
 
 
 def test_a_missing_matrix_that_was_asked_for_stops_the_load(movielens_folder):
-  with pytest.raises(UserError, match='--text_features=absent.npy: no such'):
+  with pytest.raises(UserError, match='`text_features=absent.npy`: no such'):
     load_movielens(movielens_folder, text_features='absent.npy')
 
 
@@ -377,7 +377,7 @@ def test_the_synthetic_set_refuses_features_of_another_set(tmp_path):
 
 
 def test_the_synthetic_set_refuses_a_missing_file():
-  with pytest.raises(UserError, match='--visual_features=absent.npy: no such'):
+  with pytest.raises(UserError, match='`visual_features=absent.npy`: no such'):
     load.load(DataConfig(visual_features='absent.npy', **SYNTHETIC), 0)
 
 

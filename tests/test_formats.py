@@ -208,7 +208,7 @@ def test_an_empty_file_is_an_error(name, content, tmp_path):
 def test_a_missing_file_is_an_error_that_names_the_flag(name, tmp_path):
   message = error_of(read_ratings, name, tmp_path)
   assert message.startswith(f'{tmp_path / FILE[name]}: no such file')
-  assert '--data_dir' in message
+  assert '`data_dir' in message
 
 
 @pytest.mark.parametrize('end', ['\n', '\r\n'], ids=['lf', 'crlf'])
@@ -549,7 +549,7 @@ BROKEN = {
     'ratings.csv',
     'userId,rating,timestamp\n1,5,3\n',
     ', line 1: no column of the items among userId, rating, '
-    'timestamp; name it with --item_column',
+    'timestamp; name it with `item_column`',
     'auto',
   ),
   'header only': ('log.csv', 'user,item\n', ': no interaction in it', 'auto'),

@@ -1,10 +1,15 @@
 """Ranking metrics by hand, and means that merge."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fedmmr_jax as fm
 from fedmmr_jax import metrics
+from fedmmr_jax.client import update as client_lib
+from tests import small
 
 
 def test_rank_0_is_perfect():
@@ -146,3 +151,87 @@ def test_counts_beyond_what_float32_counts_exactly():
     total = metrics.merge(total, metrics.mean(1.0, np.float32(50_001)))
   assert float(total.weight) == pytest.approx(2000 * 50_001, rel=2000 * 2**-24)
   assert metrics.finish({'x': total})['x'] == 1
+
+
+def test_a_metric_of_training_has_one_title_everywhere():
+  assert metrics.figure('w_audio') == ('router audio', 'Router', 'mean weight')
+  assert metrics.figure('gradient_audio').title == 'gradient audio'
+  # One that nobody has told of is shown all the same.
+  assert metrics.figure('my_figure') == ('my figure', 'My figure', 'mean')
+  names = ['my_figure', 'gradient_b', 'gradient_a', 'w_a', 'loss']
+  assert metrics.ordered(names) == [
+    'loss',
+    'w_a',
+    'gradient_b',
+    'gradient_a',
+    'my_figure',
+  ]
+
+
+def test_every_metric_of_a_round_is_in_the_table():
+  known = [*client_lib.empty_metrics(), *client_lib.memory_metrics(None)]
+  known.remove(metrics.WEIGHT_SHARES)  # a figure of its own
+  assert metrics.ordered(['nobody', *known])[-1] == 'nobody'
+
+
+def depth(ranks):
+  return {'depth': np.log2(ranks + 1)}
+
+
+def test_a_further_metric_stands_beside_the_usual_ones():
+  ranks = np.array([0, 1, 3])
+  found = metrics.ranking_of_each(ranks, [depth])
+  assert list(found) == [*metrics.RANKING, 'depth']
+  assert found['depth'].tolist() == [0, 1, 2]
+  assert metrics.ranking(ranks, [depth])['depth'] == 1
+  assert metrics.own_names([depth]) == ['depth']
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+  n: int = 3
+
+  def __call__(self, ranks):
+    return {f'within {self.n}': ranks < self.n}
+
+
+def test_a_further_metric_by_name():
+  named = metrics.further_metrics(
+    ['recbole', f'{__name__}:Within', 'n=4', f'{__name__}:depth']
+  )
+  assert named == (metrics.recbole_of_each, Within(4), depth)
+  assert metrics.ranking(np.array([2, 4]), named)['within 4'] == 0.5
+  for name, message in (
+    ('precision', "no metric 'precision'; one of recbole, or your own as"),
+    ('math:pi', 'metric math:pi: cannot be called'),
+    ('recbole,k=1', 'metric recbole,k=1: there is no option k; it has no'),
+  ):
+    assert message in small.error_of(metrics.further_metrics, [name])
+
+
+@pytest.mark.parametrize(
+  'given, message',
+  [
+    (lambda ranks: ranks, 'gives ndarray, not a dict'),
+    (lambda ranks: {'x': 0.5}, "'x' has shape () for ranks of shape (40,)"),
+    (lambda ranks: {'x': ranks[1:]}, "'x' has shape (39,) for ranks of"),
+    (lambda ranks: {'x': ['a'] * 40}, "'x' is no array of numbers"),
+    (
+      lambda ranks: {'x': np.where(ranks > 2, np.nan, 0)},
+      "'x' is NaN or infinite at rank 3",
+    ),
+    (lambda ranks: {'MRR': ranks}, "'MRR' is no name, or that of another"),
+    (lambda ranks: {1: ranks}, '1 is no name'),
+  ],
+)
+def test_a_metric_that_gives_something_else_is_refused(given, message):
+  error = small.error_of(metrics.own_names, [given])
+  assert error.startswith('metric <lambda>') and message in error
+  # Before anything is trained.
+  assert message in small.error_of(
+    fm.Simulation.of, small.config(), small.dataset(), metrics=[given]
+  )
+
+
+def test_two_metrics_of_one_name_are_refused():
+  assert 'that of another' in small.error_of(metrics.own_names, [depth, depth])

@@ -325,9 +325,9 @@ def test_control_variates_that_no_machine_holds_are_refused(monkeypatch):
   assert small.error_of(small.simulation, **SCAFFOLD) == (
     f'drift control keeps {4 * numbers:,} bytes for each of 9 clients, '
     f'{36 * numbers:,} in all, more than the {36 * numbers - 1:,} allowed '
-    f'(the model has {numbers:,} numbers); take --drift_control=mime_lite, '
-    'which keeps nothing, or fewer clients (--top_k_users), fewer items '
-    '(--k_core), a smaller --hidden_dim'
+    f'(the model has {numbers:,} numbers); take `drift_control=mime_lite`, '
+    'which keeps nothing, or fewer clients (`top_k_users`), fewer items '
+    '(`k_core`), a smaller `hidden_dim`'
   )
 
 

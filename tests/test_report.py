@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from experiments import console
 from fedmmr_jax.client import losses
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
@@ -97,7 +98,7 @@ def test_draws_every_figure_and_escapes(run):
     'Where the time went',
     'Acceptance',
     'a &lt;b&gt; &amp; c.npy',
-    '--num_rounds',
+    'num_rounds',
   ):
     assert words in page, words
   assert 'gradient visual' not in page  # has no value
@@ -188,12 +189,12 @@ def test_comparison(run, tmp_path):
     'Validation, sampled',
     'run, round 3: 0.3',
     'other, round 1',
-    '--seed',
+    'seed',
     'not finished',
     '3 of 3',
   ):
     assert words in page, words
-  assert '--dropout' not in page and '://' not in page
+  assert 'dropout' not in page and '://' not in page
   twins = [RunFolder(tmp_path / 'a' / 'run'), RunFolder(tmp_path / 'b' / 'run')]
   assert len(set(report._distinct(twins))) == 2
 
@@ -268,3 +269,52 @@ def test_opens_in_a_browser_light_and_dark_on_desktop_and_phone(run):
     assert seen['overflow'] <= 0  # nothing is wider than the screen
     assert seen['figures'] == page.count('<svg') >= 11
     assert seen['cells'] == 6
+
+
+def test_a_third_expert_and_a_further_metric_have_their_curves(run, tmp_path):
+  lines = [record(1), record(2)]
+  for line in lines:
+    line['train'] |= {'w_audio': 0.2, 'gradient_audio': 0.3, 'own_figure': 1.5}
+    for values in line['val'].values():
+      values['depth'] = 4.5
+  charts = {(c.title, c.unit): c for c in report.draw_run(lines)}
+
+  def labels(title, unit):
+    return [curve['label'] for curve in charts[title, unit].curves]
+
+  assert labels('Router', 'mean weight') == [
+    'router visual',
+    'router semantic',
+    'router audio',
+  ]
+  assert 'gradient audio' in labels('Gradient', 'mean norm of a local step')
+  assert labels('Validation', 'depth') == ['sampled', 'full']
+  assert labels('Own figure', 'mean') == ['own figure']
+  # Over one another too, and in the table of results.
+  other = RunFolder(tmp_path / 'other')
+  other.start(small.config(seed=7), small.dataset())
+  done = summary()
+  for values in done['test'].values():
+    values['depth'] = 4.25
+  for one in (run, other):
+    one.append(lines[0] | {'round': 4})
+    one.write_summary(done)
+  report.write_comparison([run, other], tmp_path / 'both.html')
+  page = (tmp_path / 'both.html').read_text()
+  for words in ('Router, router audio', '<th>depth full</th>', '4.2500'):
+    assert words in page, words
+  # One of them has it not: no column.
+  other.write_summary(summary())
+  report.write_comparison([run, other], tmp_path / 'both.html')
+  assert '<th>depth' not in (tmp_path / 'both.html').read_text()
+
+
+def test_a_third_expert_is_told_of_in_the_line_of_a_round():
+  line = record(1)
+  line['train'] |= {'w_audio': 0.2, 'w_text': None}
+  assert 'router visual 0.40 semantic 0.60 audio 0.20' in (
+    console.round_line(line, 5)
+  )
+  for name in ('w_visual', 'w_semantic', 'w_audio'):
+    del line['train'][name]
+  assert 'router' not in console.round_line(line, 5)

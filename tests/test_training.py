@@ -227,7 +227,7 @@ def test_a_longer_run_takes_down_the_results_of_the_shorter(tmp_path):
 
 def test_a_run_is_continued_with_its_own_settings_only(straight):
   path, _ = straight
-  with pytest.raises(UserError, match='--num_negatives=5, not 6'):
+  with pytest.raises(UserError, match='`num_negatives=5`, not 6'):
     RunFolder(path).start(small.config(num_negatives=6), small.dataset())
   with pytest.raises(UserError, match='other data'):
     RunFolder(path).start(small.config(), small.dataset(seed=1))
@@ -317,7 +317,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
 def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
   path = tmp_path / 'run'
   train(path, num_rounds=1, server_schedule='cosine')
-  with pytest.raises(UserError, match='--num_rounds=1, not 2.*rates fall'):
+  with pytest.raises(UserError, match='`num_rounds=1`, not 2.*rates fall'):
     RunFolder(path).start(
       small.config(num_rounds=2, server_schedule='cosine'), small.dataset()
     )
@@ -366,7 +366,7 @@ def test_cold_items_and_acceptance_are_in_the_summary(tmp_path):
 def test_a_folder_with_a_run_is_refused_without_resume(straight):
   path, _ = straight
   before = (path / 'config.json').read_bytes()
-  with pytest.raises(UserError, match='already holds a run.*--resume'):
+  with pytest.raises(UserError, match='already holds a run; continue it, or'):
     RunFolder(path).check_free(resume=False)
   RunFolder(path).check_free(resume=True)
   assert (path / 'config.json').read_bytes() == before

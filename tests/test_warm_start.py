@@ -13,14 +13,17 @@ from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
+from fedmmr_jax.models import groups
 from fedmmr_jax.runs import training
-from fedmmr_jax.runs.checkpoint import Rounds
+from fedmmr_jax.runs.checkpoint import named_arrays, Rounds
 from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
 
 # Not a generated set: of those, another one has other items under the same ids.
 NAMED = dict(dataset='ml-1m', data_dir='unused')
+# Groups of parameters of one's own.
+LOWER = ('item_embedding', 'backbone/block_0')
+NOWHERE = ('router', 'backbone/block_7')
 
 
 def train(path, dataset=None, **changes):
@@ -59,12 +62,21 @@ def parts(simulation):
 
 
 def test_every_parameter_has_one_group():
-  assert tuple(PARAMETER_GROUPS) == GROUPS
-  names = [n for group in PARAMETER_GROUPS.values() for n in group]
-  assert len(set(names)) == len(names)
-  for changes in (dict(fusion='gated'), dict(item_embedding='content_plus_id')):
-    params = small.simulation(**changes).abstract_state.server.params
-    assert set(params) <= set(names)
+  changes = dict(fusion='gated', item_embedding='content_plus_id')
+  changes |= dict(profile='history')
+  params = small.simulation(**changes).abstract_state.server.params
+  assert groups.by_group(params) == {
+    'embeddings': ['content_projection', 'item_embedding'],
+    'backbone': ['backbone', 'profile_expert'],
+    'experts': [
+      'semantic_expert',
+      'semantic_norm',
+      'visual_expert',
+      'visual_norm',
+    ],
+    'router': ['router'],
+    'fusion': ['fusion_gate', 'sequence_norm'],
+  }
 
 
 def test_all_loads_every_parameter_and_nothing_else(pretrained):
@@ -165,12 +177,12 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
       dict(num_blocks=2, load='backbone'),
       'it has no backbone/block_1/.*stay as drawn',
     ),
-    (dict(num_heads=4, load='backbone'), '--num_heads=2, not 4'),
-    (dict(semantic_heads=4), 'experts cannot .*--semantic_heads=2, not 4'),
+    (dict(num_heads=4, load='backbone'), '`num_heads=2`, not 4'),
+    (dict(semantic_heads=4), 'experts cannot .*`semantic_heads=2`, not 4'),
     (dict(item_embedding='content_plus_id'), '`item_embedding=id`, not'),
     (dict(experts='none', load='router'), 'has no router; it has embeddings'),
     (dict(fusion='gated', load='fusion'), '`fusion=residual`, not gated'),
-    (dict(similarity='dot', load='experts'), '--similarity=cosine, not dot'),
+    (dict(similarity='dot', load='experts'), '`similarity=cosine`, not dot'),
     (dict(experts='none', load='all,router'), 'has no router; it has'),
     (
       dict(memory='recent,capacity=8,retrieval_size=4', load='memories'),
@@ -197,7 +209,7 @@ def test_the_same_data_under_another_name_is_loaded(pretrained):
     saved(pretrained).server.params['item_embedding'],
   )
   # Of other data the name is all there is to go by.
-  with pytest.raises(UserError, match='--dataset=ml-1m, not auto'):
+  with pytest.raises(UserError, match='`dataset=ml-1m`, not auto'):
     state(subset(set(range(5, 61))))
 
 
@@ -212,9 +224,9 @@ def test_what_belongs_to_other_data_is_refused(pretrained):
 def test_items_that_were_never_trained_are_refused(tmp_path):
   dataset, _, _ = cold_lib.hold_out(small.dataset(), 0.2, seed=0)
   cold = train(tmp_path / 'cold', dataset, cold_items=0.2, num_rounds=1)
-  with pytest.raises(UserError, match='--cold_items=0.2, not 0.0'):
+  with pytest.raises(UserError, match='`cold_items=0.2`, not 0.0'):
     start(cold).init_state()
-  with pytest.raises(UserError, match='--seed=0, and with it other cold'):
+  with pytest.raises(UserError, match='`seed=0`, and with it other cold'):
     start(cold, dataset, cold_items=0.2, seed=1).init_state()
 
 
@@ -273,15 +285,36 @@ def test_what_has_no_place_is_told(pretrained):
 
 def test_flags_are_checked():
   for changes, message in (
-    (dict(load='backbone'), 'needs --pretrained_path'),
-    (dict(load='spine', pretrained_path='x'), "there is no 'spine'"),
-    (dict(freeze='memories'), "there is no 'memories'"),
+    (dict(load='backbone'), 'needs `pretrained_path`'),
     (dict(freeze=','.join(GROUPS)), 'leaves nothing to train'),
   ):
     with pytest.raises(UserError, match=message):
       small.config(**changes)
-  with pytest.raises(UserError, match='nothing of this model to train'):
-    small.simulation(experts='none', freeze='embeddings,backbone')
+  for changes, message in (
+    (
+      dict(experts='none', freeze='embeddings,backbone'),
+      'nothing of this model to train',
+    ),
+    (
+      dict(experts='none', freeze='item_embedding,backbone'),
+      'nothing of this model to train',
+    ),
+    (dict(freeze='memories'), "`freeze`: this model has no .* 'memories'"),
+    (
+      dict(freeze='backbone/block0'),
+      r"no parameters 'backbone/block0'; nearest are backbone/block_0, ",
+    ),
+    (
+      dict(load='spine', pretrained_path='x'),
+      "`load`: this model has no parameters 'spine'; nearest are ",
+    ),
+    (dict(freeze='math:pi'), 'math:pi is no tuple of paths'),
+    (dict(freeze=f'{__name__}:NAMED'), 'NAMED is no tuple of paths'),
+    (dict(freeze=f'{__name__}:NOWHERE'), "no parameters 'backbone/block_7'"),
+    (dict(freeze='math:no'), 'math has no no'),
+  ):
+    with pytest.raises(UserError, match=message):
+      small.simulation(**changes)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +357,86 @@ def test_frozen_groups_stay_bit_for_bit(changes):
       )
     )
   assert means['gradient_backbone'] == 0 < means['gradient_visual']
+
+
+@pytest.mark.parametrize(
+  'freeze, frozen',
+  [
+    ('backbone/block_0', ['backbone/block_0/']),
+    (f'{__name__}:LOWER', ['item_embedding', 'backbone/block_0/']),
+    (
+      'router, backbone/block_1/feed_forward_norm/bias',
+      ['router/', 'backbone/block_1/feed_forward_norm/bias'],
+    ),
+  ],
+)
+def test_what_a_path_freezes_stays_bit_for_bit_and_the_rest_moves(
+  freeze, frozen
+):
+  simulation = small.simulation(
+    num_blocks=2,
+    freeze=freeze,
+    weight_decay=0.1,
+    server_optimizer='fedyogi',
+    server_learning_rate=0.01,
+    client_optimizer='sgd',
+    drift_control='scaffold',
+  )
+  state = simulation.init_state()
+  before = named_arrays(small.copy(state.server.params))
+  state, _ = simulation.run_round(state, 1, simulation.sample_cohort(1))
+  stayed = {
+    name
+    for name, x in named_arrays(state.server.params).items()
+    if np.array_equal(x, before[name])
+  }
+  meant = {n for n in before if any(n.startswith(place) for place in frozen)}
+  assert meant and stayed == meant
+
+
+def test_one_path_alone_is_loaded(pretrained):
+  simulation = start(
+    pretrained, load='backbone/block_0, router', freeze='backbone/block_0'
+  )
+  state = named_arrays(simulation.init_state().server.params)
+  trained = named_arrays(saved(pretrained).server.params)
+  drawn = named_arrays(simulation._fresh_state().server.params)
+  assert set(state) == set(trained)
+  for name, x in state.items():
+    is_loaded = name.startswith(('backbone/block_0/', 'router/'))
+    np.testing.assert_array_equal(x, (trained if is_loaded else drawn)[name])
+  table = parts(simulation)
+  whole, block = (
+    sum(x.size for name, x in state.items() if name.startswith(place))
+    for place in ('backbone/', 'backbone/block_0/')
+  )
+  assert table['backbone/block_0', 'loaded'].count == block
+  assert table['backbone', 'initial'].count == whole - block > 0
+  report = console.warm_start_report(
+    simulation.warm_start, ['backbone/block_0']
+  )
+  assert [
+    line.split()[0] for line in report.splitlines() if 'frozen' in line
+  ] == ['backbone/block_0']
+
+
+def test_a_group_of_ones_own_is_loaded(pretrained):
+  state = start(pretrained, load=f'{__name__}:LOWER').init_state()
+  trained = saved(pretrained).server.params
+  small.assert_trees_equal(
+    state.server.params['item_embedding'], trained['item_embedding']
+  )
+  # What a group's parameters mean, those of a path mean too.
+  for changes, message in (
+    (dict(num_heads=4, load='backbone/block_0'), '`num_heads=2`, not 4'),
+    (
+      dict(num_blocks=2, load='backbone/block_1'),
+      'backbone/block_1 cannot be .* it has no backbone/block_1/.*leave '
+      'backbone/block_1 out of `load`',
+    ),
+  ):
+    with pytest.raises(UserError, match=message):
+      start(pretrained, **changes).init_state()
 
 
 def test_a_killed_warm_start_resumes_without_its_source(tmp_path, pretrained):

@@ -103,11 +103,11 @@ def step_loss(
     (total loss, (surprise [T] for the memory, metrics of the step)).
   """
   # What is frozen gets no gradient, and none is computed for it.
-  frozen = optimizers.frozen_names(config.client)
-  params = {
-    name: jax.lax.stop_gradient(part) if name in frozen else part
-    for name, part in params.items()
-  }
+  params = jax.tree.map(
+    lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x,
+    params,
+    optimizers.frozen(config.client, params),
+  )
   scores = score_batch(model, params, batch, negative, catalogue, view, key)
   valid = batch.valid.reshape(-1)
   candidates, target = scores.candidates, scores.target

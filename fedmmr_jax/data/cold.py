@@ -69,7 +69,7 @@ def hold_out(
     full.append(np.concatenate([cold[:-1], rest, cold[-1:]]))
   if not clients:
     raise UserError(
-      f'--cold_items={share}: nobody has consumed the {num_cold} items held '
+      f'`cold_items={share}`: nobody has consumed the {num_cold} items held '
       'out, or too little else; hold more out, or fewer'
     )
   kept = dataclasses.replace(

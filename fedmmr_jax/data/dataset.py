@@ -355,14 +355,14 @@ def client_view(
 def _check_unseen(dataset, num_consumed, num_negatives, sampled_negatives):
   client = np.argmax(num_consumed)
   unseen = dataset.num_items - dataset.num_cold - num_consumed[client]
-  for flag, wanted in (
+  for setting, wanted in (
     ('num_negatives', num_negatives),
     ('sampled_negatives', sampled_negatives),
   ):
     if wanted > unseen:
       raise UserError(
         f'{dataset.name}: user {dataset.user_ids[client]} has only {unseen} '
-        f'unseen items; lower --{flag}={wanted}'
+        f'unseen items; lower `{setting}={wanted}`'
       )
 
 

@@ -54,7 +54,7 @@ class Archive(NamedTuple):
     name: of the set; the archive is `name`.zip.
     url: where it is.
     known_hash: 'md5:…', or None where it changes.
-    format: what `--dataset` calls the format of its files.
+    format: what `dataset` calls the format of its files.
     interactions: the file without which the archive is of no use.
     items: the file with the titles.
   """
@@ -106,9 +106,7 @@ def fetch(archive: Archive, folder: pathlib.Path, url: str = '') -> Fetched:
       another content is in its place.
   """
   if folder.exists() and not folder.is_dir():
-    raise UserError(
-      f'--data_dir={folder} is a file; name a folder for the data set'
-    )
+    raise UserError(f'{folder} is a file; name a folder for the data set')
   folder.mkdir(parents=True, exist_ok=True)
   url = url or archive.url
   path = folder / archive.file
@@ -128,7 +126,7 @@ def fetch(archive: Archive, folder: pathlib.Path, url: str = '') -> Fetched:
     path.unlink()
     raise UserError(
       f'{url} {refused}; what came is removed: call again, or name another '
-      'source with --url'
+      'source (`url`)'
     ) from None
   return Fetched(files, path, downloaded)
 
@@ -160,15 +158,14 @@ def _download(archive: Archive, path: pathlib.Path, url: str) -> None:
     ) from None
   except PermissionError:
     raise UserError(
-      f'{path.parent}: no permission to write there; name '
-      'another folder with --data_dir'
+      f'{path.parent}: no permission to write there; name another folder'
     ) from None
   except ValueError:  # pooch's word for another hash; it has removed the file
     kind, known = archive.known_hash.split(':')
     raise UserError(
       f'{url}: its {kind.upper()} is not {known}, that of the original '
       f'{archive.file}; what came is removed: call again, or name another '
-      'source with --url'
+      'source (`url`)'
     ) from None
 
 
@@ -370,7 +367,7 @@ def _is_there(
     return True
   raise UserError(
     f'{file} is not the one in {archive.name}; move it away, or '
-    'name another folder with --data_dir'
+    'name another folder'
   )
 
 

@@ -27,7 +27,6 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.files import replace
 
 TEXT, VISUAL = 'text', 'visual'
-MODEL_FLAG = {TEXT: 'text_model', VISUAL: 'image_model'}
 # The first counts where an item has several.
 IMAGE_ENDS = ('.jpg', '.jpeg', '.png', '.webp')
 # What may be inside, whatever the name says: pictures of the web are misnamed
@@ -82,7 +81,7 @@ class BrokenImage(Exception):
 
 
 def matrix_path(folder: pathlib.Path, kind: str) -> pathlib.Path:
-  """Where `--{kind}_features=auto` looks."""
+  """Where `{kind}_features=auto` looks."""
   return folder / f'{kind}_features.npy'
 
 
@@ -95,19 +94,19 @@ def read_texts(path: pathlib.Path) -> dict[str, str]:
   try:
     texts = json.loads(path.read_text('utf-8-sig'))
   except OSError as error:
-    raise UserError(f'--texts={path}: {error.strerror}') from None
+    raise UserError(f'{path}: {error.strerror}') from None
   except (ValueError, RecursionError) as error:
     reason = ' '.join(str(error).split())[:80]
-    raise UserError(f'--texts={path}: not JSON in UTF-8 ({reason})') from None
+    raise UserError(f'{path}: not JSON in UTF-8 ({reason})') from None
   if not isinstance(texts, dict):
     raise UserError(
-      f'--texts={path}: expected a JSON object {{"item id": '
+      f'{path}: expected a JSON object {{"item id": '
       f'"text", …}}, found a {type(texts).__name__}'
     )
   for item, text in texts.items():
     if not isinstance(text, str):
       raise UserError(
-        f'--texts={path}: the text of item {item!r} is no string '
+        f'{path}: the text of item {item!r} is no string '
         f'but {json.dumps(text)[:40]}'
       )
   return texts
@@ -152,7 +151,7 @@ def image_inputs(items: ItemTable, folder: pathlib.Path) -> Inputs:
     UserError: no such folder, or no file of it belongs to an item.
   """
   if not folder.is_dir():
-    raise UserError(f'--images={folder}: no such folder')
+    raise UserError(f'{folder}: no such folder')
   rows = _rows_by_id(items)
   found = [
     path
@@ -169,9 +168,7 @@ def image_inputs(items: ItemTable, folder: pathlib.Path) -> Inputs:
     key=lambda entry: rows[entry[0]],
   )
   if not known:
-    raise UserError(
-      _nothing_in_common(f'--images={folder}', 'image', unknown, rows)
-    )
+    raise UserError(_nothing_in_common(str(folder), 'image', unknown, rows))
   # Not their content: that would read every file twice.
   state = [
     (item, path.name, path.stat().st_size, path.stat().st_mtime_ns)
@@ -294,7 +291,7 @@ class Partial:
       self._lock.close()
       raise UserError(
         f'{self._npy.parent}: another process is preparing its {self._kind} '
-        'features; wait for it, or name another --out'
+        'features; wait for it, or name another folder'
       ) from None
     if self._json.exists():
       try:
@@ -493,7 +490,7 @@ def _batch(
     if len(bad):
       raise UserError(
         f'item {inputs.ids[kept[bad[0]]]}: the model gives values that are '
-        f'not finite; name another --{MODEL_FLAG[inputs.kind]}'
+        'not finite; take another model'
       )
   if normalise and read:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -15,6 +15,8 @@ from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
 
 AUTO, NONE = 'auto', 'none'
+# Matrices with a setting of their own, `<kind>_features`.
+KINDS = ('visual', 'text')
 
 
 class IntegrityReport(NamedTuple):
@@ -55,7 +57,7 @@ class IntegrityReport(NamedTuple):
 
 
 def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
-  """Which file `--{kind}_features` means.
+  """Which file `{kind}_features` means.
 
   Args:
     flag: 'auto' (the file in the data folder, if there is one), 'none' or a
@@ -74,8 +76,8 @@ def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
   path = pathlib.Path(flag)
   if not path.exists():
     raise UserError(
-      f'--{kind}_features={flag}: no such file; name a .npy matrix, or say '
-      f'--{kind}_features=none to train without'
+      f'`{kind}_features={flag}`: no such file; name a .npy matrix, or '
+      f'{_leave_out(kind)} to train without'
     )
   return path
 
@@ -146,6 +148,13 @@ def of_mapping(
   return matrix
 
 
+def _leave_out(kind: str) -> str:
+  """What to do to train without a matrix."""
+  if kind in KINDS:
+    return f'say `{kind}_features=none`'
+  return f'leave {kind} out of `experts`'
+
+
 def check(
   matrix: np.ndarray,
   kind: str,
@@ -178,12 +187,12 @@ def check(
   if (values == values[0, 0]).all():
     raise UserError(
       f'{source}: every value is {values[0, 0]:g}, a constant matrix tells '
-      f'items apart in nothing; rebuild it or say --{kind}_features=none'
+      f'items apart in nothing; rebuild it or {_leave_out(kind)}'
     )
   if len(values) > 1 and (values == values[0]).all():
     raise UserError(
       f'{source}: every row is the same, which tells items apart in '
-      f'nothing; rebuild it or say --{kind}_features=none'
+      f'nothing; rebuild it or {_leave_out(kind)}'
     )
   if np.any(matrix[0]):
     raise UserError(
@@ -194,7 +203,7 @@ def check(
   if not covered:
     raise UserError(
       f'{source}: no item of the catalogue has features; is it the matrix '
-      f'of another data set? Or say --{kind}_features=none'
+      f'of another data set? Or {_leave_out(kind)}'
     )
   return IntegrityReport(
     kind=kind,

@@ -74,7 +74,7 @@ _NAMED = ('csv', 'ml-latest', 'recbole', 'parquet', 'amazon-reviews')
 
 
 class ColumnNames(NamedTuple):
-  """What `--user_column`, `--item_column`, `--time_column` say; '' = one of
+  """What `user_column`, `item_column`, `time_column` say; '' = one of
   ALIASES."""
 
   user: str = ''
@@ -115,7 +115,7 @@ class Source(NamedTuple):
     return self.path.parent
 
   def __str__(self) -> str:
-    how = 'detected' if self.detected else 'as --dataset says'
+    how = 'detected' if self.detected else 'as named'
     return f'{self.path}: {format_of(self.format).description} ({how})'
 
 
@@ -149,7 +149,7 @@ def find(
     path = _find_in(path, dataset)
   elif not path.exists():
     raise UserError(
-      f'--data_dir={data_dir}: no such file or folder; name the folder of '
+      f'`data_dir={data_dir}`: no such file or folder; name the folder of '
       'the data set, or its interaction file'
     )
   if dataset != AUTO:
@@ -167,7 +167,7 @@ def read(source: Source, names: ColumnNames = ColumnNames()) -> Interactions:
   if any(names) and source.format in FORMATS and source.format not in _NAMED:
     raise UserError(
       f'{source.path}: {form.description}, has no named '
-      'columns; leave --user_column, --item_column and --time_column out'
+      'columns; leave `user_column`, `item_column` and `time_column` out'
     )
   return form.read(source.path, names)
 
@@ -214,8 +214,8 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
     ):
       return 'sequences'
   raise UserError(
-    f'{path}: cannot tell its format from {first[:60]!r}; say --dataset=…, '
-    'or name its columns with --user_column and --item_column'
+    f'{path}: cannot tell its format from {first[:60]!r}; say `dataset`, '
+    'or name its columns with `user_column` and `item_column`'
   )
 
 
@@ -235,7 +235,7 @@ def _find_in(folder: pathlib.Path, dataset: str) -> pathlib.Path:
     found += [path for path in sorted(matching) if path not in found]
   if not found:
     raise UserError(
-      f'{folder / next(iter(patterns))}: no such file; --data_dir must be '
+      f'{folder / next(iter(patterns))}: no such file; `data_dir` must be '
       'the folder that holds '
       + (f"{dataset}'s " if dataset != AUTO else 'one of ')
       + ', '.join(patterns)
@@ -244,7 +244,7 @@ def _find_in(folder: pathlib.Path, dataset: str) -> pathlib.Path:
   if len(found) > 1:
     raise UserError(
       f'{folder}: {", ".join(p.name for p in found)} could each be the '
-      f'interactions; name one: --data_dir={found[0]}'
+      f'interactions; name one: `data_dir={found[0]}`'
     )
   return found[0]
 
@@ -363,7 +363,7 @@ def _read_sequences(path, names) -> Interactions:
       raise UserError(
         f'{path}, line {number}: a second line of user {user}; '
         'expected one line a user: <user id> <item id> <item id> '
-        '…; lines of <user id> <item id> are --dataset=sasrec'
+        '…; lines of <user id> <item id> are `dataset=sasrec`'
       )
     user_column.append(np.full(len(own), users.of(user)))
     item_column.append(np.fromiter(map(items.of, own), np.int64, len(own)))
@@ -556,7 +556,7 @@ def _pick_all(
         + (asked or f'of the {what}s')
         + ' among '
         + ', '.join(fields)
-        + f'; name it with --{what}_column'
+        + f'; name it with `{what}_column`'
       )
   picked = tuple(
     _pick(fields, names, what) for what in ('user', 'item', 'time')

@@ -144,7 +144,7 @@ class ItemTable(NamedTuple):
 
 
 def find(source: Source, item_file: str) -> pathlib.Path | None:
-  """The item file: the one that `--item_file` names, or the one in the folder.
+  """The item file: the one that `item_file` names, or the one in the folder.
 
   Raises:
     UserError: there is no such file, or there are several.
@@ -152,7 +152,7 @@ def find(source: Source, item_file: str) -> pathlib.Path | None:
   if item_file:
     path = pathlib.Path(item_file)
     if not path.exists():
-      raise UserError(f'--item_file={item_file}: no such file')
+      raise UserError(f'`item_file={item_file}`: no such file')
     return path
   found = list(
     dict.fromkeys(
@@ -165,7 +165,7 @@ def find(source: Source, item_file: str) -> pathlib.Path | None:
   if len(found) > 1:
     raise UserError(
       f'{source.folder}: {", ".join(p.name for p in found)} could each tell '
-      f'of the items; name one: --item_file={found[0]}'
+      f'of the items; name one: `item_file={found[0]}`'
     )
   return found[0] if found else None
 

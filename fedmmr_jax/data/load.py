@@ -17,9 +17,6 @@ from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.data.selection import Filters, select, Selected
 from fedmmr_jax.errors import UserError
 
-# Those that have a setting of their own, `<kind>_features`.
-MODALITIES = ('visual', 'text')
-
 
 # Experts whose features these are (`models.experts`).
 _STANDARD = ('visual', 'semantic')
@@ -33,7 +30,7 @@ class Loaded(NamedTuple):
     integrity: one report for each feature matrix in use.
     dropped_users: source ids of users with too few interactions.
     notes: lines about the file, its format, what was left out.
-    cold: items held out of training, with `--cold_items`.
+    cold: items held out of training, with `cold_items`.
   """
 
   dataset: Dataset
@@ -82,7 +79,7 @@ def read_items(config: DataConfig) -> ItemTable:
     UserError: as `load`; the synthetic set has no files.
   """
   if config.dataset == SYNTHETIC:
-    raise UserError('--dataset=synthetic has no item files; name a data set')
+    raise UserError('`dataset=synthetic` has no item files; name a data set')
   source = _source(config)
   return items.table(
     formats.read(source, _columns(config)), items.find(source, config.item_file)
@@ -127,7 +124,7 @@ def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
     kind: features.resolve(
       getattr(config, f'{kind}_features'), kind, source.folder
     )
-    for kind in MODALITIES
+    for kind in features.KINDS
   } | {
     kind: features.resolve(features.AUTO, kind, source.folder)
     for kind in others

@@ -96,7 +96,7 @@ def select(
       + (
         'training, validation and test need'
         if needed == MIN_INTERACTIONS
-        else '--min_interactions and --k_core ask for'
+        else '`min_interactions` and `k_core` ask for'
       )
     )
   if filters.top_k_users:

@@ -1,21 +1,17 @@
 """Several variants × several seeds -> one comparison, paired over users.
 
-A variants file has a line each, `name: --flag=value --flag=value`, the flags
-over those of the command line; `#` starts a comment. The first variant is the
-baseline that differences are taken to. In place of flags, or in front of them,
-a line may name something that is not trained by rounds:
+A variant is trained by rounds, or is one of
 
     @popularity   items by their training interactions
-    @local_only   every client trains alone for --local_epochs
+    @local_only   every client trains alone for `local_epochs`
     @zeroed       the first variant's checkpoints, all features taken away
     @shuffled     the same, each item with another's features
 
-All rounds of a variant are run: `--patience` plays no part.
+Differences are taken to the first one. All rounds of a variant are run:
+`patience` plays no part.
 """
 
 import dataclasses
-import pathlib
-import re
 import statistics
 import time
 from typing import Any, Callable, NamedTuple, Sequence
@@ -28,12 +24,11 @@ from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.load import Loaded
-from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation.bootstrap import Difference, paired_bootstrap
 from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.round import FederationState
-from fedmmr_jax.metrics import Mean
+from fedmmr_jax.metrics import HEADLINES, Mean, Metric, PROTOCOLS
 from fedmmr_jax.runs import training
 from fedmmr_jax.simulation import Simulation
 
@@ -41,26 +36,15 @@ POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
 ZEROED, SHUFFLED = '@zeroed', '@shuffled'
 FROM_FIRST = (ZEROED, SHUFFLED)  # they need the first variant's states
 SPECIAL = (POPULARITY, LOCAL_ONLY, ZEROED, SHUFFLED)
-HEADLINES = (('sampled', 'HR@10'), ('full', 'NDCG@10'))
-TRAINING_FIGURES = (
-  'rec_loss',
-  'contrastive_loss',
-  'w_visual',
-  'w_semantic',
-  'hardest_share',
-  'gradient_backbone',
-  'gradient_visual',
-  'gradient_semantic',
-)
 
 
 class Variant(NamedTuple):
-  """One line of a variants file.
+  """One of those that are compared.
 
   Attributes:
     name: its row in the table.
     special: one of SPECIAL, or '' for a trained variant.
-    flags: name -> text of the flags it changes.
+    flags: name -> text of the settings it changes.
   """
 
   name: str
@@ -74,9 +58,11 @@ class Outcome(NamedTuple):
   Attributes:
     ranks: split -> Ranks with axes [seeds, users]; 'cold' has other users.
     best_rounds: of each seed; empty where nothing was trained by rounds.
-    training: `TRAINING_FIGURES` of the last round, mean over the seeds.
+    training: metrics of training of the last round, mean over the seeds; empty
+      where nothing was trained by rounds.
     first_training: the same of the first round.
     seconds: in all.
+    metrics: of ranking, beside HR, NDCG and MRR.
   """
 
   ranks: dict[str, Ranks]
@@ -84,6 +70,13 @@ class Outcome(NamedTuple):
   training: dict[str, float | None]
   first_training: dict[str, float | None]
   seconds: float
+  metrics: tuple[Metric, ...] = ()
+
+  @property
+  def headlines(self) -> tuple[tuple[str, str], ...]:
+    """(protocol, metric) of what variants are compared by."""
+    own = metrics_lib.own_names(self.metrics)
+    return HEADLINES + tuple((p, name) for name in own for p in PROTOCOLS)
 
   def of_each_user(
     self, protocol: str, metric: str, split: str = 'test'
@@ -91,7 +84,8 @@ class Outcome(NamedTuple):
     """[users] a metric, mean over the seeds."""
     ranks = getattr(self.ranks[split], protocol)
     return np.mean(
-      [metrics_lib.ranking_of_each(r)[metric] for r in ranks], axis=0
+      [metrics_lib.ranking_of_each(r, self.metrics)[metric] for r in ranks],
+      axis=0,
     )
 
   def of_each_seed(
@@ -99,7 +93,7 @@ class Outcome(NamedTuple):
   ) -> list[float]:
     """A metric, mean over the users."""
     ranks = getattr(self.ranks[split], protocol)
-    return [metrics_lib.ranking(r)[metric] for r in ranks]
+    return [metrics_lib.ranking(r, self.metrics)[metric] for r in ranks]
 
   def difference(
     self, baseline: 'Outcome', protocol: str, metric: str
@@ -111,7 +105,7 @@ class Outcome(NamedTuple):
     )
 
 
-# Variant -> (protocol, metric) of HEADLINES -> difference to the first variant.
+# Variant -> (protocol, metric) of headlines -> difference to the first variant.
 Differences = dict[str, dict[tuple[str, str], Difference]]
 
 
@@ -121,63 +115,10 @@ def differences(outcomes: dict[str, Outcome]) -> Differences:
   return {
     name: {
       headline: outcome.difference(baseline, *headline)
-      for headline in HEADLINES
+      for headline in baseline.headlines
     }
     for name, outcome in outcomes.items()
   }
-
-
-def read_variants(path: pathlib.Path) -> list[Variant]:
-  """Parses a variants file.
-
-  Raises:
-    UserError: it cannot be read, a line is malformed, or a name comes twice.
-  """
-  try:
-    lines = path.read_text('utf-8').splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'{path}: cannot be read ({error})') from None
-  variants = []
-  for number, line in enumerate(lines, 1):
-    line = line.split('#')[0].strip()
-    if line:
-      variants.append(_parse(line, f'{path}, line {number}'))
-  names = [v.name for v in variants]
-  for name in names:
-    if names.count(name) > 1:
-      raise UserError(f'{path}: the name {name!r} comes twice')
-  if not variants:
-    raise UserError(f'{path}: no variant; a line is name: --flag=value …')
-  if variants[0].special:
-    raise UserError(
-      f'{path}: the first variant is the baseline, and must be '
-      f'trained by rounds, not {variants[0].special}'
-    )
-  return variants
-
-
-def _parse(line: str, place: str) -> Variant:
-  name, colon, rest = line.partition(':')
-  if not colon or not name.strip():
-    raise UserError(f'{place}: {line!r} is not name: --flag=value …')
-  special, flags = '', {}
-  for word in rest.split():
-    match = re.fullmatch(r'--(\w+)=(.*)', word)
-    if word in SPECIAL and not special and not flags:
-      special = word
-    elif match:
-      flags[match[1]] = match[2]
-    else:
-      raise UserError(
-        f'{place}: {word!r} is neither --flag=value nor, in front, one of '
-        + ', '.join(SPECIAL)
-      )
-  if flags and special in FROM_FIRST:
-    raise UserError(
-      f'{place}: {special} takes no flags, it is the first '
-      'variant with other features'
-    )
-  return Variant(name.strip(), special, flags)
 
 
 def run_trained(
@@ -220,6 +161,7 @@ def run_trained(
     _mean(last),
     _mean(first),
     time.perf_counter() - started,
+    base.metrics,
   )
   return outcome, simulations, states
 
@@ -274,6 +216,7 @@ def _train_group(simulations, on_round):
     lambda *x: jnp.stack(x), *[s.init_state() for s in simulations]
   )
   best = [_Best(-1.0, 0, None)] * len(simulations)
+  protocol, metric = metrics_lib.SELECTED_BY
   first = None
   for number in range(1, config.server.num_rounds + 1):
     states, means = run_round(simulations, states, number)
@@ -290,7 +233,7 @@ def _train_group(simulations, on_round):
         state = jax.tree.map(lambda x: x[i], states)
         # Control variates are of no use in testing, and large.
         state = state._replace(controls=None)
-        value = simulation.evaluate(state, 'val')[0]['sampled']['HR@10']
+        value = simulation.evaluate(state, 'val')[0][protocol][metric]
         if value > best[i].value:
           best[i] = _Best(value, number, state)
         text += f' {value:.4f}'
@@ -333,8 +276,14 @@ def run_special(
       else:
         found.append(simulation.rank_local_only(simulation.init_state()))
     ranks = {split: _stacked([f[split] for f in found]) for split in found[0]}
-  nothing = dict.fromkeys(TRAINING_FIGURES)
-  return Outcome(ranks, [], nothing, nothing, time.perf_counter() - started)
+  return Outcome(
+    ranks,
+    [],
+    {},
+    {},
+    time.perf_counter() - started,
+    metrics_lib.further_metrics(config.evaluation.metric_names),
+  )
 
 
 def _rank(
@@ -357,9 +306,18 @@ def _stacked(ranks: Sequence[Ranks]) -> Ranks:
 
 
 def _mean(means: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-  """Over the seeds that have a value."""
+  """Over the seeds that have a value, of what the comparison tells."""
   result = {}
-  for name in TRAINING_FIGURES:
-    values = [m[name] for m in means if m[name] is not None]
-    result[name] = statistics.mean(values) if values else None
+  for name in metrics_lib.ordered(means[0]):
+    if name in _TOLD or name.startswith(_TOLD_FAMILIES):
+      values = [m[name] for m in means if m[name] is not None]
+      result[name] = statistics.mean(values) if values else None
   return result
+
+
+_TOLD = (
+  metrics_lib.REC_LOSS,
+  metrics_lib.CONTRASTIVE_LOSS,
+  metrics_lib.HARDEST_SHARE,
+)
+_TOLD_FAMILIES = (metrics_lib.ROUTER_WEIGHT, metrics_lib.GRADIENT)

@@ -21,7 +21,7 @@ The checks, and how each is made:
     canary: each client alone, from a random model: it cannot learn more than
       what it consumed, so that far above popularity it knows its target
 
-The canary sings with `--leaky_negatives`, where held-out items are never drawn
+The canary sings with `leaky_negatives`, where held-out items are never drawn
 as negatives: of the unseen items they alone are not pushed down. That is the
 original system's leak.
 """
@@ -309,7 +309,7 @@ def catalogue_filter(simulation: Simulation) -> Check:
     f'its training; {unknown} of {dataset.num_items:,} items are known from '
     'held-out interactions only, and drawn and ranked like any other'
     + (
-      f'; {rare} have fewer than --k_core={k_core} training interactions'
+      f'; {rare} have fewer than `k_core={k_core}` training interactions'
       if k_core
       else ''
     ),
@@ -398,7 +398,7 @@ class Trained(NamedTuple):
 
 
 def canary(simulation: Simulation) -> tuple[Check, Trained]:
-  """Trains every client of `--eval_clients` alone, from a random model.
+  """Trains every client of `eval_clients` alone, from a random model.
 
   The check is about the simulation's own negatives.
   """
@@ -439,7 +439,7 @@ def canary(simulation: Simulation) -> tuple[Check, Trained]:
   )
   lead = paired_bootstrap(
     *(
-      metrics_lib.ranking_of_each(ranks.sampled)['HR@10']
+      metrics_lib.ranking_of_each(ranks.sampled)[metrics_lib.HR]
       for ranks in (own, trained.popularity)
     )
   )
@@ -464,7 +464,7 @@ def federated(simulation: Simulation, rounds: int) -> Trained:
 
 def hit_rate(ranks: Ranks) -> float:
   """HR@10 of the sampled protocol."""
-  return metrics_lib.ranking(ranks.sampled)['HR@10']
+  return metrics_lib.ranking(ranks.sampled)[metrics_lib.HR]
 
 
 def _trained(simulation: Simulation, rounds: int) -> FederationState:

@@ -20,6 +20,7 @@ import functools
 import numpy as np
 
 from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax.metrics import Metric
 
 GAMMA = 0.01  # weight of the variance
 # Users whose N has the same leading digits share one solution.
@@ -32,6 +33,7 @@ def estimate_of_each(
   candidates: np.ndarray,
   num_sampled: int,
   gamma: float = GAMMA,
+  further: tuple[Metric, ...] = (),
 ) -> dict[str, np.ndarray]:
   """Estimates of `metrics.ranking_of_each` of the full ranks, [K] each.
 
@@ -40,13 +42,15 @@ def estimate_of_each(
     candidates: [K] int, N: what the target would be ranked against in full.
     num_sampled: n.
     gamma: weight of the variance.
+    further: metrics beside HR, NDCG and MRR.
   """
   rounded = _round(candidates)
   rounded = np.maximum(rounded, num_sampled)
   result: dict[str, np.ndarray] = {}
   for number in np.unique(rounded):
     users = rounded == number
-    for name, values in _solution(int(number), num_sampled, gamma).items():
+    solution = _solution(int(number), num_sampled, gamma, further)
+    for name, values in solution.items():
       result.setdefault(name, np.zeros(len(sampled)))[users] = values[
         sampled[users]
       ]
@@ -64,14 +68,14 @@ def _round(numbers: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=None)
 def _solution(
-  candidates: int, num_sampled: int, gamma: float
+  candidates: int, num_sampled: int, gamma: float, further: tuple[Metric, ...]
 ) -> dict[str, np.ndarray]:
   """Metric -> f, [n + 1] by the number of sampled ones that are as good."""
   system, right = 0.0, 0.0
   for start in range(0, candidates + 1, _BLOCK):
     ranks = np.arange(start, min(start + _BLOCK, candidates + 1))
     probability = hypergeometric(ranks, candidates, num_sampled)
-    exact = metrics_lib.ranking_of_each(ranks)
+    exact = metrics_lib.ranking_of_each(ranks, further)
     system += (1 - gamma) * probability.T @ probability + gamma * np.diag(
       probability.sum(axis=0)
     )

@@ -421,7 +421,7 @@ def warnings(quality: Quality) -> list[str]:
     lines.append(
       f'{quality.kind}: {quality.spectrum.mean_share:.0%} of the '
       'square length is the same for all items; '
-      '--feature_scaling=centred takes it away'
+      '`feature_scaling=centred` takes it away'
     )
   return lines
 
@@ -449,7 +449,7 @@ def find_items(dataset: Dataset, text: str) -> np.ndarray:
     if not row:
       what = 'id or title' if any(dataset.titles) else 'id (it has no titles)'
       raise UserError(
-        f'--items: {dataset.name} has no item with the {what} '
+        f'{dataset.name} has no item with the {what} '
         f'{name!r}, or a filter leaves it out; put ; between '
         'names'
       )

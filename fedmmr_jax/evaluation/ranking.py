@@ -5,7 +5,7 @@ would read as rank 0, a perfect hit: it is counted and raised instead.
 """
 
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.server import ServerState
+from fedmmr_jax.metrics import Metric
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.models.profile import last
 from fedmmr_jax.streams import generator, Stream
@@ -266,8 +267,8 @@ def evaluate(
   clients_per_chunk: int,
   catalogue: Catalogue,
   data: FederatedData,
-) -> tuple[dict[str, dict[str, float]], Ranks]:
-  """Metrics of one split under both protocols.
+) -> Ranks:
+  """Ranks of the targets of one split.
 
   Args:
     As `rank_all`, but for:
@@ -276,7 +277,7 @@ def evaluate(
     clients_per_chunk: how many of them side by side.
 
   Returns:
-    ({'sampled': {'HR@10': …}, 'full': {…}}, ranks [n] on the host).
+    Ranks [n] on the host.
 
   Raises:
     UserError: a score is NaN or infinite.
@@ -295,7 +296,7 @@ def evaluate(
   )
   ranks = jax.tree.map(lambda x: x.reshape(-1)[: len(clients)], ranks)
   check_finite(ranks, split)
-  return metrics_of(ranks), ranks
+  return ranks
 
 
 def check_finite(ranks: Ranks, split: str) -> None:
@@ -305,13 +306,16 @@ def check_finite(ranks: Ranks, split: str) -> None:
     raise UserError(
       f'{split}: {bad.size} of {len(ranks.bad_scores)} clients have scores '
       'that are NaN or infinite, the training diverged; lower '
-      '--client_learning_rate or --server_learning_rate'
+      '`client_learning_rate` or `server_learning_rate`'
     )
 
 
-def metrics_of(ranks: Ranks) -> dict[str, dict[str, float]]:
-  """{'sampled': {'HR@10': …}, 'full': {…}} of ranks [n]."""
+def metrics_of(
+  ranks: Ranks, further: Sequence[Metric] = ()
+) -> dict[str, dict[str, float]]:
+  """{'sampled': {'HR@10': …}, 'full': {…}} of ranks [n], with further metrics
+  (`Simulation.metrics`) beside HR, NDCG and MRR."""
   return {
-    'sampled': metrics_lib.ranking(ranks.sampled),
-    'full': metrics_lib.ranking(ranks.full),
+    protocol: metrics_lib.ranking(getattr(ranks, protocol), further)
+    for protocol in metrics_lib.PROTOCOLS
   }

@@ -4,7 +4,7 @@ users, a table to keep, the difference to another run.
 | protocol | the target is ranked against |
 |---|---|
 | full | everything that its user had not consumed before it |
-| sampled | unseen items drawn uniformly (`--sampled_negatives`, 100) |
+| sampled | unseen items drawn uniformly (`sampled_negatives`, 100) |
 | popularity | as many, drawn by how often an item was consumed in training |
 | corrected | as full, estimated from `sampled` (`corrected.py`) |
 
@@ -12,7 +12,7 @@ All come from one pass of scores; the draws are made once from the run's seed.
 """
 
 import pathlib
-from typing import Callable, Mapping, NamedTuple
+from typing import Mapping, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from fedmmr_jax.evaluation import bootstrap, corrected, popularity
 from fedmmr_jax.evaluation.bootstrap import Difference
 from fedmmr_jax.evaluation.ranking import Ranks, SPLITS
 from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.metrics import Metric
 from fedmmr_jax.simulation import Simulation
 
 PROTOCOLS = ('full', 'sampled', 'popularity', 'corrected')
@@ -47,6 +48,7 @@ class UserResults(NamedTuple):
     num_sampled: int, negatives of the sampled protocols.
     full, sampled, popular: [n] int, how many of each protocol's candidates are
       at least as good as the target.
+    metrics: further ones, beside HR, NDCG and MRR.
   """
 
   users: np.ndarray
@@ -58,37 +60,34 @@ class UserResults(NamedTuple):
   full: np.ndarray
   sampled: np.ndarray
   popular: np.ndarray
+  metrics: tuple[Metric, ...] = ()
 
   def where(self, chosen: np.ndarray) -> 'UserResults':
     """Those of some of the users."""
-    return UserResults(*(x if np.ndim(x) == 0 else x[chosen] for x in self))
+    return UserResults(
+      *(x if isinstance(x, (int, tuple)) else x[chosen] for x in self)
+    )
 
-  def of_each(
-    self, naming: Callable[..., dict] = metrics.ranking_of_each
-  ) -> Metrics:
-    """Protocol -> metric -> [n] values, 'corrected' under the usual names
-    only."""
+  def of_each(self) -> Metrics:
+    """Protocol -> metric -> [n] values."""
     found = {
-      protocol: naming(ranks)
+      protocol: metrics.ranking_of_each(ranks, self.metrics)
       for protocol, ranks in zip(
         PROTOCOLS, (self.full, self.sampled, self.popular)
       )
     }
-    if naming is metrics.ranking_of_each:
-      found['corrected'] = corrected.estimate_of_each(
-        self.sampled, self.candidates, self.num_sampled
-      )
+    found['corrected'] = corrected.estimate_of_each(
+      self.sampled, self.candidates, self.num_sampled, further=self.metrics
+    )
     return found
 
-  def means(
-    self, naming: Callable[..., dict] = metrics.ranking_of_each
-  ) -> Means:
+  def means(self) -> Means:
     """Protocol -> metric -> mean over the users."""
     return {
       protocol: {
         name: float(np.mean(values)) for name, values in by_metric.items()
       }
-      for protocol, by_metric in self.of_each(naming).items()
+      for protocol, by_metric in self.of_each().items()
     }
 
 
@@ -130,6 +129,7 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
     ranks.full,
     ranks.sampled,
     ranks.popular,
+    simulation.metrics,
   )
 
 
@@ -184,9 +184,7 @@ def _parts(
 
 
 def difference(
-  results: UserResults,
-  other: UserResults,
-  naming: Callable[..., dict] = metrics.ranking_of_each,
+  results: UserResults, other: UserResults
 ) -> dict[str, dict[str, Difference]]:
   """Protocol -> metric -> this minus the other, paired over users.
 
@@ -200,9 +198,9 @@ def difference(
     raise UserError(
       'the two runs do not rank the same targets of the same users, so that '
       'they cannot be paired; compare runs on the same data, with the same '
-      '--top_k_users, filters and split'
+      '`top_k_users`, filters and split'
     )
-  mine, theirs = results.of_each(naming), other.of_each(naming)
+  mine, theirs = results.of_each(), other.of_each()
   return {
     protocol: {
       metric: bootstrap.paired_bootstrap(values, theirs[protocol][metric])
@@ -215,9 +213,9 @@ def difference(
 def check_path(path: str) -> None:
   """Raises UserError unless `write` knows the file's ending."""
   if pathlib.Path(path).suffix not in FORMATS:
-    raise UserError(f'--per_user={path}: end it in {" or ".join(FORMATS)}')
+    raise UserError(f'{path}: end it in {" or ".join(FORMATS)}')
   if not pathlib.Path(path).absolute().parent.is_dir():
-    raise UserError(f'--per_user={path}: no such folder')
+    raise UserError(f'{path}: its folder does not exist')
 
 
 def write(results: UserResults, path: pathlib.Path) -> None:

@@ -148,8 +148,8 @@ def check_size(state: FederationState) -> None:
       f'drift control keeps {bytes_ // clients:,} bytes for each of '
       f'{clients:,} clients, {bytes_:,} in all, more than the '
       f'{MOST_STATE_BYTES:,} allowed (the model has {numbers:,} numbers); take '
-      '--drift_control=mime_lite, which keeps nothing, or fewer clients '
-      '(--top_k_users), fewer items (--k_core), a smaller --hidden_dim'
+      '`drift_control=mime_lite`, which keeps nothing, or fewer clients '
+      '(`top_k_users`), fewer items (`k_core`), a smaller `hidden_dim`'
     )
 
 
@@ -455,7 +455,7 @@ def check_finite_state(
     raise UserError(
       f'round {round_number}: parameters are NaN or infinite, the training '
       f'diverged{saved and f" ({saved})"}; start anew with a lower '
-      '--client_learning_rate or --server_learning_rate'
+      '`client_learning_rate` or `server_learning_rate`'
     )
 
 
@@ -520,7 +520,7 @@ def warm_memories(
   catalogue: Catalogue,
   data: FederatedData,
 ) -> Memory:
-  """Memories with those of never-sampled clients filled (`--warm_memory`).
+  """Memories with those of never-sampled clients filled (`warm_memory`).
 
   Args:
     As `run_round`, with all clients to look at in `clients` [G, C/G].

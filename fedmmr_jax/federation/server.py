@@ -15,13 +15,10 @@ from fedmmr_jax.client.scoring import Params
 from fedmmr_jax.client.update import Broadcast
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.federation.aggregators import Aggregator
-from fedmmr_jax.models.feddmmr import Catalogue, PARAMETER_GROUPS
+from fedmmr_jax.models.feddmmr import Catalogue, group_of
 
 # Aggregated from the first round on, also during partial aggregation.
-ALWAYS_AGGREGATED = (
-  *PARAMETER_GROUPS['embeddings'],
-  *PARAMETER_GROUPS['backbone'],
-)
+ALWAYS_AGGREGATED = ('embeddings', 'backbone')
 
 
 class ServerState(NamedTuple):
@@ -127,10 +124,10 @@ def aggregate(
   )
   warming_up = state.round < config.server.partial_aggregation_warmup_rounds
   delta = {
-    group: part
-    if group in ALWAYS_AGGREGATED
+    name: part
+    if group_of(name) in ALWAYS_AGGREGATED
     else jax.tree.map(lambda d: jnp.where(warming_up, 0.0, d), part)
-    for group, part in delta.items()
+    for name, part in delta.items()
   }
   updates, opt_state, control = drift.server_step(
     state.control,

@@ -29,20 +29,21 @@ from fedmmr_jax.models.profile import mix, ProfileExpert, States
 from fedmmr_jax.models.router import ItemRouter
 from fedmmr_jax.models.sasrec import SASRec
 
-# Group (`config.GROUPS`) -> top-level names of its parameters, of which a
-# configuration has some.
-PARAMETER_GROUPS = {
-  'embeddings': ('item_embedding', 'content_projection'),
-  'backbone': ('backbone', 'profile_expert'),
-  'experts': (
-    'visual_expert',
-    'visual_norm',
-    'semantic_expert',
-    'semantic_norm',
-  ),
-  'router': ('router',),
-  'fusion': ('sequence_norm', 'fusion_gate'),
+# Top-level parameter -> its group, of `config.GROUPS`.
+_GROUPS = {
+  'item_embedding': 'embeddings',
+  'content_projection': 'embeddings',
+  'backbone': 'backbone',
+  'profile_expert': 'backbone',
+  'router': 'router',
+  'sequence_norm': 'fusion',
+  'fusion_gate': 'fusion',
 }
+
+
+def group_of(parameter: str) -> str:
+  """The group of a top-level parameter; what has no other is an expert's."""
+  return _GROUPS.get(parameter, 'experts')
 
 
 class Catalogue(NamedTuple):

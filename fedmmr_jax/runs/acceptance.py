@@ -7,12 +7,14 @@ run has nothing to measure, a model without experts for instance.
 import math
 from typing import Any, Sequence
 
+from fedmmr_jax import metrics
 from fedmmr_jax.client import windows
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.features import IntegrityReport
+from fedmmr_jax.models import groups
 
 HR_TARGET = 0.55
-ROUTER_RANGE = (0.3, 0.7)
+ROUTER_RANGE = (0.6, 1.4)  # of an equal share: 0.3 to 0.7 for two experts
 CONTRASTIVE_RANGE = (2.0, 4.0)
 
 Point = dict[str, Any]
@@ -33,10 +35,10 @@ def judge(
     integrity: reports of the feature matrices that were checked at start.
   """
   first, last = records[0]['train'], records[-1]['train']
-  hit_rate = test['sampled']['HR@10']
+  hit_rate = test[metrics.SAMPLED][metrics.HR]
   return [
     _point(
-      'test HR@10, sampled',
+      f'test {metrics.HR}, {metrics.SAMPLED}',
       f'> {HR_TARGET}',
       f'{hit_rate:.4f}',
       hit_rate > HR_TARGET,
@@ -58,35 +60,32 @@ def _point(name, target, measured, passed) -> Point:
 
 
 def _router(first, last) -> Point:
-  low, high = ROUTER_RANGE
-  name, target = 'router weights', f'each expert in {low} to {high} at the end'
-  # A weight of 0 beside an expert that does not exist is no weight.
-  if None in (
-    last['gradient_visual'],
-    last['gradient_semantic'],
-    last['w_visual'],
-  ):
-    return _point(name, target, 'no choice between experts in this run', None)
-  weights = (
-    (expert, first[f'w_{expert}'], last[f'w_{expert}'])
-    for expert in ('visual', 'semantic')
+  name = 'router weights'
+  at_start, at_end = (
+    metrics.members(train, metrics.ROUTER_WEIGHT) for train in (first, last)
   )
+  # A weight of 0 beside an expert that does not exist is no weight.
+  there = metrics.members(last, metrics.GRADIENT)
+  at_end = {e: share for e, share in at_end.items() if e in there}
+  low, high = (x / max(2, len(at_end)) for x in ROUTER_RANGE)
+  target = f'each expert in {low:.2g} to {high:.2g} at the end'
+  if len(at_end) < 2:
+    return _point(name, target, 'no choice between experts in this run', None)
   return _point(
     name,
     target,
     ', '.join(
-      f'{expert} {_text(start)} -> {end:.2f}' for expert, start, end in weights
+      f'{expert} {_text(at_start.get(expert))} -> {share:.2f}'
+      for expert, share in at_end.items()
     ),
-    all(
-      low <= last[f'w_{expert}'] <= high for expert in ('visual', 'semantic')
-    ),
+    all(low <= share <= high for share in at_end.values()),
   )
 
 
 def _contrastive(last, config: RunConfig) -> Point:
   low, high = CONTRASTIVE_RANGE
   name, target = 'contrastive loss', f'{low:g} to {high:g}'
-  value = last['contrastive_loss']
+  value = last[metrics.CONTRASTIVE_LOSS]
   if value is None:
     why = (
       'no positive had both experts'
@@ -114,25 +113,27 @@ def _contrastive(last, config: RunConfig) -> Point:
 def _gradient_flow(last, config: RunConfig) -> Point:
   name = 'gradient reaching the experts'
   target = 'no gate, and a gradient at each'
-  norms = [
-    (part, last[f'gradient_{part}'])
-    for part in ('visual', 'semantic', 'backbone')
-    if last[f'gradient_{part}'] is not None
-  ]
-  if len(norms) < 2:
+  norms = metrics.members(last, metrics.GRADIENT)
+  experts = {e: n for e, n in norms.items() if e != metrics.BACKBONE}
+  if not experts:
     return _point(name, target, 'no experts in this run', None)
   fusion = config.model.fusion.name
   measured = f'{fusion}; mean norm of a step: ' + ', '.join(
-    f'{part} {_text(norm, 4)}' for part, norm in norms
+    f'{part} {_text(norm, 4)}' for part, norm in norms.items()
   )
-  if 'experts' in config.client.frozen_groups:
+  frozen = groups.all_paths(config.client.frozen_groups)
+  trained = [
+    norm
+    for expert, norm in experts.items()
+    if not any(groups.is_within(f'{expert}_expert', p) for p in frozen)
+  ]
+  if not trained:
     return _point(name, target, 'the experts are frozen', None)
   return _point(
     name,
     target,
     measured,
-    fusion == 'residual'
-    and all(norm > 0 for part, norm in norms if part != 'backbone'),
+    fusion == 'residual' and all(norm > 0 for norm in trained),
   )
 
 

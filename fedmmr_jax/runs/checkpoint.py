@@ -27,6 +27,7 @@ from fedmmr_jax.config import CheckpointConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.models import groups
 from fedmmr_jax.runs import checksums
 from fedmmr_jax.runs.run_folder import ROUNDS
 
@@ -75,7 +76,7 @@ def saved_rounds(workdir: str | pathlib.Path) -> list[int]:
 def named_arrays(tree: Any) -> dict[str, Any]:
   """'group/layer/weight' -> array of a tree of parameters."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): x
+    groups.path_text(path): x
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
   }
 
@@ -297,7 +298,7 @@ class Saver:
       raise UserError(
         f'{self._rounds.path(number)}: cannot be saved ({_reason(error)}); '
         + (
-          f'round {saved[-1]} is whole, go on from it with --resume'
+          f'round {saved[-1]} is whole, go on from it'
           if saved
           else 'no round is saved'
         )
@@ -308,7 +309,7 @@ class Saver:
     except OSError as error:
       raise UserError(
         f'{self._rounds.folder}: an older round cannot be removed '
-        f'({_one_line(error)}); say --keep_last=0 to keep all'
+        f'({_one_line(error)}); say `keep_last=0` to keep all'
       ) from error
 
   def _remove_superseded(self) -> None:

@@ -3,10 +3,11 @@ page, drawn from the files of the run folders."""
 
 import math
 import pathlib
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterable, NamedTuple, Sequence
 
 import jinja2
 
+from fedmmr_jax import metrics
 from fedmmr_jax.client.losses import WEIGHT_BINS
 from fedmmr_jax.config import InstanceWeight
 from fedmmr_jax.runs.run_folder import REPORT, RunFolder
@@ -59,47 +60,60 @@ class Chart(NamedTuple):
   y_ticks: list[tuple[float, str]]
 
 
-def _train(*names: str) -> dict[str, tuple[str, ...]]:
-  return {name.replace('_', ' '): ('train', name) for name in names}
-
-
-PANELS = (
-  *(
-    Panel(
-      'Validation',
-      metric,
-      {protocol: ('val', protocol, metric) for protocol in ('sampled', 'full')},
-    )
-    for metric in ('HR@10', 'NDCG@10')
-  ),
-  Panel('Recommendation loss', 'nats', _train('loss', 'rec_loss')),
-  Panel('Contrastive loss', 'nats', _train('contrastive_loss')),
-  Panel('Router', 'mean weight', _train('w_visual', 'w_semantic')),
-  Panel('Instance weight', 'mean', _train('instance_weight')),
-  Panel(
-    'Hardest tenth', 'share of the contrastive loss', _train('hardest_share')
-  ),
-  Panel(
-    'Gradient',
-    'mean norm of a local step',
-    _train('gradient_backbone', 'gradient_visual', 'gradient_semantic'),
-  ),
-  Panel('Client memory, fill', 'share of slots in use', _train('memory_fill')),
-  Panel(
-    'Client memory, age',
-    'samples since an entry was written',
-    _train('memory_age'),
-  ),
-  Panel(
-    'Time',
-    'seconds a round, the first left out: it compiles',
-    {
-      'training': ('seconds',),
-      'evaluation': ('evaluation_seconds',),
-      'waiting for a save': ('saving_seconds',),
-    },
-  ),
+TIME = Panel(
+  'Time',
+  'seconds a round, the first left out: it compiles',
+  {
+    'training': ('seconds',),
+    'evaluation': ('evaluation_seconds',),
+    'waiting for a save': ('saving_seconds',),
+  },
 )
+
+
+def panels(records: Sequence[Record]) -> list[Panel]:
+  """The figures of what was recorded: further ranking metrics beside the first
+  ones, and every metric of training, of as many experts as there are."""
+  return [
+    *(
+      Panel(
+        'Validation',
+        metric,
+        {protocol: ('val', protocol, metric) for protocol in metrics.PROTOCOLS},
+      )
+      for metric in (metrics.HR, metrics.NDCG, *_further(records))
+    ),
+    *_training_panels(records),
+    TIME,
+  ]
+
+
+def _further(records: Sequence[Record]) -> list[str]:
+  """Ranking metrics of validations that not every run has."""
+  return list(
+    dict.fromkeys(
+      metric
+      for record in records
+      for values in record.get('val', {}).values()
+      for metric in values
+      if metric not in metrics.RANKING
+    )
+  )
+
+
+def _training_panels(records: Sequence[Record]) -> list[Panel]:
+  names = dict.fromkeys(
+    name
+    for record in records
+    for name, value in record['train'].items()
+    if isinstance(value, (int, float))
+  )
+  found: dict[str, Panel] = {}
+  for name in metrics.ordered(names):
+    title, heading, unit = metrics.figure(name)
+    panel = found.setdefault(heading, Panel(heading, unit, {}))
+    panel.paths[title] = ('train', name)
+  return list(found.values())
 
 
 def write(run: RunFolder) -> pathlib.Path:
@@ -140,11 +154,13 @@ def write_comparison(runs: Sequence[RunFolder], path: pathlib.Path) -> None:
   names = _distinct(runs)
   flags = {name: run.config().as_flat_dict() for name, run in zip(names, runs)}
   first = flags[names[0]]
+  summaries = {name: run.summary() for name, run in zip(names, runs)}
   path.write_text(
     _render(
       title=' · '.join(names),
       names=names,
-      summaries={name: run.summary() for name, run in zip(names, runs)},
+      summaries=summaries,
+      ranking=_common(summaries.values()),
       charts=draw_runs(dict(zip(names, (run.records() for run in runs)))),
       differing={
         flag: [flags[name][flag] for name in names]
@@ -154,6 +170,17 @@ def write_comparison(runs: Sequence[RunFolder], path: pathlib.Path) -> None:
     ),
     'utf-8',
   )
+
+
+def _common(summaries: Iterable[dict[str, Any] | None]) -> list[str]:
+  """Ranking metrics of the table: the usual ones, and further ones that every
+  finished run has."""
+  tested = [s['test'][metrics.FULL] for s in summaries if s]
+  return [metrics.HR, metrics.NDCG, metrics.MRR] + [
+    name
+    for name in (tested[0] if tested else ())
+    if name not in metrics.RANKING and all(name in t for t in tested)
+  ]
 
 
 def _render(**content: Any) -> str:
@@ -171,6 +198,7 @@ def _render(**content: Any) -> str:
     right=WIDTH - _RIGHT,
     top=_TOP,
     bottom=HEIGHT - _BOTTOM,
+    protocols=metrics.PROTOCOLS,
     **content,
   )
 
@@ -186,7 +214,7 @@ def draw_run(records: Sequence[Record]) -> list[Chart]:
         for label, path in panel.paths.items()
       ],
     )
-    for panel in PANELS
+    for panel in panels(records)
   )
 
 
@@ -198,7 +226,7 @@ def draw_runs(records: dict[str, Sequence[Record]]) -> list[Chart]:
       panel.unit,
       [Series(name, _points(lines, path)) for name, lines in records.items()],
     )
-    for panel in PANELS
+    for panel in panels([r for lines in records.values() for r in lines])
     for label, path in panel.paths.items()
   )
 
@@ -237,7 +265,7 @@ def draw(title: str, unit: str, series: Sequence[Series]) -> Chart:
 def draw_weights(records: Sequence[Record], scale: float) -> list[Chart]:
   """The instance weights of each round as a histogram, darker = more."""
   columns = [
-    (r['round'], r['train'].get('instance_weight_shares')) for r in records
+    (r['round'], r['train'].get(metrics.WEIGHT_SHARES)) for r in records
   ]
   columns = _merged([(n, shares) for n, shares in columns if shares])
   if not columns:

@@ -30,6 +30,7 @@ MAY_CHANGE = (
   'num_rounds',
   'patience',
   'eval_every',
+  'metrics',
   'clients_per_eval_chunk',
   'items_per_eval_block',
   'data_dir',
@@ -55,12 +56,10 @@ def hold(path: pathlib.Path) -> TextIO:
   except BlockingIOError:
     raise UserError(
       f'{path}: another process is training in this folder; wait '
-      'for it, or name another --workdir'
+      'for it, or name another folder'
     ) from None
   except OSError as error:
-    raise UserError(
-      f'--workdir={path}: cannot be written ({error.strerror})'
-    ) from None
+    raise UserError(f'{path}: cannot be written ({error.strerror})') from None
   return lock
 
 
@@ -84,11 +83,10 @@ class RunFolder:
       UserError: see above, or `path` is no folder.
     """
     if self.path.exists() and not self.path.is_dir():
-      raise UserError(f'--workdir={self.path} is a file; name a folder')
+      raise UserError(f'{self.path} is a file; name a folder')
     if self.holds_run() and not resume:
       raise UserError(
-        f'--workdir={self.path} already holds a run; continue it with '
-        '--resume or name another folder'
+        f'{self.path} already holds a run; continue it, or name another folder'
       )
 
   def start(
@@ -144,7 +142,7 @@ class RunFolder:
       )
     except OSError as error:
       raise UserError(
-        f'--workdir={self.path}: cannot be written ({error.strerror})'
+        f'{self.path}: cannot be written ({error.strerror})'
       ) from None
 
   @property
@@ -208,7 +206,7 @@ class RunFolder:
     if self.data_fingerprint() != dataset.fingerprint():
       raise UserError(
         f'{self.path}: the run was trained on other data; the files of '
-        '--data_dir have changed since'
+        '`data_dir` have changed since'
       )
 
   def data_fingerprint(self) -> str:
@@ -288,8 +286,8 @@ class RunFolder:
     if changed:
       name = changed[0]
       raise UserError(
-        f'--workdir={self.path} holds a run with --{name}='
-        f'{before[name]}, not {now[name]}; a run is continued with its '
+        f'{self.path} holds a run with `{name}={before[name]}`, not '
+        f'{now[name]}; a run is continued with its '
         f'own settings (differing: {", ".join(changed)}'
         + (
           '; its learning rates fall to the end of the run'

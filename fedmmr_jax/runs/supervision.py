@@ -43,10 +43,15 @@ class Supervisor:
     stuck_minutes: how long a step may take before the process ends itself with
       STUCK_STATUS; 0 = for ever. Time in which the whole process is stopped
       (a sleeping machine, SIGSTOP) does not count.
+    hint: how that is done, and how more time is given; ends the line that the
+      process then leaves.
   """
 
-  def __init__(self, folder: pathlib.Path, stuck_minutes: float):
+  def __init__(
+    self, folder: pathlib.Path, stuck_minutes: float, hint: str = ''
+  ):
     self._folder = folder
+    self._hint = hint
     self._seconds = 60 * stuck_minutes
     self._record: dict[str, Any] = {
       'pid': os.getpid(),
@@ -119,8 +124,7 @@ class Supervisor:
         if saved
         else 'no round is saved yet, start again'
       )
-      + f' with --resume --workdir={self._folder}; a step that may take '
-      'longer wants a larger --stuck_minutes',
+      + self._hint,
       file=sys.stderr,
       flush=True,
     )

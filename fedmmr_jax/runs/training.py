@@ -8,6 +8,7 @@ from typing import Any, Callable, Iterable
 
 import jax
 
+from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking
@@ -97,7 +98,7 @@ def restore(
     if len(run.records()) > 1:
       raise UserError(
         f'{run.path}: there are metrics but no saved round to continue from; '
-        'name another --workdir'
+        'train in another folder'
       )
     run.rewind(None)
     return Checkpoint(simulation.init_state(), Progress.start()), 0, 0.0
@@ -142,7 +143,8 @@ def validated(
     start = time.perf_counter()
     record['val'], _ = simulation.evaluate(done.state, 'val')
     record['evaluation_seconds'] = time.perf_counter() - start
-    progress = progress.updated(done.number, record['val']['sampled']['HR@10'])
+    protocol, metric = metrics_lib.SELECTED_BY
+    progress = progress.updated(done.number, record['val'][protocol][metric])
   record['targets'] = simulation.count_targets(done.cohort)
   record['masked_fraction'] = round_lib.masked_fraction(
     done.cohort, simulation.num_train, simulation.config
@@ -166,7 +168,7 @@ def test(simulation: Simulation, state: FederationState) -> dict[str, Any]:
   }
   if simulation.cold:
     metrics['cold_popularity'] = ranking.metrics_of(
-      simulation.rank_by_popularity('cold')
+      simulation.rank_by_popularity('cold'), simulation.metrics
     )
   return metrics
 

@@ -1,13 +1,15 @@
 """Warm start: what a run takes over from a saved round of another one.
 
-Parameters are loaded by named groups. A group that was asked for is loaded
-whole or the start is refused: a table that silently stays random, or whose rows
-mean other items, looks like training that does not work. Items and users are
-matched by their ids in the source. The server optimizer starts afresh.
+Parameters are loaded by names, see `models/groups.py`. What was asked for is
+loaded whole or the start is refused: a table that silently stays random, or
+whose rows mean other items, looks like training that does not work. Items and
+users are matched by their ids in the source. The server optimizer starts
+afresh.
 """
 
 import pathlib
-from typing import Any, Callable, NamedTuple
+from functools import partial
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from fedmmr_jax.client import vocabulary
 from fedmmr_jax.config import (
   ALL_GROUPS,
   ContentPlusId,
+  GROUPS,
   MEMORIES,
   RunConfig,
   TwoTierMemory,
@@ -24,7 +27,8 @@ from fedmmr_jax.config import (
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation.round import FederationState
-from fedmmr_jax.models.feddmmr import PARAMETER_GROUPS
+from fedmmr_jax.models import groups
+from fedmmr_jax.models.feddmmr import group_of
 from fedmmr_jax.runs.checkpoint import named_arrays, Rounds
 from fedmmr_jax.runs.run_folder import ROUNDS, RunFolder
 
@@ -35,8 +39,8 @@ class Part(NamedTuple):
   """What became of one part of the two models.
 
   Attributes:
-    name: top-level name of parameters, or 'memories'.
-    group: the `--load` group it belongs to.
+    name: path of parameters, or 'memories'.
+    group: the group of parameters it belongs to.
     status: LOADED, INITIAL (left as this run draws it) or UNFIT (only the
       other run has it).
     count: numbers in it.
@@ -55,7 +59,7 @@ class WarmStart(NamedTuple):
 
   Attributes:
     source: folder of the round it comes from.
-    params: top-level name -> parameters.
+    params: path -> parameter.
     memories: of all clients, with the global prototypes: the fields of
       `FederationState.memories` and, where the experts attend to them, of
       `ServerState.prototypes`; None unless asked for.
@@ -70,7 +74,10 @@ class WarmStart(NamedTuple):
   def put_into(self, state: FederationState) -> FederationState:
     """A fresh state with what is taken over in its place."""
     server = state.server._replace(
-      params=state.server.params | jax.tree.map(jnp.asarray, self.params)
+      params=jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.asarray(self.params.get(groups.path_text(path), x)),
+        state.server.params,
+      )
     )
     if self.memories is None:
       return state._replace(server=server)
@@ -85,7 +92,7 @@ class WarmStart(NamedTuple):
 def load(
   config: RunConfig, dataset: Dataset, fresh: FederationState
 ) -> WarmStart:
-  """Reads what `--load` names from `--pretrained_path`.
+  """Reads what `load` names from `pretrained_path`.
 
   Args:
     config: the run that starts.
@@ -103,7 +110,8 @@ def load(
   wanted = _wanted(config, fresh.server.params)
   refuse = _refuser(source)
   _check_meaning(wanted, config, dataset, run, refuse)
-  rows = _rows(dataset, run, refuse) if 'embeddings' in wanted else None
+  asker = _askers(wanted).get(vocabulary.ITEM_TABLE)
+  rows = asker and _rows(dataset, run, partial(refuse, asker))
   params, table = _take(
     wanted, fresh.server.params, saved['server']['params'], rows, refuse
   )
@@ -131,40 +139,41 @@ def load(
 
 
 def _take(
-  wanted: list[str],
+  wanted: Sequence[str],
   own: dict[str, Any],
   theirs: dict[str, Any],
   rows: np.ndarray | None,
   refuse,
 ) -> tuple[dict[str, Any], list[Part]]:
   """The parameters that are taken over, and what is to say of each."""
-  params, table = {}, []
-  for group, names in PARAMETER_GROUPS.items():
+  params: dict[str, Any] = {}
+  table = []
+  askers = _askers(wanted)
+  for group, names in groups.by_group([*own, *theirs]).items():
     for name in names:
-      if name in own and group in wanted:
-        found = theirs.get(name)
-        if name == vocabulary.ITEM_TABLE and found is not None:
-          found = found[rows]
-        _check_whole(own[name], found, name, group, refuse)
-        params[name] = found
-        table.append(
-          Part(name, group, LOADED, _count(found), _matched(rows, name, theirs))
-        )
-        extra = set(named_arrays(theirs[name])) - set(named_arrays(own[name]))
-        if extra:
-          table.append(
-            Part(
-              name,
-              group,
-              UNFIT,
-              0,
-              'not in this model: ' + ', '.join(sorted(extra)),
-            )
+      if name in own:
+        whole = [p for p in askers if groups.is_within(name, p)]
+        places = [name] if whole else _below(name, askers)
+        for place in places:
+          found = _at(theirs, place)
+          if name == vocabulary.ITEM_TABLE and found is not None:
+            found = found[rows]
+          part = _at(own, place)
+          _check_whole(
+            part, found, place, askers[whole[0] if whole else place], refuse
           )
-      elif name in own:
-        table.append(
-          Part(name, group, INITIAL, _count(own[name]), 'not asked for')
-        )
+          params |= {
+            _joined(place, path): x for path, x in named_arrays(found).items()
+          }
+          note = _matched(rows, name, theirs)
+          table.append(Part(place, group, LOADED, _count(part), note))
+          extra = set(named_arrays(found)) - set(named_arrays(part))
+          if extra:
+            note = 'not in this model: ' + ', '.join(sorted(extra))
+            table.append(Part(place, group, UNFIT, 0, note))
+        left = _count(own[name]) - sum(_count(_at(own, p)) for p in places)
+        if left:
+          table.append(Part(name, group, INITIAL, left, 'not asked for'))
       elif name in theirs:
         table.append(
           Part(name, group, UNFIT, _count(theirs[name]), 'not in this model')
@@ -172,12 +181,34 @@ def _take(
   return params, table
 
 
-def find(path: str, flag: str = 'pretrained_path') -> tuple[RunFolder, int]:
+def _askers(wanted: Sequence[str]) -> dict[str, str]:
+  """Group, or path of parameters -> which of the names asks for it."""
+  return {path: name for name in wanted for path in groups.paths_of(name)}
+
+
+def _below(name: str, askers: dict[str, str]) -> list[str]:
+  """The outermost of the paths below a name."""
+  below = [p for p in askers if p.startswith(f'{name}/')]
+  return [p for p in below if not any(p.startswith(f'{q}/') for q in below)]
+
+
+def _at(tree: Any, path: str) -> Any:
+  """What is at a path of a tree of dicts; None where nothing is."""
+  for step in path.split('/'):
+    tree = tree.get(step) if isinstance(tree, dict) else None
+  return tree
+
+
+def _joined(place: str, path: str) -> str:
+  return f'{place}/{path}' if path else place
+
+
+def find(path: str, setting: str = 'pretrained_path') -> tuple[RunFolder, int]:
   """A run and a round of it: a run's folder means its best round,
   `RUN/rounds/N` that one.
 
   Raises:
-    UserError: there is no run, or no round; it names the flag.
+    UserError: there is no run, or no round; it names the setting.
   """
   folder = pathlib.Path(path)
   if folder.parent.name == ROUNDS and folder.name.isdecimal():
@@ -189,21 +220,24 @@ def find(path: str, flag: str = 'pretrained_path') -> tuple[RunFolder, int]:
     run.check_format()
     return run, number or Rounds(folder).best()
   except UserError as error:
-    raise UserError(f'--{flag}={path}: {error}') from None
+    raise UserError(f'`{setting}={path}`: {error}') from None
+
+
+def named_parameters(config: RunConfig) -> list[str]:
+  """Names of parameters that `load` has, beside the word for all groups."""
+  return [
+    n for n in config.start.load_groups if n not in (ALL_GROUPS, MEMORIES)
+  ]
 
 
 def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
-  """The groups to load; those that `--load` names must be in this model."""
-  present = [
-    group
-    for group, names in PARAMETER_GROUPS.items()
-    if any(name in params for name in names)
-  ]
+  """The names to load; groups that `load` names must be in this model."""
+  present = list(groups.by_group(params))
   named = config.start.load_groups
-  for group in named:
-    if group not in (*present, MEMORIES, ALL_GROUPS):
+  for group in named_parameters(config):
+    if group in GROUPS and group not in present:
       raise UserError(
-        f'--load={config.start.load}: this model has no {group}; '
+        f'`load={config.start.load}`: this model has no {group}; '
         f'it has {", ".join(present)}'
       )
   if ALL_GROUPS in named:
@@ -212,10 +246,10 @@ def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
 
 
 def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
-  def refuse(group, reason):
+  def refuse(name, reason):
     raise UserError(
-      f'--pretrained_path: {group} cannot be loaded from '
-      f'{source}: {reason}; leave {group} out of --load, or name '
+      f'`pretrained_path`: {name} cannot be loaded from '
+      f'{source}: {reason}; leave {name} out of `load`, or name '
       'another run'
     )
 
@@ -243,32 +277,41 @@ def _check_meaning(
   wanted, config: RunConfig, dataset: Dataset, run: RunFolder, refuse
 ) -> None:
   """Refuses what would fit, and come to mean something else."""
-  other = run.config()
-  theirs, before = _meaning(config), _meaning(other)
   # Whatever their files and flags are called.
   same_data = run.data_fingerprint() == dataset.fingerprint()
-  for group in wanted:
-    for name in _MEANING.get(group, ()):
-      if before[name] != theirs[name] and not (name == 'dataset' and same_data):
-        refuse(
-          group, f'its run had `{name}={before[name]}`, not {theirs[name]}'
-        )
-  if 'embeddings' in wanted:
+  for name in wanted:
+    for group in _groups_of(name):
+      _check_group(
+        group, config, run.config(), same_data, partial(refuse, name)
+      )
+
+
+def _groups_of(name: str) -> list[str]:
+  """The groups of parameters of which a name asks for something."""
+  if name == MEMORIES:
+    return [MEMORIES]
+  return [
+    place if place in GROUPS else group_of(place.split('/')[0])
+    for place in groups.paths_of(name)
+  ]
+
+
+def _check_group(
+  group: str, config: RunConfig, other: RunConfig, same_data: bool, refuse
+) -> None:
+  """Refuses what two configs or data sets make of parameters of a group."""
+  before, here = _meaning(other), _meaning(config)
+  for name in _MEANING.get(group, ()):
+    if before[name] != here[name] and not (name == 'dataset' and same_data):
+      refuse(f'its run had `{name}={before[name]}`, not {here[name]}')
+  if group == 'embeddings':
     # Which items are cold, and were never trained, the seed says.
     if config.data.cold_items and config.seed != other.seed:
-      refuse(
-        'embeddings',
-        f'its run had `seed={other.seed}`, and with it other cold items',
-      )
+      refuse(f'its run had `seed={other.seed}`, and with it other cold items')
     starts = config.model.item_embedding, other.model.item_embedding
     added = any(isinstance(start, ContentPlusId) for start in starts)
     if added and starts[0] != starts[1]:
-      refuse(
-        'embeddings',
-        f'its run had `item_embedding={starts[1]}`, not {starts[0]}',
-      )
-  if same_data:
-    return
+      refuse(f'its run had `item_embedding={starts[1]}`, not {starts[0]}')
   # Features may be others, and principal components of another catalogue are
   # other axes; a generated set has other items under the same ids.
   on_features = {
@@ -280,13 +323,11 @@ def _check_meaning(
     'router': config.model.router_input == 'features',
     MEMORIES: True,
   }
-  for group in wanted:
-    if on_features.get(group):
-      refuse(
-        group,
-        'it was trained on other data, and its numbers belong to '
-        'those items and features',
-      )
+  if not same_data and on_features.get(group):
+    refuse(
+      'it was trained on other data, and its numbers belong to '
+      'those items and features'
+    )
 
 
 def _meaning(config: RunConfig) -> dict[str, Any]:
@@ -309,9 +350,8 @@ def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
   if missing:
     shown = ', '.join(map(str, missing[:5])) + (', …' if missing[5:] else '')
     refuse(
-      'embeddings',
       f"{len(missing)} of this run's {dataset.num_items} "
-      f'items are not in it and would stay random (ids {shown})',
+      f'items are not in it and would stay random (ids {shown})'
     )
   return np.array([0, *(theirs[i] for i in own)])
 
@@ -325,18 +365,18 @@ def _matched(rows, name: str, theirs) -> str:
   )
 
 
-def _check_whole(own: Any, found: Any, name: str, group: str, refuse) -> None:
+def _check_whole(own: Any, found: Any, name: str, asker: str, refuse) -> None:
   """Every array of this model must have one of its shape there."""
   found = named_arrays(found)
   for path, x in named_arrays(own).items():
     if not x.size:  # prototypes of a run without texts, which are not saved
       continue
-    full = f'{name}/{path}' if path else name
+    full = _joined(name, path)
     if path not in found:
-      refuse(group, f'it has no {full}, which would stay as drawn')
+      refuse(asker, f'it has no {full}, which would stay as drawn')
     if found[path].shape != x.shape:
       refuse(
-        group,
+        asker,
         f'{full} has shape {_shape(found[path])} there and {_shape(x)} here',
       )
 

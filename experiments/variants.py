@@ -1,0 +1,71 @@
+"""Variants files: what `experiments.ablate` compares.
+
+A variants file has a line each, `name: --flag=value --flag=value`, the flags
+over those of the command line; `#` starts a comment. The first variant is the
+baseline that differences are taken to. In place of flags, or in front of them,
+a line may name something that is not trained by rounds:
+
+    @popularity   items by their training interactions
+    @local_only   every client trains alone for --local_epochs
+    @zeroed       the first variant's checkpoints, all features taken away
+    @shuffled     the same, each item with another's features
+"""
+
+import pathlib
+import re
+
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.evaluation.ablation import FROM_FIRST, SPECIAL, Variant
+
+
+def read(path: pathlib.Path) -> list[Variant]:
+  """Parses a variants file.
+
+  Raises:
+    UserError: it cannot be read, a line is malformed, or a name comes twice.
+  """
+  try:
+    lines = path.read_text('utf-8').splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'{path}: cannot be read ({error})') from None
+  variants = []
+  for number, line in enumerate(lines, 1):
+    line = line.split('#')[0].strip()
+    if line:
+      variants.append(_parse(line, f'{path}, line {number}'))
+  names = [v.name for v in variants]
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(f'{path}: the name {name!r} comes twice')
+  if not variants:
+    raise UserError(f'{path}: no variant; a line is name: --flag=value …')
+  if variants[0].special:
+    raise UserError(
+      f'{path}: the first variant is the baseline, and must be '
+      f'trained by rounds, not {variants[0].special}'
+    )
+  return variants
+
+
+def _parse(line: str, place: str) -> Variant:
+  name, colon, rest = line.partition(':')
+  if not colon or not name.strip():
+    raise UserError(f'{place}: {line!r} is not name: --flag=value …')
+  special, flags = '', {}
+  for word in rest.split():
+    match = re.fullmatch(r'--(\w+)=(.*)', word)
+    if word in SPECIAL and not special and not flags:
+      special = word
+    elif match:
+      flags[match[1]] = match[2]
+    else:
+      raise UserError(
+        f'{place}: {word!r} is neither --flag=value nor, in front, one of '
+        + ', '.join(SPECIAL)
+      )
+  if flags and special in FROM_FIRST:
+    raise UserError(
+      f'{place}: {special} takes no flags, it is the first '
+      'variant with other features'
+    )
+  return Variant(name.strip(), special, flags)
