@@ -110,7 +110,7 @@ def load(
   wanted = _wanted(config, fresh.server.params)
   refuse = _refuser(source)
   _check_meaning(wanted, config, dataset, run, refuse)
-  asker = _askers(wanted).get(vocabulary.ITEM_TABLE)
+  asker = _asker(vocabulary.ITEM_TABLE, _askers(wanted))
   rows = asker and _rows(dataset, run, partial(refuse, asker))
   params, table = _take(
     wanted, fresh.server.params, saved['server']['params'], rows, refuse
@@ -152,16 +152,14 @@ def _take(
   for group, names in groups.by_group([*own, *theirs]).items():
     for name in names:
       if name in own:
-        whole = [p for p in askers if groups.is_within(name, p)]
+        whole = _asker(name, askers)
         places = [name] if whole else _below(name, askers)
         for place in places:
           found = _at(theirs, place)
           if name == vocabulary.ITEM_TABLE and found is not None:
             found = found[rows]
           part = _at(own, place)
-          _check_whole(
-            part, found, place, askers[whole[0] if whole else place], refuse
-          )
+          _check_whole(part, found, place, whole or askers[place], refuse)
           params |= {
             _joined(place, path): x for path, x in named_arrays(found).items()
           }
@@ -184,6 +182,13 @@ def _take(
 def _askers(wanted: Sequence[str]) -> dict[str, str]:
   """Group, or path of parameters -> which of the names asks for it."""
   return {path: name for name in wanted for path in groups.paths_of(name)}
+
+
+def _asker(parameter: str, askers: dict[str, str]) -> str | None:
+  """Which of the names asks for the whole of a top-level parameter."""
+  return next(
+    (n for p, n in askers.items() if groups.is_within(parameter, p)), None
+  )
 
 
 def _below(name: str, askers: dict[str, str]) -> list[str]:
