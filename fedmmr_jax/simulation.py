@@ -578,7 +578,7 @@ def build(
   frozen = optimizers.frozen_names(config.client)
   if frozen and set(simulation.abstract_state.server.params) <= set(frozen):
     raise UserError(
-      f'--freeze={config.client.freeze} leaves nothing of this model to train'
+      f'`freeze={config.client.freeze}` leaves nothing of this model to train'
     )
   return simulation
 

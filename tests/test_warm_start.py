@@ -165,12 +165,12 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
       dict(num_blocks=2, load='backbone'),
       'it has no backbone/block_1/.*stay as drawn',
     ),
-    (dict(num_heads=4, load='backbone'), '--num_heads=2, not 4'),
-    (dict(semantic_heads=4), 'experts cannot .*--semantic_heads=2, not 4'),
+    (dict(num_heads=4, load='backbone'), '`num_heads=2`, not 4'),
+    (dict(semantic_heads=4), 'experts cannot .*`semantic_heads=2`, not 4'),
     (dict(item_embedding='content_plus_id'), '`item_embedding=id`, not'),
     (dict(experts='none', load='router'), 'has no router; it has embeddings'),
     (dict(fusion='gated', load='fusion'), '`fusion=residual`, not gated'),
-    (dict(similarity='dot', load='experts'), '--similarity=cosine, not dot'),
+    (dict(similarity='dot', load='experts'), '`similarity=cosine`, not dot'),
     (dict(experts='none', load='all,router'), 'has no router; it has'),
     (
       dict(memory='recent,capacity=8,retrieval_size=4', load='memories'),
@@ -197,7 +197,7 @@ def test_the_same_data_under_another_name_is_loaded(pretrained):
     saved(pretrained).server.params['item_embedding'],
   )
   # Of other data the name is all there is to go by.
-  with pytest.raises(UserError, match='--dataset=ml-1m, not auto'):
+  with pytest.raises(UserError, match='`dataset=ml-1m`, not auto'):
     state(subset(set(range(5, 61))))
 
 
@@ -212,9 +212,9 @@ def test_what_belongs_to_other_data_is_refused(pretrained):
 def test_items_that_were_never_trained_are_refused(tmp_path):
   dataset, _, _ = cold_lib.hold_out(small.dataset(), 0.2, seed=0)
   cold = train(tmp_path / 'cold', dataset, cold_items=0.2, num_rounds=1)
-  with pytest.raises(UserError, match='--cold_items=0.2, not 0.0'):
+  with pytest.raises(UserError, match='`cold_items=0.2`, not 0.0'):
     start(cold).init_state()
-  with pytest.raises(UserError, match='--seed=0, and with it other cold'):
+  with pytest.raises(UserError, match='`seed=0`, and with it other cold'):
     start(cold, dataset, cold_items=0.2, seed=1).init_state()
 
 

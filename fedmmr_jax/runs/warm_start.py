@@ -189,7 +189,7 @@ def find(path: str, flag: str = 'pretrained_path') -> tuple[RunFolder, int]:
     run.check_format()
     return run, number or Rounds(folder).best()
   except UserError as error:
-    raise UserError(f'--{flag}={path}: {error}') from None
+    raise UserError(f'`{flag}={path}`: {error}') from None
 
 
 def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
@@ -203,7 +203,7 @@ def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
   for group in named:
     if group not in (*present, MEMORIES, ALL_GROUPS):
       raise UserError(
-        f'--load={config.start.load}: this model has no {group}; '
+        f'`load={config.start.load}`: this model has no {group}; '
         f'it has {", ".join(present)}'
       )
   if ALL_GROUPS in named:
@@ -214,8 +214,8 @@ def _wanted(config: RunConfig, params: dict[str, Any]) -> list[str]:
 def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
   def refuse(group, reason):
     raise UserError(
-      f'--pretrained_path: {group} cannot be loaded from '
-      f'{source}: {reason}; leave {group} out of --load, or name '
+      f'`pretrained_path`: {group} cannot be loaded from '
+      f'{source}: {reason}; leave {group} out of `load`, or name '
       'another run'
     )
 
