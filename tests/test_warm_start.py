@@ -273,7 +273,7 @@ def test_what_has_no_place_is_told(pretrained):
 
 def test_flags_are_checked():
   for changes, message in (
-    (dict(load='backbone'), 'needs --pretrained_path'),
+    (dict(load='backbone'), 'needs `pretrained_path`'),
     (dict(load='spine', pretrained_path='x'), "there is no 'spine'"),
     (dict(freeze='memories'), "there is no 'memories'"),
     (dict(freeze=','.join(GROUPS)), 'leaves nothing to train'),
