@@ -498,8 +498,8 @@ class ModelConfig(_Settings):
     50,
     'L, window of the backbone',
     minimum=1,
-    evidence='200: full NDCG@10 0.096 against 0.115 after 80 rounds; '
-    'docs/notebook.md',
+    evidence='200, one window a step instead of four: full NDCG@10 0.096 '
+    'against 0.115 after 80 rounds; docs/notebook.md',
   )
   semantic_heads: int = _field(
     8,
@@ -721,8 +721,8 @@ class ClientConfig(_Settings):
     'local optimizer, fresh every round',
     choices=('adam', 'sgd'),
     evidence='FedAvg over a local epoch of Adam stays at a sampled HR@10 of '
-    '0.33 to 0.38, small SGD steps with Muon at the server reach 0.71; '
-    'docs/results.md',
+    '0.33 to 0.38, small SGD steps with Muon at the server reach 0.66; '
+    'docs/results.md, docs/notebook.md',
   )
   client_learning_rate: float = _field(
     1e-3,

@@ -213,7 +213,7 @@ def test_little_is_masked_on_the_real_lengths(preset):
   """Below 15 % of the executed work, in each round (MovieLens-1M)."""
   ratings = parity.require(parity.SHARED / 'data' / 'ml-1m' / 'ratings.dat')
   flags = dict(
-    line[2:].split('=')
+    line[2:].split('=', 1)
     for line in (PRESETS / f'{preset}.flags').read_text().splitlines()
     if line.startswith('--')
   )

@@ -308,7 +308,7 @@ def test_mime_lite_takes_the_mean_of_the_clients_and_learns_moments():
 
 @pytest.mark.parametrize('name', ['scaffold', 'mime_lite'])
 def test_drift_control_that_needs_plain_steps_is_refused_without(name):
-  with pytest.raises(UserError, match=f'={name} .*--client_optimizer=sgd'):
+  with pytest.raises(UserError, match=f'={name}` .*`client_optimizer=sgd`'):
     small.config(drift_control=name, client_optimizer='adam')
 
 
