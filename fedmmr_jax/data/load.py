@@ -17,7 +17,6 @@ from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.data.selection import Filters, select, Selected
 from fedmmr_jax.errors import UserError
 
-
 # Experts whose features these are (`models.experts`).
 _STANDARD = ('visual', 'semantic')
 
