@@ -44,7 +44,6 @@ USAGE = (
 _LISTED = [
   (p, m) for p in metrics.PROTOCOLS for m in (metrics.HR, metrics.NDCG)
 ]
-EXPERTS = ('visual', 'semantic')  # in the order of the router's columns
 
 
 def main(*words: str) -> None:
@@ -292,7 +291,7 @@ def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
   loaded, simulation, state = _load(run, rounds, number)
   content = {'round': number} | routing.summary(
     simulation.route(state)[1:],
-    EXPERTS,
+    [m.name for m in simulation.model.modalities],
     loaded.dataset.item_ids[1:].tolist(),
     loaded.dataset.titles[1:],
     _K.value,

@@ -159,6 +159,7 @@ def test_every_public_name_is_there_and_documented():
   [
     'fedmmr_jax',
     'fedmmr_jax.metrics',
+    'fedmmr_jax.models.groups',
     'fedmmr_jax.parts',
     'fedmmr_jax.presets',
     'fedmmr_jax.data.dataset',

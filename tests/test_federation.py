@@ -398,3 +398,12 @@ def test_every_variant_trains(changes):
   state, means = run(simulation, COHORT)
   assert all(np.isfinite(mean).all() for mean in means.values())
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.server.params))
+
+
+@pytest.mark.parametrize('objective', ['last', 'all_positions'])
+@pytest.mark.parametrize('negatives', ['per_sample', 'shared'])
+def test_a_model_without_experts_trains(objective, negatives):
+  simulation = small.simulation(
+    experts='none', objective=objective, negatives=negatives
+  )
+  assert next(simulation.rounds()).metrics['loss'] > 0

@@ -169,7 +169,8 @@ def test_a_metric_of_training_has_one_title_everywhere():
 
 
 def test_every_metric_of_a_round_is_in_the_table():
-  known = [*client_lib.empty_metrics(), *client_lib.memory_metrics(None)]
+  model = small.simulation().model
+  known = [*client_lib.empty_metrics(model), *client_lib.memory_metrics(None)]
   known.remove(metrics.WEIGHT_SHARES)  # a figure of its own
   assert metrics.ordered(['nobody', *known])[-1] == 'nobody'
 

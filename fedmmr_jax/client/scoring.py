@@ -138,10 +138,9 @@ def _score_own(model, states, batch, negative, represent) -> StepScores:
   """Each target has its own [T, N] negatives: J = T · (1 + N)."""
   items = jnp.concatenate([batch.targets.reshape(-1, 1), negative], axis=1)
   candidates = represent(items.reshape(-1))
-  grouped = jax.tree.map(
-    lambda x: x.reshape(*batch.targets.shape, items.shape[1], *x.shape[1:]),
-    candidates,
-  )
+  # Not −1: without experts the axis E has length 0.
+  shape = (*batch.targets.shape, items.shape[1])
+  grouped = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), candidates)
   scores = jax.vmap(jax.vmap(model.score))(_sequences(states), grouped)
   by_profile = None
   if isinstance(states, States):
