@@ -1,6 +1,6 @@
 # make demo      install into .venv and train on the embedded data set
-# make test      install with the test extra and run the tests
-# make test-all  the slow ones too
+# make test      install with the test extra and run the tests, but for slow ones
+# make test-all  those, then the slow ones
 # make lint      layout, what ruff checks, types of the public API
 # make docs      build the documentation into site/
 # make install   only install (with the test extra)
@@ -21,8 +21,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(LINT_INSTALLED)
 	$(BIN)/ruff check $(LINTED)

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fedmmr_jax as fm
@@ -16,7 +15,7 @@ class FedDyn(fm.DriftControl):
   alpha: float = 0.1
 
   def client_state(self, params):
-    return jax.tree.map(jnp.zeros_like, params)
+    return optax.tree.zeros_like(params)
 
   server_state = client_state  # h
 

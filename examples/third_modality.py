@@ -1,7 +1,6 @@
 """A third modality: sounds beside images and texts, read by an own expert.
 
-From files: audio_features.npy and `--experts=visual,semantic,audio` (read as
-images are) or `…,audio=examples.third_modality:MeanExpert`.
+From files: audio_features.npy, --experts=visual,semantic,audio[=module:Thing].
 """
 
 import jax.numpy as jnp

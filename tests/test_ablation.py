@@ -91,6 +91,7 @@ def test_a_figure_that_only_some_seeds_or_rounds_have():
   assert ablate._figure(None, 0.5) == '– → 0.5'
 
 
+@pytest.mark.slow
 def test_a_diverged_client_alone_is_an_error_and_no_hit():
   simulation = small.simulation(
     client_optimizer='sgd', client_learning_rate=1e30
@@ -99,6 +100,7 @@ def test_a_diverged_client_alone_is_an_error_and_no_hit():
     simulation.rank_local_only(simulation.init_state())
 
 
+@pytest.mark.slow
 def test_a_diverged_variant_ends_at_once():
   told = []
   config = small.config(
@@ -117,6 +119,7 @@ def test_a_diverged_variant_ends_at_once():
   assert not told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('drift_control', ['scaffold', 'mime_lite'])
 def test_a_client_alone_needs_no_drift_control(drift_control):
   simulation = small.simulation(
@@ -163,6 +166,7 @@ def test_features_that_are_taken_away_change_the_ranks(trained):
   assert (ranks['@shuffled'] != ranks['@zeroed']).any()
 
 
+@pytest.mark.slow
 def test_baselines_rank_everybody(trained):
   config, loaded, *_ = trained
   for special in ('@popularity', '@local_only'):
@@ -173,6 +177,7 @@ def test_baselines_rank_everybody(trained):
     assert ranks['val'].full.shape == (2, loaded.dataset.num_clients)
 
 
+@pytest.mark.slow
 def test_a_client_alone_learns_its_own_training_items():
   # Many local epochs: its ranks beat those of the model it started from.
   simulation = small.simulation(
@@ -186,6 +191,7 @@ def test_a_client_alone_learns_its_own_training_items():
   assert not after['test'].bad_scores.any()
 
 
+@pytest.mark.slow
 def test_ablate_writes_a_table_a_figure_and_goes_on(ml_1m, tmp_path):
   (tmp_path / 'v.txt').write_text(
     'full:\nbackbone: --experts=none\npopular: @popularity\n'
@@ -259,6 +265,7 @@ def test_any_change_of_the_code_is_another_program(tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'line, message',
   [
@@ -281,6 +288,7 @@ def test_ablate_refuses_a_bad_variant(ml_1m, tmp_path, line, message):
   assert "variant 'other'" in error and message in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seeds', ['', '1,1', 'one', '-1', '4294967296'])
 def test_ablate_refuses_bad_seeds(ml_1m, tmp_path, seeds):
   error = refused(

@@ -212,6 +212,7 @@ def moved(start, step):
   )
 
 
+@pytest.mark.slow
 def test_clipping_bounds_what_a_round_does():
   _, start, step = one_round(clipped.Clipped(max_norm=1e-3))
   delta = np.sqrt(

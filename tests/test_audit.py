@@ -48,6 +48,7 @@ def failed(checks):
   return {check.name for check in checks if not check.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
@@ -100,6 +101,7 @@ def test_a_sketch_of_held_out_items_is_found(monkeypatch):
   assert failed(checks) == {'2 rounds'}
 
 
+@pytest.mark.slow
 def test_a_profile_of_held_out_items_is_found(monkeypatch):
   outside = profile.outside
   monkeypatch.setattr(client_lib, '_trained', lambda view: view.history)
@@ -113,6 +115,7 @@ def test_a_profile_of_held_out_items_is_found(monkeypatch):
   assert failed(checks) == {'2 rounds'}
 
 
+@pytest.mark.slow
 def test_training_on_a_held_out_item_is_found(monkeypatch):
   view = dataset_lib.client_view
 
@@ -181,6 +184,7 @@ def test_exchanging_changes_held_out_items_alone():
     assert not set(new) & set(dataset.sequence(client))
 
 
+@pytest.mark.slow
 def test_the_canary_sings_with_the_leak_alone():
   clean, figures = audit.canary(simulation(sampled_negatives=25))
   assert clean.passed
@@ -191,12 +195,14 @@ def test_the_canary_sings_with_the_leak_alone():
   assert not leaky.passed
 
 
+@pytest.mark.slow
 def test_the_first_rounds_with_and_without_the_leak():
   figures = audit.federated(simulation(), 1)
   assert len(figures.clean.full) == len(figures.popularity.full) == 9
   assert (figures.clean.full != figures.leaky.full).any()
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_an_error_and_not_clean():
   # Of NaN in both, every bit could be the same.
   with pytest.raises(UserError, match='round 1: .*diverged; start anew'):
@@ -205,6 +211,7 @@ def test_a_diverged_run_is_an_error_and_not_clean():
     )
 
 
+@pytest.mark.slow
 def test_from_the_shell(ml_1m):
   out, _ = run(
     'audit',

@@ -55,6 +55,7 @@ def save(folder, *numbers, best_round=0, saved=None, **keep) -> Rounds:
   return rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', VARIANTS.values(), ids=VARIANTS)
 def test_round_trip(tmp_path, changes):
   saved = checkpoint(**changes)
@@ -94,6 +95,7 @@ def test_what_is_saved_may_be_donated(tmp_path):
   small.assert_trees_equal(rounds.load(1, expected), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'keep, expected',
   [
@@ -110,6 +112,7 @@ def test_the_last_every_mth_and_the_best_stay(tmp_path, keep, expected):
   )
 
 
+@pytest.mark.slow
 def test_the_best_of_a_round_to_go_on_from_stays_too(tmp_path):
   keep = dict(keep_last=2, keep_every=0)
   rounds = save(tmp_path, 1, 2, 3, 4, best_round=1, **keep)
@@ -120,6 +123,7 @@ def test_the_best_of_a_round_to_go_on_from_stays_too(tmp_path):
   assert rounds.numbers() == [5, 6]
 
 
+@pytest.mark.slow
 def test_another_optimizer_state_is_refused(tmp_path):
   rounds = save(
     tmp_path,
@@ -205,6 +209,7 @@ def test_a_failed_save_is_told_and_loses_nothing(tmp_path):
   rounds.load(1, saved)
 
 
+@pytest.mark.slow
 def test_saved_from_several_devices_opens_on_one(tmp_path):
   code = f"""
 import jax

@@ -49,6 +49,7 @@ def refused(*flags, binary='train') -> str:
   return lines[0]
 
 
+@pytest.mark.slow
 def test_train_evaluate_inspect(ml_1m, tmp_path):
   workdir = tmp_path / 'run'
   out, _ = run('train', *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')
@@ -104,10 +105,6 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
     assert sum(part['users'] for part in parts.values()) == 6
   difference = told['difference']['full']['MRR']
   assert difference['low'] <= difference['mean'] <= difference['high']
-  out, _ = run(
-    'evaluate', f'--workdir={workdir}', '--metrics=recbole', '--protocol=full'
-  )
-  assert 'precision@10' in out and 'sampled' not in out
   assert 'x.txt: end it in' in refused(
     f'--workdir={workdir}', '--per_user=x.txt', binary='evaluate'
   )
@@ -127,10 +124,14 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
     blind['test']['full']['ndcg@10'] - ndcg
   )
   assert blind['difference']['to'].endswith(', features as trained')
-  out, _ = run('evaluate', f'--workdir={workdir}', '--json', '--eval_clients=1')
-  assert set(json.loads(out)['test']['full'].values()) != set(
-    summary['test']['full'].values()
+  out, _ = run(
+    'evaluate',
+    f'--workdir={workdir}',
+    '--metrics=recbole',
+    '--protocol=full',
+    '--eval_clients=1',
   )
+  assert 'precision@10' in out and 'sampled' not in out
 
   out, _ = run('inspect_checkpoint', f'--workdir={workdir}', 'list')
   assert '<- best' in out
@@ -275,6 +276,7 @@ def test_train_evaluate_inspect(ml_1m, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_stages_follow_one_another(ml_1m, tmp_path):
   stages, workdir = tmp_path / 'stages.txt', tmp_path / 'staged'
   stages.write_text(
@@ -313,6 +315,7 @@ def test_stages_follow_one_another(ml_1m, tmp_path):
   assert not (tmp_path / 'other').exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(ml_1m, tmp_path):
   command = [
     sys.executable,
@@ -338,6 +341,7 @@ def test_a_full_disk_is_one_line(ml_1m, tmp_path):
   assert lines[0].endswith('no round is saved')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_round_and_the_run_goes_on(
   ml_1m, tmp_path, number
@@ -373,6 +377,7 @@ def test_a_signal_stops_after_the_round_and_the_run_goes_on(
   assert f'round {saved + 1}/{saved + 1}' in out
 
 
+@pytest.mark.slow
 def test_bad_data_is_refused_and_nothing_is_written(ml_1m, tmp_path):
   workdir = tmp_path / 'run'
   flags = (*TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')
@@ -405,6 +410,7 @@ def test_bad_data_is_refused_and_nothing_is_written(ml_1m, tmp_path):
   assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_bad_flags_are_refused(tmp_path):
   assert 'no such file' in refused('--dataset=ml-1m', f'--data_dir={tmp_path}')
   assert 'needs --data_dir' in refused('--dataset=ml-1m')
@@ -442,12 +448,13 @@ def test_presets_are_valid(preset):
   )
 
 
+@pytest.mark.slow
 def test_benchmark(ml_1m):
   flags = (
     *TINY,
     f'--data_dir={ml_1m}',
     '--repeats=1',
-    '--catalogues=27,40',
+    '--catalogues=40',
     '--cohorts=2,1000',
   )
   result = json.loads(run('benchmark', *flags, '--json')[0])
@@ -464,7 +471,7 @@ def test_benchmark(ml_1m):
     result['saving']['bytes'] > 1000 and result['saving']['waited_seconds'] > 0
   )
   assert [r['cohort'] for r in result['cohort']] == [2]
-  assert [r['items'] for r in result['catalogue']] == [27, 40]
+  assert [r['items'] for r in result['catalogue']] == [40]
   out, _ = run('benchmark', *flags, '--parts=round')
   assert 'local training' in out and 'items' in out
   assert 'seconds a round' not in out

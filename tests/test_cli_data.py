@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
 from tests.test_cli import refused, run, TINY
 
 
+@pytest.mark.slow
 def test_string_ids_along_a_timeline(tmp_path):
   rng = np.random.default_rng(0)
   (tmp_path / 'reviews.json').write_text(

@@ -62,6 +62,7 @@ def test_windows_never_reach_the_held_out_items():
     assert max(batch.windows.max(), batch.targets.max()) <= 16
 
 
+@pytest.mark.slow
 def test_a_step_weighs_its_targets_by_their_lateness():
   simulation = small.simulation(
     objective='all_positions',
@@ -129,6 +130,7 @@ def test_a_step_limit_takes_some_windows_in_time_order():
   assert taken == sorted(window_order(6, 9)[:4], reverse=True)
 
 
+@pytest.mark.slow
 def test_a_step_limit_limits_steps_weights_and_clock():
   simulation = small.simulation(
     objective='all_positions',
@@ -186,6 +188,7 @@ def updater(simulation):
   return run
 
 
+@pytest.mark.slow
 def test_steps_past_a_clients_own_change_nothing(local):
   _, run = local
   small.assert_trees_equal(run(), run(extra_steps=3))
@@ -229,6 +232,7 @@ def test_everything_that_can_learn_moves_and_padding_row_does_not(local):
   assert not delta['item_embedding'][0].any()
 
 
+@pytest.mark.slow
 def test_proximal_term_pulls_towards_the_server():
   def distance(mu):
     run = updater(

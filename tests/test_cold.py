@@ -73,6 +73,7 @@ def test_nothing_held_out_is_refused():
     cold_lib.hold_out(small.dataset(), 0.001, seed=0)
 
 
+@pytest.mark.slow
 def test_cold_rows_are_never_trained_and_can_be_ranked(split):
   _, warm, cold, _ = split
   config = small.config(num_negatives=10, client_fraction=1.0, weight_decay=0.0)

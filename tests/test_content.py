@@ -98,6 +98,7 @@ def test_id_looks_at_no_content():
   assert simulation.catalogue.content.shape[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('vocabulary', ['dense', 'local'])
 def test_items_nobody_looked_at_move_with_their_content(vocabulary):
   changes = dict(

@@ -84,6 +84,7 @@ def workers():
   devices.set_workers(0)
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_changes_no_bit(workers):
   ends = []
   for count in (1, 3, 8):
@@ -176,6 +177,7 @@ def test_no_collective_whatever_a_cpu_counts_as():
   )
 
 
+@pytest.mark.slow
 def test_a_mesh_of_two_devices_changes_rounding_only(tmp_path):
   assert devices.count() == 1
   on_one = outcomes(tmp_path / 'one')
@@ -196,6 +198,7 @@ def test_a_mesh_of_two_devices_changes_rounding_only(tmp_path):
       )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'flags, count',
   [

@@ -254,6 +254,7 @@ def test_items_by_id_title_and_part():
     find('Alien (1979); Shrek')
 
 
+@pytest.mark.slow
 def test_from_the_shell(ml_1m, tmp_path):
   data = ('--dataset=ml-1m', f'--data_dir={ml_1m}')
   out, _ = test_cli.run(

@@ -79,6 +79,7 @@ def test_vmapped_round_equals_a_loop_over_clients(simulation, update_alone):
   np.testing.assert_allclose(means['loss'], total / sum(weights), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_fednova_averages_mean_steps(simulation, update_alone):
   """Σ p_i Δ_i / τ_i times Σ p_i τ_i, clients of 1 to several steps."""
   updates = [update_alone(index) for index in COHORT.ravel()]
@@ -119,6 +120,7 @@ def test_order_of_the_cohort_changes_nothing(simulation):
   np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_chunking_changes_only_rounding(simulation):
   small.assert_trees_close(
     run(simulation, COHORT)[0].server.params,
@@ -152,6 +154,7 @@ def test_clients_outside_the_cohort_keep_their_memory(simulation):
   assert (np.asarray(after.memories.clock)[COHORT.ravel()] > 0).all()
 
 
+@pytest.mark.slow
 def test_a_lone_client_makes_fedavg_take_its_parameters(
   simulation, update_alone
 ):
@@ -244,6 +247,7 @@ def test_little_is_masked_on_the_real_lengths(preset):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['text', 'visual', 'both'])
 def test_a_round_without_features(kind):
   """Width 0, and with it prototypes and experts of width 0."""
@@ -337,6 +341,7 @@ def aggregate(state, delta_sum, weight, config):
   )
 
 
+@pytest.mark.slow
 def test_prototypes_reach_the_server():
   simulation = small.simulation(
     global_memory='prototypes,number=2,iterations=3'
@@ -349,6 +354,7 @@ def test_prototypes_reach_the_server():
   assert after.server.prototypes.size.sum() == with_text.sum()
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_that_nobody_reads(simulation):
   """Prototypes without --global_memory, memories without experts."""
   assert simulation.init_state().server.prototypes is None
@@ -375,6 +381,7 @@ def test_nothing_is_kept_that_nobody_reads(simulation):
 
 
 # Each combination is a compilation, so the variants share a few.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
@@ -388,9 +395,9 @@ def test_nothing_is_kept_that_nobody_reads(simulation):
       global_memory='prototypes,number=2,iterations=3',
       contrastive='unweighted',
       local_epochs=2,
+      objective='all_positions',
+      negatives='shared',
     ),
-    dict(objective='all_positions', negatives='shared'),
-    dict(objective='all_positions', negatives='per_sample'),
   ],
 )
 def test_every_variant_trains(changes):

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from fedmmr_jax.runs.checkpoint import Rounds
 from tests import small
 
@@ -112,6 +114,7 @@ def without_times(record):
   return {k: v for k, v in record.items() if not k.endswith('seconds')}
 
 
+@pytest.mark.slow
 def test_killed_anywhere_a_resumed_run_equals_the_straight_one(tmp_path):
   finish(tmp_path / 'straight')
   rng = random.Random(int(os.environ.get('FEDMMR_KILL_SEED', 0)))

@@ -188,6 +188,7 @@ def test_muon_is_the_published_recursion():
     )
 
 
+@pytest.mark.slow
 def test_the_decaying_rate_reaches_the_clients():
   changes = dict(
     client_optimizer='sgd',
@@ -256,6 +257,7 @@ def test_scaffold_keeps_variates_of_sampled_clients_only(scaffold):
   assert set(np.flatnonzero(norms).tolist()) == sampled - {-1}
 
 
+@pytest.mark.slow
 def test_scaffolds_first_round_is_plain_and_its_second_is_not(scaffold):
   simulation, state = scaffold
   plain = small.simulation(**{**SCAFFOLD, 'drift_control': 'none'})
@@ -268,6 +270,7 @@ def test_scaffolds_first_round_is_plain_and_its_second_is_not(scaffold):
   assert distance > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['scaffold', 'mime_lite'])
 def test_drift_control_on_local_rows_trains_and_keeps_other_rows(name):
   changes = dict(
@@ -292,6 +295,7 @@ def test_drift_control_on_local_rows_trains_and_keeps_other_rows(name):
   )
 
 
+@pytest.mark.slow
 def test_mime_lite_takes_the_mean_of_the_clients_and_learns_moments():
   simulation = small.simulation(
     drift_control='mime_lite',
@@ -331,6 +335,7 @@ def test_control_variates_that_no_machine_holds_are_refused(monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_seeds_alone():
   # The clients differ in length, and so do the cohorts of the seeds.
   alone = [small.simulation(seed=seed) for seed in (0, 1)]

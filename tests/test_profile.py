@@ -87,6 +87,7 @@ def test_the_score_is_a_mixture_of_two_softmaxes():
   np.testing.assert_allclose(alone, e @ sequence, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('experts', ['none', 'both'])
 @pytest.mark.parametrize('shared', [True, False])
 def test_scores_of_a_step_are_those_of_each_position(experts, shared):
@@ -145,6 +146,7 @@ def one_round():
   return after_round(small.simulation(**SETTINGS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes', [dict(clients_per_chunk=1), dict(vocabulary='local')]
 )
@@ -225,12 +227,18 @@ def test_who_has_nothing_before_the_window_gets_recommendations():
   assert len(best) == 5 and np.isfinite(scores).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
     dict(experts='both', negatives='per_sample', num_negatives=3),
-    dict(experts='both', drift_control='scaffold', client_optimizer='sgd'),
-    dict(objective='last', warm_memory=True, experts='both'),
+    dict(
+      experts='both',
+      drift_control='scaffold',
+      client_optimizer='sgd',
+      objective='last',
+      warm_memory=True,
+    ),
   ],
 )
 def test_it_goes_with_everything_else(changes):

@@ -211,6 +211,7 @@ def test_equal_times_are_said():
   assert '33.3% of the interactions bear the time' in selected.notes[0]
 
 
+@pytest.mark.slow
 def test_a_timeline_trains_and_ranks_what_it_should():
   rng = np.random.default_rng(0)
   rows = [

@@ -75,6 +75,7 @@ def wait_for_round(workdir, number: int) -> None:
     time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'number, told',
   [
@@ -99,6 +100,7 @@ def test_the_next_process_says_how_the_last_one_died(
   small.assert_trees_equal(state(tmp_path / 'run'), straight)
 
 
+@pytest.mark.slow
 def test_a_stuck_run_says_so_and_ends(tmp_path, straight):
   with start(tmp_path / 'run', '--stuck_minutes=0.2', hanging=True) as process:
     _, err = process.communicate()

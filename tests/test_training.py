@@ -170,6 +170,7 @@ def test_validation_is_due_every_nth_round_and_at_the_end():
   ]
 
 
+@pytest.mark.slow
 def test_a_diverged_round_is_refused_and_not_saved(tmp_path):
   with pytest.raises(UserError, match='round 1: .*diverged; start anew'):
     train(
@@ -323,6 +324,7 @@ def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
@@ -348,6 +350,7 @@ def test_a_variant_resumes_as_if_straight(tmp_path, changes):
   )
 
 
+@pytest.mark.slow
 def test_cold_items_and_acceptance_are_in_the_summary(tmp_path):
   dataset, cold, _ = cold_lib.hold_out(small.dataset(), 0.2, seed=0)
   simulation = simulation_lib.build(small.config(), dataset, cold)

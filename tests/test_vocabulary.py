@@ -168,6 +168,7 @@ def test_weighted_deltas_land_on_their_items():
   assert got['other'] == 4 + 2 + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
@@ -197,6 +198,7 @@ def test_sgd_trains_the_same_on_touched_rows(changes):
   np.testing.assert_array_equal(local.memories.item, dense.memories.item)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [

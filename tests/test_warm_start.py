@@ -154,6 +154,7 @@ def test_items_are_matched_by_id(pretrained):
   )
 
 
+@pytest.mark.slow
 def test_an_item_that_would_stay_random_is_refused(tmp_path):
   few = train(tmp_path / 'few', subset(set(range(5, 61))))
   with pytest.raises(
@@ -165,6 +166,7 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
   start(few, load='backbone').init_state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes, message',
   [
@@ -230,12 +232,14 @@ def test_items_that_were_never_trained_are_refused(tmp_path):
     start(cold, dataset, cold_items=0.2, seed=1).init_state()
 
 
+@pytest.mark.slow
 def test_memories_of_a_run_without_texts_come_along(tmp_path):
   path = train(tmp_path / 'run', experts='visual', num_rounds=1)
   state = start(path, experts='visual', load='all,memories').init_state()
   assert np.any(state.memories.clock > 0)
 
 
+@pytest.mark.slow
 def test_prototypes_come_along_where_somebody_attends_to_them(tmp_path):
   path = train(
     tmp_path / 'run',
