@@ -200,7 +200,7 @@ def test_damaged_files_are_named(straight, tmp_path):
   with pytest.raises(UserError, match="config.json: damaged, it has no 'flags"):
     run.config()
   (tmp_path / 'config.json').write_text('{"flags": {"dropout": 7.0}}')
-  with pytest.raises(UserError, match='config.json: --dropout=7.0 is above'):
+  with pytest.raises(UserError, match='config.json: `dropout=7.0` is above'):
     run.config()
 
 
