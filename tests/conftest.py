@@ -30,7 +30,7 @@ import pytest
 jax.config.update('jax_default_matmul_precision', 'highest')
 
 
-# Their tests take longest: a worker that began such a file last would end alone.
+# Their tests take longest: who began such a file last would end alone.
 _LONGEST = (
   'test_cli.py',
   'test_devices.py',

@@ -1,6 +1,6 @@
 """The main properties once more, as users run them: compiled with XLA's own
-optimisations, which the other tests skip (conftest.py). In a process of its own,
-for JAX reads its flags once."""
+optimisations, which the other tests skip (conftest.py); in a process of its
+own, for JAX reads its flags once."""
 
 import os
 import pathlib
