@@ -139,6 +139,7 @@ def trained():
   return config, loaded, told, found
 
 
+@pytest.mark.slow
 def test_every_seed_is_tested_at_its_own_best_round(trained):
   config, loaded, told, (found, simulations, states) = trained
   assert told == [1, 2]
@@ -152,6 +153,7 @@ def test_every_seed_is_tested_at_its_own_best_round(trained):
     assert int(state.server.round) == found.best_rounds[i]
 
 
+@pytest.mark.slow
 def test_features_that_are_taken_away_change_the_ranks(trained):
   config, loaded, _, (found, simulations, states) = trained
   ranks = {

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 import fedmmr_jax as fm
-from examples import clipped, feddyn, median, own_data, own_metric, own_slice
+from examples import (
+  clipped,
+  feddyn,
+  median,
+  own_data,
+  own_metric,
+  own_slice,
+  third_modality,
+)
 from fedmmr_jax import parts
 from fedmmr_jax.evaluation import user_results
 from fedmmr_jax.runs import report
@@ -172,7 +180,13 @@ def test_docstrings_run(module):
 
 @pytest.mark.parametrize(
   'example',
-  [clipped, own_data, own_metric, own_slice],
+  [
+    own_data,
+    own_metric,
+    own_slice,
+    pytest.param(clipped, marks=pytest.mark.slow),
+    pytest.param(third_modality, marks=pytest.mark.slow),
+  ],
   ids=lambda e: e.__name__,
 )
 def test_an_example_runs(example, capsys):

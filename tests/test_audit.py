@@ -68,6 +68,7 @@ def test_a_clean_run_is_found_clean(changes):
   assert not failed(checks)
 
 
+@pytest.mark.slow
 def test_the_leak_of_the_original_is_found():
   checks = audit.all_checks(simulation(leaky_negatives=True))
   assert failed(checks) == {
@@ -88,6 +89,7 @@ def test_a_window_with_a_held_out_item_is_found(monkeypatch):
   assert not audit.training_windows(simulation()).passed
 
 
+@pytest.mark.slow
 def test_a_sketch_of_held_out_items_is_found(monkeypatch):
   sketch = collaborative.sketch
   monkeypatch.setattr(

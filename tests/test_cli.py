@@ -481,3 +481,11 @@ def test_benchmark(ml_1m):
   assert '--parts=speed: no such part' in refused(
     *flags, '--parts=speed', binary='benchmark'
   )
+
+
+def test_a_run_from_the_shell(ml_1m, tmp_path):
+  flags = (*TINY, f'--data_dir={ml_1m}', f'--workdir={tmp_path / "run"}')
+  out, _ = run('train', *flags, '--experts=none', '--num_rounds=1')
+  assert 'round 1/1' in out and 'test, full' in out
+  out, _ = run('inspect_checkpoint', f'--workdir={tmp_path / "run"}', 'list')
+  assert '<- best' in out

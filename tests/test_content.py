@@ -134,7 +134,7 @@ def test_items_nobody_looked_at_move_with_their_content(vocabulary):
 def test_content_needs_features():
   dataset = small.dataset()
   dataset = dataclasses.replace(dataset, features={})
-  with pytest.raises(UserError, match='content_init needs item features'):
+  with pytest.raises(UserError, match='content_init` needs item features'):
     simulation_lib.build(small.config(item_embedding='content_init'), dataset)
 
 

@@ -407,6 +407,7 @@ def test_every_variant_trains(changes):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.server.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', ['last', 'all_positions'])
 @pytest.mark.parametrize('negatives', ['per_sample', 'shared'])
 def test_a_model_without_experts_trains(objective, negatives):

@@ -73,7 +73,9 @@ def test_experts_that_are_none_are_refused(text, message):
   assert message in small.error_of(simulation, experts=text)
 
 
-@pytest.mark.parametrize('text', [THREE, OWN])
+@pytest.mark.parametrize(
+  'text', [THREE, pytest.param(OWN, marks=pytest.mark.slow)]
+)
 def test_a_third_expert_is_trained_routed_to_and_reported(text):
   sim = simulation(experts=text)
   assert params_of(sim)['router']['logits']['bias'].shape == (3,)
@@ -151,8 +153,3 @@ def test_the_fingerprint_covers_a_third_matrix():
     dataclasses.replace(dataset, features=other).fingerprint(),
   }
   assert len(prints) == 3
-
-
-def test_the_example_runs(capsys):
-  third_modality.main()
-  assert capsys.readouterr().out.count('w_audio') == 2

@@ -233,6 +233,7 @@ def scaffold():
   return simulation, rounds(simulation)
 
 
+@pytest.mark.slow
 def test_scaffolds_server_variate_is_the_weighted_mean_of_the_clients(scaffold):
   simulation, state = scaffold
   weights = np.maximum(simulation.num_train - 1, 0)
@@ -246,6 +247,7 @@ def test_scaffolds_server_variate_is_the_weighted_mean_of_the_clients(scaffold):
   )
 
 
+@pytest.mark.slow
 def test_scaffold_keeps_variates_of_sampled_clients_only(scaffold):
   simulation, state = scaffold
   sampled = set(

@@ -90,17 +90,13 @@ def look_up_failures(monkeypatch, **changes):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
     {'local_epochs': 2, 'negatives': 'per_sample'},
-    pytest.param(
-      {'objective': 'last', 'batch_size': 2, 'max_local_steps': 2},
-      marks=pytest.mark.slow,
-    ),
-    pytest.param(
-      {'profile': 'history', 'experts': 'none'}, marks=pytest.mark.slow
-    ),
+    {'objective': 'last', 'batch_size': 2, 'max_local_steps': 2},
+    {'profile': 'history', 'experts': 'none'},
   ],
   ids=str,
 )
@@ -241,6 +237,7 @@ def test_local_rows_are_fewer_than_the_catalogue():
   assert f'tensor<2x{simulation.model.num_rows}x16xf32>' not in lowered
 
 
+@pytest.mark.slow
 def test_padding_clients_change_nothing():
   simulation, _ = rounds(0, vocabulary='local')
 

@@ -223,6 +223,7 @@ def test_what_belongs_to_other_data_is_refused(pretrained):
       start(pretrained, other, load=group).init_state()
 
 
+@pytest.mark.slow
 def test_items_that_were_never_trained_are_refused(tmp_path):
   dataset, _, _ = cold_lib.hold_out(small.dataset(), 0.2, seed=0)
   cold = train(tmp_path / 'cold', dataset, cold_items=0.2, num_rounds=1)
@@ -321,6 +322,7 @@ def test_flags_are_checked():
       small.simulation(**changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
@@ -367,10 +369,15 @@ def test_frozen_groups_stay_bit_for_bit(changes):
   'freeze, frozen',
   [
     ('backbone/block_0', ['backbone/block_0/']),
-    (f'{__name__}:LOWER', ['item_embedding', 'backbone/block_0/']),
-    (
+    pytest.param(
+      f'{__name__}:LOWER',
+      ['item_embedding', 'backbone/block_0/'],
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
       'router, backbone/block_1/feed_forward_norm/bias',
       ['router/', 'backbone/block_1/feed_forward_norm/bias'],
+      marks=pytest.mark.slow,
     ),
   ],
 )
