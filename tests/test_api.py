@@ -165,8 +165,9 @@ def test_every_public_name_is_there_and_documented():
 @pytest.mark.parametrize(
   'module',
   [
-    'fedmmr_jax',
+    pytest.param('fedmmr_jax', marks=pytest.mark.slow),
     'fedmmr_jax.metrics',
+    'fedmmr_jax.models.experts',
     'fedmmr_jax.models.groups',
     'fedmmr_jax.parts',
     'fedmmr_jax.presets',
@@ -181,9 +182,9 @@ def test_docstrings_run(module):
 @pytest.mark.parametrize(
   'example',
   [
-    own_data,
-    own_metric,
     own_slice,
+    pytest.param(own_data, marks=pytest.mark.slow),
+    pytest.param(own_metric, marks=pytest.mark.slow),
     pytest.param(clipped, marks=pytest.mark.slow),
     pytest.param(third_modality, marks=pytest.mark.slow),
   ],
@@ -240,6 +241,7 @@ def test_clipping_bounds_what_a_round_does():
   )
 
 
+@pytest.mark.slow
 def test_a_median_sees_every_client():
   """Eight of nine clients are the same: so is the median."""
 
@@ -306,6 +308,7 @@ def test_parts_from_outside_by_name(tmp_path):
   assert loaded.dataset.item_ids[1] == 'i0'
 
 
+@pytest.mark.slow
 def test_a_metric_of_ones_own_is_in_whatever_a_run_leaves(tmp_path):
   config = small.config(metrics='examples.own_metric:Biased', eval_every=2)
   simulation = fm.Simulation.of(config, small.dataset())

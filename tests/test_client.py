@@ -267,6 +267,7 @@ def test_negatives_are_never_consumed_in_training_but_may_be_held_out():
   assert np.isin(held_out, draws).all()
 
 
+@pytest.mark.slow
 def test_fill_memory_only_fills_clients_never_sampled():
   simulation = small.simulation()
   state = simulation.init_state()

@@ -169,6 +169,7 @@ def test_scores_use_the_items_before_the_target(simulation):
     assert abs(int((margin >= 0).sum()) - int(ranks.full[index])) <= 1
 
 
+@pytest.mark.slow
 def test_warm_memory_fills_every_client_without_touching_the_state():
   simulation = small.simulation(warm_memory=True)
   state = simulation.init_state()

@@ -73,9 +73,8 @@ def test_experts_that_are_none_are_refused(text, message):
   assert message in small.error_of(simulation, experts=text)
 
 
-@pytest.mark.parametrize(
-  'text', [THREE, pytest.param(OWN, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('text', [THREE, OWN])
 def test_a_third_expert_is_trained_routed_to_and_reported(text):
   sim = simulation(experts=text)
   assert params_of(sim)['router']['logits']['bias'].shape == (3,)

@@ -150,6 +150,7 @@ def test_contrastive_per_sample(reference, catalogue):
   assert_close(per_sample, reference['loss/contrastive_per_sample'], 1e-5)
 
 
+@pytest.mark.slow
 def test_every_gradient(reference, catalogue):
   model, params = parity.model(), parity.tree(reference, 'param/')
   gradient = jax.grad(loss, has_aux=True)(params, model, reference, catalogue)[
@@ -167,6 +168,7 @@ def test_every_gradient(reference, catalogue):
     assert error <= 1e-4, f'{jax.tree_util.keystr(path)}: {error:.2e}'
 
 
+@pytest.mark.slow
 def test_one_adam_step(reference, catalogue):
   model, params = parity.model(), parity.tree(reference, 'param/')
   gradient = jax.grad(loss, has_aux=True)(params, model, reference, catalogue)[

@@ -107,6 +107,7 @@ def test_the_best_round_is_the_first_with_the_best_validation(straight):
   assert summary['val']['sampled']['HR@10'] == max(values)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(straight, tmp_path):
   path, summary = straight
   train(tmp_path / 'again')
@@ -125,6 +126,7 @@ def test_resumed_run_equals_the_straight_one(straight, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_resume_repairs_a_torn_metrics_file(straight, tmp_path):
   """Killed while writing: half a line, or a line whose round is not saved."""
   path, _ = straight
@@ -211,6 +213,7 @@ def test_a_folder_that_was_not_started_is_refused_before_training(tmp_path):
   assert not told and not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_longer_run_takes_down_the_results_of_the_shorter(tmp_path):
   train(tmp_path / 'run', num_rounds=2)
   simulation = simulation_lib.build(small.config(num_rounds=3), small.dataset())
@@ -315,6 +318,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
   RunFolder(tmp_path / 'run').start(small.config(), small.dataset())
 
 
+@pytest.mark.slow
 def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
   path = tmp_path / 'run'
   train(path, num_rounds=1, server_schedule='cosine')

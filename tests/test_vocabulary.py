@@ -106,6 +106,7 @@ def test_a_round_looks_up_no_item_that_it_has_not_taken_along(
   assert look_up_failures(monkeypatch, **changes) == [None] * 3
 
 
+@pytest.mark.slow
 def test_a_look_up_of_a_stranger_is_found(monkeypatch):
   touched = vocabulary.touched
   # Without the last of the arrays, the negatives.
@@ -220,6 +221,7 @@ def test_rows_that_no_step_touches_stay(changes):
   assert not moved.all()
 
 
+@pytest.mark.slow
 def test_local_rows_are_fewer_than_the_catalogue():
   """The round of this file's clients really works on a part of the table."""
   simulation, _ = rounds(0, vocabulary='local')

@@ -258,6 +258,7 @@ def test_prototypes_come_along_where_somebody_attends_to_them(tmp_path):
   assert state.server.prototypes is None
 
 
+@pytest.mark.slow
 def test_memories_where_there_are_none_are_refused(tmp_path, pretrained):
   with pytest.raises(UserError, match='this run has no experts'):
     start(pretrained, experts='none', load='backbone,memories').init_state()
@@ -365,19 +366,15 @@ def test_frozen_groups_stay_bit_for_bit(changes):
   assert means['gradient_backbone'] == 0 < means['gradient_visual']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'freeze, frozen',
   [
     ('backbone/block_0', ['backbone/block_0/']),
-    pytest.param(
-      f'{__name__}:LOWER',
-      ['item_embedding', 'backbone/block_0/'],
-      marks=pytest.mark.slow,
-    ),
-    pytest.param(
+    (f'{__name__}:LOWER', ['item_embedding', 'backbone/block_0/']),
+    (
       'router, backbone/block_1/feed_forward_norm/bias',
       ['router/', 'backbone/block_1/feed_forward_norm/bias'],
-      marks=pytest.mark.slow,
     ),
   ],
 )
