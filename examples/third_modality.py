@@ -15,8 +15,8 @@ class MeanExpert(fm.Expert):
 
   @nn.compact
   def __call__(self, embedding, feature, entries, train):
-    total = jnp.sum(entries.features * entries.mask[:, None], axis=0)
-    mean = total / jnp.maximum(jnp.sum(entries.mask), 1)
+    seen = entries.mask / jnp.maximum(jnp.sum(entries.mask, axis=0), 1)
+    mean = seen.T @ entries.features  # [1, F], the same for all candidates
     return nn.relu(nn.Dense(self.config.hidden_dim)(feature - mean))
 
 

@@ -31,7 +31,8 @@ class Entries(NamedTuple):
   Attributes:
     features: [R, F] float32; of the semantic expert with global prototypes
       [R + P, F].
-    mask: [R] bool, False at empty slots and items without such a feature.
+    mask: [R, 1] or [R, J] bool, which of them each candidate may meet; none at
+      empty slots and items without such a feature.
   """
 
   features: jax.Array
@@ -98,7 +99,7 @@ class VisualExpert(Expert):
     # (c W + b) kᵀ = c (W kᵀ) + b kᵀ: one [R, F] matrix for all candidates.
     logits = (key @ query.kernel.T) @ feature.T + (key @ query.bias)[:, None]
     attention = layers.masked_softmax(
-      logits * projection_dim**-0.5, entries.mask[:, None], axis=0
+      logits * projection_dim**-0.5, entries.mask, axis=0
     )
     # Project R memory rows instead of J averages of them.
     output = layers.Affine(width, hidden_dim, name='output')()
@@ -143,9 +144,7 @@ class SemanticExpert(Expert):
     # Candidates last: R is short, J is long, and reductions over R vectorise.
     logits = jnp.einsum('hrd,jd->hrj', folded, embedding)
     attention = layers.masked_softmax(
-      (logits + offset[..., None]) * head_dim**-0.5,
-      entries.mask[:, None],
-      axis=-2,
+      (logits + offset[..., None]) * head_dim**-0.5, entries.mask, axis=-2
     )
     dropout = self.config.dropout
     attention = nn.Dropout(dropout)(attention, deterministic=not train)

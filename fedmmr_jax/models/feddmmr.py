@@ -252,7 +252,7 @@ class FedDMMR(nn.Module):
     """Router weights of J items for a client whose memory holds something for
     every expert: [J, E] float32, 0 for one without the item's feature."""
     full = {
-      name: Entries(catalogue.features[matrix][:1], jnp.ones((1,), bool))
+      name: Entries(catalogue.features[matrix][:1], jnp.ones((1, 1), bool))
       for name, matrix, _ in self.modalities
     }
     return self._weights(
@@ -286,7 +286,7 @@ class FedDMMR(nn.Module):
 
     def has(name, matrix, expert):
       feature = catalogue.has[matrix][items]
-      entries = jnp.any(memory[name].mask)
+      entries = jnp.any(memory[name].mask, axis=0)  # [J] or [1]
       if expert.needs_feature:
         return feature & (own | entries)
       return (own & feature) | entries
@@ -329,7 +329,7 @@ class FedDMMR(nn.Module):
         features = jnp.concatenate([features, prototypes])
         # Given where prototypes are.
         mask = jnp.concatenate([mask, cast(jax.Array, prototype_mask)])
-      view[name] = Entries(features, mask)
+      view[name] = Entries(features, mask[:, None])
     return view
 
   @nn.nowrap  # needs no parameters: call it on the model itself
