@@ -80,7 +80,6 @@ def wait_for_round(workdir, number: int) -> None:
   'number, told',
   [
     (signal.SIGABRT, 'signal 6 (SIGABRT)'),
-    pytest.param(signal.SIGSEGV, 'signal 11 (SIGSEGV)', marks=pytest.mark.slow),
     (signal.SIGKILL, 'signal 9 (SIGKILL, or another that leaves no trace)'),
   ],
 )

@@ -170,9 +170,8 @@ def test_weighted_deltas_land_on_their_items():
   'changes',
   [
     {'local_epochs': 2, 'negatives': 'per_sample'},
-    {'objective': 'last', 'batch_size': 2},
     # A padded window has more entries than the client has rows.
-    {'max_seq_len': 30},
+    {'objective': 'last', 'batch_size': 2, 'max_seq_len': 30},
   ],
   ids=str,
 )

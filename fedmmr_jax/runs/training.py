@@ -14,6 +14,7 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.round import FederationState
+from fedmmr_jax.models.experts import EXPERTS
 from fedmmr_jax.runs import acceptance
 from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.runs.run_folder import RunFolder
@@ -126,6 +127,14 @@ def _rounds_left(
   return simulation.rounds(checkpoint.state, last_round + 1)
 
 
+# The outside contract has these in each line, null in a run without the expert.
+_ABSENT = {
+  family + name: None
+  for family in (metrics_lib.ROUTER_WEIGHT, metrics_lib.GRADIENT)
+  for name in EXPERTS
+}
+
+
 def validated(
   simulation: Simulation,
   done: Round,
@@ -137,7 +146,7 @@ def validated(
   Raises:
     UserError: a score is not finite.
   """
-  record: Record = {'round': done.number, 'train': done.metrics}
+  record: Record = {'round': done.number, 'train': _ABSENT | done.metrics}
   if due(done.number, simulation.config):
     on_step(f'validating round {done.number}')
     start = time.perf_counter()
