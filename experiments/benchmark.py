@@ -6,8 +6,8 @@
         --data_dir=path/to/ml-1m
 
 Takes the flags of `experiments.train`. All times are medians of warm runs; the
-achieved GFLOP/s stand beside those of a matrix product in the same process.
-Nothing else should run on the machine meanwhile.
+achieved GFLOP/s are compared with those of a matrix product in the same
+process. Nothing else should run on the machine at the same time.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""Looks into the checkpoints of a run, without its flags and, but for `router`
-and `recommend`, without its data; the devices it ran on are not needed.
+"""Inspects the checkpoints of a run without its flags or devices and, except
+for `router` and `recommend`, without its data.
 
     python -m experiments.inspect_checkpoint --workdir=RUN list
     python -m experiments.inspect_checkpoint --workdir=RUN show ROUND

@@ -4,8 +4,8 @@
         --texts=path/to/item_texts.json --images=path/to/posters
 
 writes `text_features.npy` and `visual_features.npy` into the data folder, where
-training finds them, each with a `.json` beside it that says how it was made. A
-call that was cut off goes on where it stopped when it is given again.
+training finds them, each with a `.json` beside it that records how it was made.
+An interrupted call resumes where it stopped when it is repeated.
 """
 
 import hashlib

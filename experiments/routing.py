@@ -1,4 +1,4 @@
-"""Which expert speaks for which items, in numbers and in words."""
+"""How much the router weights each expert, in numbers and in words."""
 
 from typing import Any, Sequence
 

@@ -1,10 +1,10 @@
-"""Staged training: runs one after another, each from the best round of the one
-before.
+"""Staged training: consecutive runs, each starting from the best round of the
+previous one.
 
-A stages file has a line each, `name: --flag=value --flag=value`, the flags over
-those of the command line. Stage i is the run in `WORKDIR/<i>-<name>`;
-`WORKDIR/stages.json` keeps what was asked for, so that `--resume` needs no
-flags.
+A stages file has one line per stage, `name: --flag=value --flag=value`; these
+flags override those of the command line. Stage i is the run in
+`WORKDIR/<i>-<name>`; `WORKDIR/stages.json` records the request, so that
+`--resume` needs no flags.
 """
 
 import json

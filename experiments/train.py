@@ -4,7 +4,7 @@
     python -m experiments.train --flagfile=experiments/presets/paper.flags \\
         --data_dir=path/to/ml-1m
 
-Any flag after the preset overrides it; `--helpfull` lists them all.
+Flags after the preset override it; `--helpfull` lists all flags.
 """
 
 import contextlib
@@ -158,7 +158,7 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
 def train_stages(
   workdir: pathlib.Path, saved: dict[str, Any] | None, stop: 'StopSignal'
 ) -> None:
-  """Trains the runs of `--stages`, or goes on with those in the folder."""
+  """Trains the runs of `--stages`, or resumes those in the folder."""
   if saved and not _RESUME.value:
     raise UserError(
       f'--workdir={workdir} already holds staged runs; continue them with '

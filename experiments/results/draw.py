@@ -6,7 +6,7 @@
 A file is one data set: `data`, `detail`, `order`; `runs`, each with its flags,
 seeds, commit and test metrics; `verdicts`, each an option compared `against`
 another. An effect is a difference with the bounds of its 95 % interval, paired
-over users, or the two values (of the old data one alone) where no interval was
+over users, or the two values (for some old data only one) if no interval was
 computed. `verdict` says what `recommended.flags` does with the option: on, off
 (the setting exists), or removed from the code. A table goes between
 `<!-- verdicts:NAME -->` (or `runs:`) and `<!-- end -->` of a page; NAME is a

@@ -45,7 +45,7 @@ def components(features: Sequence[np.ndarray], dim: int) -> np.ndarray:
 
 
 def with_fixed_signs(columns: np.ndarray) -> np.ndarray:
-  """Fixes the arbitrary signs of eigenvectors: the largest entry is positive."""
+  """An eigenvector's sign is arbitrary: makes its largest entry positive."""
   peak = np.abs(columns).argmax(axis=0)
   return columns * np.sign(columns[peak, np.arange(columns.shape[1])])
 

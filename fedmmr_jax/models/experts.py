@@ -81,7 +81,7 @@ class Expert(nn.Module):
 
 
 class VisualExpert(Expert):
-  """Single-head attention of the candidate's feature over the memory's features.
+  """Single-head attention of the candidate's feature over those in the memory.
 
   Values are the raw memory features; the output layer maps them to `D`. It
   suits any modality whose features can be compared with one another, and is the

@@ -185,8 +185,8 @@ class FedDMMR(nn.Module):
       catalogue: item features, [V, ...].
       train: whether dropout acts (consumes the `dropout` key).
       last_only: only the last position, computed more cheaply.
-      profile: [D] the client's profile (`profile.py`), with `--profile=history`;
-        None or zero = unknown.
+      profile: [D] the client's profile (`profile.py`), with
+        `--profile=history`; None or zero = unknown.
 
     Returns:
       [L, D] (or [1, D]) float32, ready for `score`: LN(s), or plain s for a
@@ -334,7 +334,7 @@ class FedDMMR(nn.Module):
 
   @nn.nowrap  # needs no parameters: call it on the model itself
   def score_profile(self, state: States, candidates: Candidates) -> jax.Array:
-    """[..., J] scores of candidates [..., J] from the client's profile alone."""
+    """[..., J] scores of candidates [..., J] by the client's profile alone."""
     return candidates.embedding @ state.profile
 
   @nn.nowrap
