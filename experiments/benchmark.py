@@ -144,7 +144,7 @@ def _gemm_gflops() -> float:
 
 
 class _Training:
-  """A simulation that goes on from round to round, as in a run."""
+  """A simulation that continues from round to round, as in a run."""
 
   def __init__(self, config: RunConfig, dataset: Dataset):
     self.simulation = simulation_lib.build(config, dataset)

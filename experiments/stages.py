@@ -56,10 +56,10 @@ def chain(
   base: RunConfig,
   stages: list[tuple[str, dict[str, str]]],
 ) -> list[Stage]:
-  """The runs; each starts from the one before unless it says otherwise.
+  """The runs; each starts from the previous one unless it says otherwise.
 
   Raises:
-    UserError: a flag of a stage is none, or out of bounds.
+    UserError: a flag of a stage does not exist, or is out of bounds.
   """
   found: list[Stage] = []
   for number, (name, changes) in enumerate(stages, 1):
@@ -79,7 +79,7 @@ def save(
   base: RunConfig,
   stages: list[tuple[str, dict[str, str]]],
 ) -> None:
-  """Keeps what was asked for in the work folder."""
+  """Records the request in the work folder."""
   workdir.mkdir(parents=True, exist_ok=True)
   run_folder.replace(
     workdir / STAGES,

@@ -213,13 +213,13 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Turns Ctrl-C, SIGTERM and a lost terminal into a stop after the running
+  """Turns Ctrl-C, SIGTERM and a lost terminal into a stop after the current
   round.
 
-  A second one ends the process at once; what is saved stays whole.
+  A second signal ends the process at once; saved rounds stay intact.
 
   Attributes:
-    note: told of it, in a few words.
+    note: called with a short description of the signal.
   """
 
   def __init__(self):

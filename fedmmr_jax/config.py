@@ -1001,7 +1001,7 @@ class RunConfig(_Settings):
 
   @property
   def decays(self) -> bool:
-    """Does a learning rate depend on the length of the run?"""
+    """Whether a learning rate depends on the length of the run."""
     return not (
       isinstance(self.server.server_schedule, Constant)
       and isinstance(self.client.client_schedule, Constant)
@@ -1024,10 +1024,10 @@ class RunConfig(_Settings):
     """Inverse of `as_flat_dict`; absent names keep their defaults.
 
     Any value may be given as text, as on a command line, and any setting by a
-    name that it once had (`RENAMED`).
+    former name (`RENAMED`).
 
     Raises:
-      UserError: a name that no field bears, or a text that is no value of it.
+      UserError: no field has a given name, or a text is not a valid value.
     """
     known = {field.name: (group, field) for group, field, _ in _FIELDS}
     groups: dict[str, dict[str, Any]] = {}
@@ -1122,10 +1122,10 @@ _RENAMED_VALUES = {
 
 
 def renamed(name: str, value: Any) -> tuple[str, ...]:
-  """How a setting of before is written now: 'setting=part,option=value'.
+  """How an old setting is written now: 'setting=part,option=value'.
 
-  More than one where parts call the option differently; none where name and
-  value are today's.
+  More than one if parts name the option differently; none if name and value are
+  current.
   """
   text = parts.written(value)
   try:

@@ -28,7 +28,7 @@ _REGION = re.compile(
 
 
 def fill(page: str) -> str:
-  """The page with each of its tables drawn anew."""
+  """The page with each of its tables redrawn."""
   return _REGION.sub(
     lambda found: (
       found[1]
@@ -44,7 +44,7 @@ def fill(page: str) -> str:
 
 
 def runs(files: list[dict[str, Any]]) -> str:
-  """A row a run; a column each metric."""
+  """One row per run, one column per metric."""
   metrics = list(
     dict.fromkeys(
       name for file in files for run in file['runs'] for name in run['test']
@@ -68,7 +68,7 @@ def runs(files: list[dict[str, Any]]) -> str:
 
 
 def verdicts(files: list[dict[str, Any]]) -> str:
-  """A row an option."""
+  """One row per option."""
   return _table(
     ('option', 'effect', 'data, seeds, commit', 'verdict'),
     [

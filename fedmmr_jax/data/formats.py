@@ -307,7 +307,7 @@ def _read_sasrec(path, names) -> Interactions:
 def _read_headed(
   path, names: ColumnNames, whole: bool = False, typed: bool = False
 ) -> Interactions:
-  """CSV with a header; in RecBole's, each name bears its type (`typed`)."""
+  """CSV with a header; in RecBole's, each name has its type (`typed`)."""
   header = text_files.head(path)[0]
   separator = '\t' if typed else _separator(header)
   fields = _split(header, separator)
