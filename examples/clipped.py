@@ -1,4 +1,4 @@
-r"""An aggregator of one's own: FedAvg of updates clipped to a norm.
+r"""A custom aggregator: FedAvg of updates clipped to a norm.
 
 python -m experiments.train --flagfile=… \
     --aggregator=examples.clipped:Clipped,max_norm=0.5

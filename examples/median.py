@@ -1,7 +1,7 @@
 """An aggregator that sees every client: the coordinate-wise median.
 
 Yin et al. 2018, "Byzantine-robust distributed learning", ICML. It takes memory
-for the whole cohort and wants `--vocabulary=dense`, where all clients have all
+for the whole cohort and needs `--vocabulary=dense`, where all clients have all
 rows of the item table.
 """
 

@@ -1,4 +1,4 @@
-"""A data set of one's own, from arrays, and a format of one's own, from a file.
+"""A custom data set from arrays, and a custom format from a file.
 
 python -m experiments.train --dataset=examples.own_data:LOG --data_dir=x.log
 """

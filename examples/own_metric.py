@@ -1,9 +1,9 @@
-"""A ranking metric of one's own: what is gained when clicks grow rare quickly.
+"""A custom ranking metric, for users who rarely read far down the list.
 
 python -m experiments.train --flagfile=… --metrics=examples.own_metric:Biased
 
-A metric gets ranks [K], 0 = first, and gives a value for each of them. Its
-means stand beside HR, NDCG and MRR in every evaluation, comparison and report.
+A metric gets ranks [K], 0 = first, and returns a value for each of them. Its
+means appear beside HR, NDCG and MRR in every evaluation, comparison and report.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import fedmmr_jax as fm
 @dataclasses.dataclass(frozen=True)
 class Biased:
   """Rank-biased precision (Moffat & Zobel 2008) of one relevant item: the
-  reader goes on to the next rank with probability `patience`."""
+  reader continues to the next rank with probability `patience`."""
 
   patience: float = 0.8
 

@@ -1,6 +1,6 @@
-"""An evaluation slice of one's own: HR@10 of users by when they began.
+"""A custom evaluation slice: HR@10 of users by when they began.
 
-A slice is an array of a label for each ranked client; ranks come one a client.
+A slice is an array with one label per ranked client; ranks are one per client.
 """
 
 import jax

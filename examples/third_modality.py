@@ -1,4 +1,4 @@
-"""A third modality: sounds beside images and texts, read by an own expert.
+"""A third modality: sounds beside images and texts, with a custom expert.
 
 From files: audio_features.npy, --experts=visual,semantic,audio[=module:Thing].
 """
@@ -11,7 +11,7 @@ import fedmmr_jax as fm
 
 
 class MeanExpert(fm.Expert):
-  """How the candidate differs from what the memory sounds like on average."""
+  """How the candidate differs from the average sound of the memory."""
 
   @nn.compact
   def __call__(self, embedding, feature, entries, train):

@@ -5,11 +5,11 @@
         --data_dir=path/to/ml-1m --seeds=0,1,2 --workdir=ablation \\
         --variants=experiments/ablations/baselines.txt
 
-Every variant is trained from every seed, the seeds side by side in one compiled
+Every variant is trained with every seed, all seeds in parallel in one compiled
 program, and tested at its best validation round. Differences to the first
-variant are paired over users. The folder keeps each variant's ranks: a second
-call goes on where the first one was stopped. What other code, another JAX or
-another kind of machine found is not used, and it says so.
+variant are paired over users. The folder keeps each variant's ranks, so a
+second call resumes where the first one stopped. Results of other code, another
+JAX version or another kind of machine are not used, with a message.
 """
 
 import dataclasses
@@ -346,7 +346,7 @@ def draw(
   differences: Differences,
   path: pathlib.Path,
 ) -> None:
-  """Differences to the baseline with their intervals, a panel a metric."""
+  """Differences to the baseline with intervals, one panel per metric."""
   baseline, *others = outcomes
   figure, axes = pyplot.subplots(
     1,

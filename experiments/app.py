@@ -1,6 +1,6 @@
-"""What the binaries share: flags from `RunConfig`, and how errors end.
+"""Shared by all binaries: flags from `RunConfig`, and error handling.
 
-A user's error is one line on stderr and exit status 2, without a traceback.
+A user error gives one line on stderr and exit status 2, without a traceback.
 """
 
 import os
@@ -119,8 +119,8 @@ def config_from_flags(before: dict[str, Any] | None = None) -> RunConfig:
   """The validated settings of this command line.
 
   Args:
-    before: settings of the run that is continued; they stand for the flags
-      that the command line leaves out.
+    before: settings of the run to be resumed; they apply to flags that the
+      command line omits.
 
   Raises:
     UserError: a value out of bounds.
@@ -166,7 +166,7 @@ def load_round(
   """A saved round ready for use: the run's data, its simulation, its state.
 
   Args:
-    given: settings that stand for the run's own.
+    given: settings that replace the run's own.
 
   Raises:
     UserError: the round cannot be read, or the data is not the run's.
@@ -184,7 +184,7 @@ def run(main: Callable[..., None], commands: bool = False) -> None:
 
   Args:
     main: the binary; called with the command words, if it takes any.
-    commands: whether it takes words beside flags.
+    commands: whether it takes words besides flags.
   """
 
   def parse(argv):
@@ -197,11 +197,11 @@ def run(main: Callable[..., None], commands: bool = False) -> None:
 
 
 def find_file(name: str) -> pathlib.Path:
-  """A file that a flag names; where there is none, the one that came with the
-  package under the same name: an installed package has its presets elsewhere.
+  """A file that a flag names or, if it does not exist, the one of the same name
+  that came with the package: an installed package has its presets elsewhere.
 
   Raises:
-    UserError: neither is there.
+    UserError: neither exists.
   """
   path = pathlib.Path(name).expanduser()
   own = HERE / path.parent.name / path.name
@@ -278,7 +278,7 @@ def _set_compilation_cache() -> None:
 
 
 def as_flags(line: str) -> str:
-  """An error's line with the settings that it names, in backticks, as flags.
+  """An error message with the settings it names in backticks written as flags.
 
   >>> as_flags('`hidden_dim=6` is not a multiple of `num_heads=4`')
   '--hidden_dim=6 is not a multiple of --num_heads=4'

@@ -1,12 +1,12 @@
-"""Looks for leaks in a run: proofs on its own sampler, windows and rounds, and
-a canary that sings if there is one.
+"""Checks a run for leaks: tests its own sampler, windows and rounds, and runs a
+canary that reacts to a leak.
 
     python -m experiments.audit --workdir=RUN
     python -m experiments.audit --flagfile=experiments/presets/paper.flags \\
         --data_dir=path/to/ml-1m
 
-Takes the flags of experiments.train, or a run's own settings. What each check
-does: fedmmr_jax/evaluation/audit.py. Exit status 1 if one fails.
+Takes the flags of experiments.train, or a run's own settings.
+fedmmr_jax/evaluation/audit.py describes each check. Exit status 1 if one fails.
 """
 
 import json

@@ -6,8 +6,8 @@
         --data_dir=path/to/ml-1m
 
 Takes the flags of `experiments.train`. All times are medians of warm runs; the
-achieved GFLOP/s stand beside those of a matrix product in the same process.
-Nothing else should run on the machine meanwhile.
+achieved GFLOP/s are compared with those of a matrix product in the same
+process. Nothing else should run on the machine at the same time.
 """
 
 import dataclasses
@@ -144,7 +144,7 @@ def _gemm_gflops() -> float:
 
 
 class _Training:
-  """A simulation that goes on from round to round, as in a run."""
+  """A simulation that continues from round to round, as in a run."""
 
   def __init__(self, config: RunConfig, dataset: Dataset):
     self.simulation = simulation_lib.build(config, dataset)

@@ -1,5 +1,5 @@
-"""The `reading` part of the benchmark: made-up interactions written in every
-format and loaded by a process each, for its own peak memory."""
+"""The `reading` part of the benchmark: made-up interactions, written in every
+format and loaded in one process per format, to measure its peak memory."""
 
 import json
 import pathlib

@@ -121,7 +121,7 @@ def _hands() -> str:
 
 
 def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
-  """What was taken over, what was left as drawn, what did not fit."""
+  """What was loaded, what keeps its initial values, what did not fit."""
   places = groups.all_paths(frozen)
   rows = [
     [
@@ -144,7 +144,7 @@ def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
 
 
 def _stepping(config) -> str:
-  """How a client makes its steps."""
+  """How a client takes its steps."""
   optimizer = config.client_optimizer
   if config.drift_control == 'mime_lite':
     optimizer = 'the server optimizer (MimeLite)'
@@ -171,7 +171,7 @@ def _decay(schedule: Schedule) -> str:
 
 
 def _history_lines(model: ModelConfig) -> list[str]:
-  """What of whole histories enters the model."""
+  """How whole histories enter the model."""
   lines = []
   start = model.item_embedding
   if isinstance(start, ContentInit) and start.collaborative_dim:
@@ -253,7 +253,7 @@ def _told(title: str, value: float | None, form: str) -> str:
 
 
 def progress(record: dict[str, Any]) -> dict[str, float]:
-  """What the progress bar shows: loss, and validation where there is one."""
+  """What the progress bar shows: loss, and validation if there was one."""
   figures = {'loss': record['train'][metrics.LOSS]}
   if 'val' in record:
     figures |= {
@@ -264,8 +264,8 @@ def progress(record: dict[str, Any]) -> dict[str, float]:
 
 
 def ranking_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-  """Rows: split and protocol; columns: the metrics, one after the other with
-  its cutoffs, or where there are too many for a line at 10 only."""
+  """Rows: split and protocol; columns: each metric at its cutoffs or, if those
+  are too many for a line, only at 10."""
   first = next(iter(next(iter(found.values())).values()))
   kinds = list(dict.fromkeys(name.partition('@')[0] for name in first))
   kinds.sort(key=lambda kind: kind in first)  # what has no cutoff last

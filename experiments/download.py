@@ -3,8 +3,8 @@
     python -m experiments.download --dataset=ml-100k|ml-1m|ml-latest-small
         [--data_dir=FOLDER] [--url=MIRROR]
 
-Archive and files come into data/<name>, or --data_dir. A second call finds them
-there; one after an interruption goes on with NAME.zip.part. Without a network,
+Archive and files are put into data/<name>, or --data_dir. A second call finds
+them there; after an interruption it resumes NAME.zip.part. Without a network,
 put the archive into the folder by hand and call again.
 """
 

@@ -4,8 +4,8 @@
     python -m experiments.evaluate --workdir=RUN --compare=OTHER --slices \\
         --per_user=users.parquet
 
-The run's own settings are used; `--data_dir`, `--visual_features` and
-`--text_features` may name the places where the data lies now, `--eval_clients`
+The run's own settings are used. If the data has moved, `--data_dir`,
+`--visual_features` and `--text_features` name its new place; `--eval_clients`
 ranks more or fewer clients, and `--warm_memory` fills the memories of clients
 that were never sampled. Protocols: fedmmr_jax/evaluation/user_results.py.
 """

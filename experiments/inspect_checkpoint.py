@@ -1,5 +1,5 @@
-"""Looks into the checkpoints of a run, without its flags and, but for `router`
-and `recommend`, without its data; the devices it ran on are not needed.
+"""Inspects the checkpoints of a run without its flags or devices and, except
+for `router` and `recommend`, without its data.
 
     python -m experiments.inspect_checkpoint --workdir=RUN list
     python -m experiments.inspect_checkpoint --workdir=RUN show ROUND
@@ -122,7 +122,7 @@ def list_rounds(rounds: Rounds) -> tuple[Any, str]:
 
 
 def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
-  """Parameters with shapes and norms, by group, the state beside them, and
+  """Parameters with shapes and norms, by group, the other state, and
   the run's settings."""
   saved = rounds.load_as_saved(number)
   server, memories = saved['state']['server'], saved['state']['memories']
@@ -283,10 +283,10 @@ def diff(rounds: Rounds, first: int, second: int) -> tuple[Any, str]:
 
 
 def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
-  """Which expert speaks for which items, where the router has a choice.
+  """Router weights of the items for which the router has a choice.
 
   Raises:
-    UserError: a run without experts, or the data is not the run's.
+    UserError: the run has no experts, or the data is not the run's.
   """
   loaded, simulation, state = _load(run, rounds, number)
   content = {'round': number} | routing.summary(
@@ -307,7 +307,7 @@ def _load(run: RunFolder, rounds: Rounds, number: int):
 def recommend(
   run: RunFolder, rounds: Rounds, number: int, user: str
 ) -> tuple[Any, str]:
-  """What a user has not consumed, best first, asked after the last item.
+  """Items a user has not consumed, best first, to follow the last item.
 
   Raises:
     UserError: no such user, or the data is not the run's.
@@ -338,7 +338,7 @@ def export(rounds: Rounds, number: int, path: str) -> tuple[Any, str]:
   """Writes the parameters as NumPy arrays named `group/layer/weight`.
 
   Raises:
-    UserError: the file exists, or is no .npz.
+    UserError: the file exists, or is not an .npz file.
   """
   if not path.endswith('.npz'):
     raise UserError(f'{path}: name a file that ends in .npz')
@@ -371,7 +371,7 @@ def show_memory(
   """One client's memory, most useful entry first.
 
   Raises:
-    UserError: no such user, or a run without memories.
+    UserError: there is no such user, or the run has no memories.
   """
   client, ids = _client(run, user), run.ids()
   memories = rounds.load_as_saved(number)['state']['memories']

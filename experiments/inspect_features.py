@@ -1,5 +1,5 @@
 """Are the features any good? Coverage, norms, spectrum, neighbours, and whether
-items that are consumed one after the other lie close together.
+consecutively consumed items are close together.
 
     python -m experiments.inspect_features --dataset=ml-1m \\
         --data_dir=path/to/ml-1m [--items='Toy Story; Alien'] \\

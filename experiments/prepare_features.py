@@ -4,8 +4,8 @@
         --texts=path/to/item_texts.json --images=path/to/posters
 
 writes `text_features.npy` and `visual_features.npy` into the data folder, where
-training finds them, each with a `.json` beside it that says how it was made. A
-call that was cut off goes on where it stopped when it is given again.
+training finds them, each with a `.json` beside it that records how it was made.
+An interrupted call resumes where it stopped when it is repeated.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def prepare() -> None:
-  """Reads, checks all there is to check, then computes."""
+  """Reads and checks everything, then computes."""
   config = RunConfig.from_flat_dict(
     {name: flags.FLAGS[name].value for name in _READING}
   ).validate()
@@ -234,10 +234,10 @@ class Model(NamedTuple):
 
   Attributes:
     name: as the flag has it.
-    flag: its name, for errors.
-    path: what the library is told: a folder, or the name on the hub.
+    flag: name of the flag, for errors.
+    path: what the library gets: a folder, or the name on the hub.
     revision: commit on the hub, None for a folder.
-    is_local: nothing is to be fetched.
+    is_local: whether nothing needs to be fetched.
   """
 
   name: str
@@ -301,7 +301,7 @@ def load_model(model: Model, kind: str) -> Encode:
   """The function that the model is.
 
   Raises:
-    UserError: it cannot be loaded, or is none for this kind of input.
+    UserError: it cannot be loaded, or does not take this kind of input.
   """
   from sentence_transformers import SentenceTransformer  # an extra
 

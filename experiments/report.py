@@ -3,8 +3,9 @@
     python -m experiments.report RUN                  # RUN/report.html
     python -m experiments.report --compare RUN RUN …  # comparison.html
 
-`experiments.train` draws the first one at the end of a run; here it can be had
-while the run goes on. `--output` names another file for the comparison.
+`experiments.train` draws the first one at the end of a run; this command draws
+it while the run is in progress. `--output` names another file for the
+comparison.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Which expert speaks for which items, in numbers and in words."""
+"""How much the router weights each expert, in numbers and in words."""
 
 from typing import Any, Sequence
 
@@ -18,7 +18,7 @@ def summary(
   titles: Sequence[str],
   count: int,
 ) -> dict[str, Any]:
-  """What the router's weights are over the items where it has a choice.
+  """Statistics of the router weights over the items where it has a choice.
 
   Args:
     weights: [V, E] of the items, 0 where an expert has no input.

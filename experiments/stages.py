@@ -1,10 +1,10 @@
-"""Staged training: runs one after another, each from the best round of the one
-before.
+"""Staged training: consecutive runs, each starting from the best round of the
+previous one.
 
-A stages file has a line each, `name: --flag=value --flag=value`, the flags over
-those of the command line. Stage i is the run in `WORKDIR/<i>-<name>`;
-`WORKDIR/stages.json` keeps what was asked for, so that `--resume` needs no
-flags.
+A stages file has one line per stage, `name: --flag=value --flag=value`; these
+flags override those of the command line. Stage i is the run in
+`WORKDIR/<i>-<name>`; `WORKDIR/stages.json` records the request, so that
+`--resume` needs no flags.
 """
 
 import json
@@ -56,10 +56,10 @@ def chain(
   base: RunConfig,
   stages: list[tuple[str, dict[str, str]]],
 ) -> list[Stage]:
-  """The runs; each starts from the one before unless it says otherwise.
+  """The runs; each starts from the previous one unless it says otherwise.
 
   Raises:
-    UserError: a flag of a stage is none, or out of bounds.
+    UserError: a flag of a stage does not exist, or is out of bounds.
   """
   found: list[Stage] = []
   for number, (name, changes) in enumerate(stages, 1):
@@ -79,7 +79,7 @@ def save(
   base: RunConfig,
   stages: list[tuple[str, dict[str, str]]],
 ) -> None:
-  """Keeps what was asked for in the work folder."""
+  """Records the request in the work folder."""
   workdir.mkdir(parents=True, exist_ok=True)
   run_folder.replace(
     workdir / STAGES,

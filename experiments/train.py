@@ -4,7 +4,7 @@
     python -m experiments.train --flagfile=experiments/presets/paper.flags \\
         --data_dir=path/to/ml-1m
 
-Any flag after the preset overrides it; `--helpfull` lists them all.
+Flags after the preset override it; `--helpfull` lists all flags.
 """
 
 import contextlib
@@ -158,7 +158,7 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
 def train_stages(
   workdir: pathlib.Path, saved: dict[str, Any] | None, stop: 'StopSignal'
 ) -> None:
-  """Trains the runs of `--stages`, or goes on with those in the folder."""
+  """Trains the runs of `--stages`, or resumes those in the folder."""
   if saved and not _RESUME.value:
     raise UserError(
       f'--workdir={workdir} already holds staged runs; continue them with '
@@ -213,13 +213,13 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Turns Ctrl-C, SIGTERM and a lost terminal into a stop after the running
+  """Turns Ctrl-C, SIGTERM and a lost terminal into a stop after the current
   round.
 
-  A second one ends the process at once; what is saved stays whole.
+  A second signal ends the process at once; saved rounds stay intact.
 
   Attributes:
-    note: told of it, in a few words.
+    note: called with a short description of the signal.
   """
 
   def __init__(self):

@@ -1,14 +1,14 @@
 """Variants files: what `experiments.ablate` compares.
 
-A variants file has a line each, `name: --flag=value --flag=value`, the flags
-over those of the command line; `#` starts a comment. The first variant is the
-baseline that differences are taken to. In place of flags, or in front of them,
-a line may name something that is not trained by rounds:
+A variants file has one line per variant, `name: --flag=value --flag=value`;
+these flags override those of the command line, and `#` starts a comment.
+Differences are relative to the first variant, the baseline. Instead of flags,
+or before them, a line may name something that needs no training rounds:
 
     @popularity   items by their training interactions
     @local_only   every client trains alone for --local_epochs
-    @zeroed       the first variant's checkpoints, all features taken away
-    @shuffled     the same, each item with another's features
+    @zeroed       the first variant's checkpoints, with all features removed
+    @shuffled     the same, with features shuffled between items
 """
 
 import pathlib

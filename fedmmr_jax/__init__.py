@@ -14,9 +14,9 @@
 >>> len(items)
 5
 
-What is named here stays; the rest of the package may move. Names are found when
-they are first used, so that importing a part of the package (a model, say)
-loads no reader of files.
+The names here are stable; the rest of the package may change. Names are
+imported on first use, so that importing one part of the package (a model, say)
+does not load the file readers.
 """
 
 import importlib

@@ -1,15 +1,15 @@
-"""What a run is: frozen dataclasses, validated on the host.
+"""The settings of a run: frozen dataclasses, validated on the host.
 
 Every field is also a command-line flag of the same name (`experiments/app.py`)
-and a line of `config.json`; its help text lives here once, with what is known
-of its effect. `choices`, `minimum` and `maximum` of a field are enforced by
-`RunConfig.validate`.
+and a line of `config.json`. Its help text is defined here, with what is known
+about its effect. `RunConfig.validate` enforces `choices`, `minimum` and
+`maximum` of a field.
 
-A setting that is a choice between parts holds one of them, an object whose
-options exist only with it. As text it is `name,option=value,…`, in Python
-either is accepted: `memory=RecentMemory(capacity=20)` is
-`memory='recent,capacity=20'`. Parts that compute something themselves
-(aggregators, drift controls) stay text here and are built where they live.
+A setting that selects a part holds an object whose options exist only with that
+part. As text it is `name,option=value,…`; Python accepts either:
+`memory=RecentMemory(capacity=20)` is `memory='recent,capacity=20'`. Parts that
+compute something themselves (aggregators, drift controls) stay text here and
+are built in their own modules.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Off(Part):
 
 @dataclasses.dataclass(frozen=True)
 class LeaveOneOut(Part):
-  """Each client's last item is for the test, the one before for validation."""
+  """Each client's last item is the test item, the one before for validation."""
 
   name = 'leave_one_out'
 
@@ -110,7 +110,7 @@ class ContentPlusId(ContentInit):
 
 @dataclasses.dataclass(frozen=True)
 class HistoryProfile(Part):
-  """A long-term expert for what lies outside of the window."""
+  """A long-term profile of the items outside the window."""
 
   name = 'history'
   weight: float = _field(
@@ -145,7 +145,7 @@ class Contrastive(Part):
 
 @dataclasses.dataclass(frozen=True)
 class Unweighted(Contrastive):
-  """Every positive counts alike."""
+  """Every positive counts equally."""
 
   name = 'unweighted'
 
@@ -173,7 +173,7 @@ class AdaptiveTemperature(Contrastive):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryRule(Part):
-  """What a client remembers of its positives."""
+  """Which of its positives a client remembers."""
 
   capacity: int = _field(50, 'M, slots of a memory', minimum=1)
   retrieval_size: int = _field(
@@ -277,7 +277,7 @@ class GlobalPrototypes(Part):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Part):
-  """How a learning rate goes over the rounds."""
+  """How a learning rate changes over the rounds."""
 
   warmup: int = _field(
     0, 'rounds over which the rate rises to its value', minimum=0
@@ -286,21 +286,21 @@ class Schedule(Part):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-  """It stays."""
+  """The learning rate stays the same."""
 
   name = 'constant'
 
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-  """It falls to 0 along half a period."""
+  """The learning rate falls to 0 along half a cosine period."""
 
   name = 'cosine'
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Schedule):
-  """It falls to 0 in proportion."""
+  """The learning rate falls to 0 linearly."""
 
   name = 'linear'
 
@@ -1001,7 +1001,7 @@ class RunConfig(_Settings):
 
   @property
   def decays(self) -> bool:
-    """Does a learning rate depend on the length of the run?"""
+    """Whether a learning rate depends on the length of the run."""
     return not (
       isinstance(self.server.server_schedule, Constant)
       and isinstance(self.client.client_schedule, Constant)
@@ -1024,10 +1024,10 @@ class RunConfig(_Settings):
     """Inverse of `as_flat_dict`; absent names keep their defaults.
 
     Any value may be given as text, as on a command line, and any setting by a
-    name that it once had (`RENAMED`).
+    former name (`RENAMED`).
 
     Raises:
-      UserError: a name that no field bears, or a text that is no value of it.
+      UserError: no field has a given name, or a text is not a valid value.
     """
     known = {field.name: (group, field) for group, field, _ in _FIELDS}
     groups: dict[str, dict[str, Any]] = {}
@@ -1122,10 +1122,10 @@ _RENAMED_VALUES = {
 
 
 def renamed(name: str, value: Any) -> tuple[str, ...]:
-  """How a setting of before is written now: 'setting=part,option=value'.
+  """How an old setting is written now: 'setting=part,option=value'.
 
-  More than one where parts call the option differently; none where name and
-  value are today's.
+  More than one if parts name the option differently; none if name and value are
+  current.
   """
   text = parts.written(value)
   try:

@@ -1,8 +1,8 @@
-"""The one exception that a user's input can cause."""
+"""The one exception that user input can cause."""
 
 
 class UserError(Exception):
-  """One line that says what is wrong, where, and the mend.
+  """One line that says what is wrong, where, and how to fix it.
 
   The binaries print it without a traceback and exit with status 2.
   """

@@ -1,9 +1,9 @@
-"""Mergeable means (sum and weight) of training, ranking metrics, and what both
-are called.
+"""Mergeable means (sum and weight) of training metrics, ranking metrics, and
+the names of both.
 
-HR, NDCG and MRR are computed from ranks on the host, in float64, and so are
-further metrics of one's own. Everything that shows a metric, or decides by one,
-takes its name from here.
+HR, NDCG, MRR and user-defined metrics are computed from ranks on the host, in
+float64. All code that shows a metric, or decides by one, takes its name from
+here.
 """
 
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
@@ -41,12 +41,12 @@ Metric = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
 class Figure(NamedTuple):
-  """How a metric of training is shown to people.
+  """How a training metric is displayed.
 
   Attributes:
-    title: of a curve, of a column.
+    title: of its curve or column.
     panel: heading of the report's figure that draws it.
-    unit: what the vertical axis of that figure shows.
+    unit: label of that figure's vertical axis.
   """
 
   title: str
@@ -93,7 +93,7 @@ def figure(name: str) -> Figure:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-  """Metrics of training in the order of the table, unknown ones last."""
+  """Training metrics in the order of the table, unknown ones last."""
   place = {name: i for i, name in enumerate(_FIGURES)}
   return sorted(names, key=lambda name: place.get(_family(name), len(place)))
 
@@ -121,12 +121,12 @@ def members(train: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 class Mean(NamedTuple):
-  """A weighted mean under construction.
+  """A running weighted mean.
 
   Attributes:
     total: [] or [n] float32 Σ w·v.
-    weight: [] float32 Σ w: exact up to 2^24 = 16.8 million; beyond it each
-      merge is off by 6e-8 of the sum at most, as those of `total` are anyway.
+    weight: [] float32 Σ w, exact up to 2^24 = 16.8 million; beyond that each
+      merge is off by at most 6e-8 of the sum, as merges of `total` are anyway.
   """
 
   total: jax.Array
@@ -142,7 +142,7 @@ def empty(shape: tuple[int, ...]) -> Mean:
 
 
 def mean(value: jax.Array, weight: jax.Array) -> Mean:
-  """A value, [] or [n], that already is the mean of `weight` samples."""
+  """A value, [] or [n], that is already the mean of `weight` samples."""
   weight = jnp.asarray(weight, jnp.float32)
   return Mean(jnp.where(weight > 0, value, 0.0) * weight, weight)
 
@@ -176,12 +176,12 @@ def ranking(
   """HR, NDCG and MRR of one relevant item per user, and further metrics.
 
   Args:
-    ranks: [K] int 0-based: how many candidates are at least as good as the
+    ranks: [K] int 0-based: how many candidates score at least as high as the
       target. A tie counts against the target.
-    further: metrics beside them.
+    further: additional metrics.
 
   Returns:
-    'HR@n', 'NDCG@n' for n in CUTOFFS, 'MRR', and what is further.
+    'HR@n', 'NDCG@n' for n in CUTOFFS, 'MRR', and the additional metrics.
 
   Raises:
     UserError: see `ranking_of_each`.
@@ -195,10 +195,10 @@ def ranking(
 def ranking_of_each(
   ranks: np.ndarray | jax.Array, further: Sequence[Metric] = ()
 ) -> dict[str, np.ndarray]:
-  """As `ranking`, but [K] float64 values, one a user.
+  """As `ranking`, but [K] float64 values, one per user.
 
   Raises:
-    UserError: a further metric gives something else, or takes a name twice.
+    UserError: a further metric returns something else, or reuses a name.
   """
   ranks = np.asarray(ranks)
   result = {}
@@ -257,7 +257,7 @@ def further_metrics(words: Sequence[str]) -> tuple[Metric, ...]:
   """Metrics by their names, those of `FURTHER` or 'my_package.module:Thing'.
 
   Args:
-    words: names, each with its options behind it, 'option=value'.
+    words: names, each followed by its options, 'option=value'.
 
   Raises:
     UserError: there is none of a name, it is no function, or an option is none
@@ -286,8 +286,7 @@ def recbole_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
   with one relevant item per user: recall is hit, average precision the
   reciprocal rank, both cut off.
 
-  RecBole leaves ties to the order of its sort; here they count against the
-  target.
+  RecBole leaves ties to its sort order; here they count against the target.
 
   Args:
     ranks: as `ranking`.

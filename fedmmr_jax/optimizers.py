@@ -1,11 +1,12 @@
 """The optimizers of a round, as optax transformations, and learning rates.
 
-The client's makes a local step of a gradient; the server's makes a step of the
-round's pseudo-gradient, minus the mean delta (Reddi et al. 2021, "Adaptive
-Federated Optimization", Algorithm 2). With an adaptive server optimizer the
-pseudo-gradient is divided by the client learning rate, so that moments and
-epsilon are those of gradients whatever the client's step size. In `fedavg` and
-`fedavgm` a server learning rate of 1 means the mean of the clients.
+The client optimizer turns a gradient into a local step. The server optimizer
+turns the round's pseudo-gradient, minus the mean delta, into a step (Reddi et
+al. 2021, "Adaptive Federated Optimization", Algorithm 2). With an adaptive
+server optimizer the pseudo-gradient is divided by the client learning rate, so
+that moments and epsilon are on the scale of gradients whatever the client's
+step size. In `fedavg` and `fedavgm` a server learning rate of 1 gives the mean
+of the clients.
 """
 
 import operator
@@ -51,8 +52,8 @@ def server_learning_rate(config: RunConfig, finished: jax.Array) -> jax.Array:
 
 def _factor(schedule: Schedule, num_rounds: int, finished) -> jax.Array:
   """Rises linearly over the warm-up, from 1/(n + 1) in round 1, then stays
-  (`constant`) or falls to 0 behind the last round (`linear`; `cosine`, half a
-  period, Loshchilov & Hutter 2017)."""
+  constant (`constant`) or falls to 0 after the last round (`linear`; `cosine`,
+  half a period, Loshchilov & Hutter 2017)."""
   warmup = schedule.warmup
   decay_rounds = max(1, num_rounds - warmup)
   after = optax.constant_schedule(1.0)
@@ -65,7 +66,7 @@ def _factor(schedule: Schedule, num_rounds: int, finished) -> jax.Array:
 
 
 def frozen(config: ClientConfig, params: Params) -> Any:
-  """The tree of parameters, each a bool: does `freeze` leave it as it is?"""
+  """A tree like the parameters, of bools: is the parameter frozen?"""
   return groups.mask(params, config.frozen_groups)
 
 
@@ -77,13 +78,13 @@ def client_optimizer(
 ) -> optax.GradientTransformation:
   """Local optimizer.
 
-  L2 is added to the gradient, as torch.optim.Adam does.
+  L2 is added to the gradient, as in torch.optim.Adam.
 
   Args:
     config: which optimizer.
     learning_rate: of this round.
-    correction: what drift control does to the gradient.
-    makes_step: does it take the place of the optimizer's direction?
+    correction: drift control's transformation of the gradient.
+    makes_step: whether it replaces the optimizer's direction.
   """
   c = config.client
 
@@ -103,7 +104,7 @@ def client_optimizer(
 
 
 def server_direction(config: ServerConfig) -> optax.GradientTransformation:
-  """What the server optimizer makes of a gradient, before its learning rate."""
+  """The server optimizer's direction for a gradient, before learning rate."""
   kind = config.server_optimizer
   if isinstance(kind, ServerMomentum):
     return optax.trace(kind.momentum)
@@ -120,12 +121,12 @@ def server_direction(config: ServerConfig) -> optax.GradientTransformation:
 
 
 def _muon(kind: ServerMuon) -> optax.GradientTransformation:
-  """Muon (Jordan et al. 2024) for the weight matrices, Adam for the rest,
-  both with Nesterov's momentum.
+  """Muon (Jordan et al. 2024) for the weight matrices, Adam for the rest, both
+  with Nesterov momentum.
 
-  A matrix takes its momentum with all singular values set to about 1, scaled
-  to entries of root mean square 1, which is what Adam's steps have at most:
-  one learning rate serves both.
+  The step of a matrix is its momentum with all singular values set to about 1,
+  scaled to entries of root mean square 1. Adam's steps have at most this size,
+  so one learning rate serves both.
   """
   return optax.contrib.muon(
     -1.0,  # a learning rate would be multiplied with −1
@@ -139,8 +140,8 @@ def _muon(kind: ServerMuon) -> optax.GradientTransformation:
 
 
 def _matrices(params: Params) -> Any:
-  """Which parameters are linear maps, as Muon wants to know it: the tables
-  are looked up row by row, and rows are better scaled one by one."""
+  """Which parameters are linear maps, for Muon. The embedding tables are not:
+  they are looked up row by row, and rows are better scaled one by one."""
 
   def dimension(path, x):
     is_table = 'embedding' in path[-1].key

@@ -1,9 +1,9 @@
-"""Parts by name: what a setting calls by a word, and what others add.
+"""Parts by name: the built-in ones and those of other packages.
 
-A part of this package has a short name, a key of its kind's table (`FORMATS`,
-`AGGREGATORS`, …). One from outside is named by where Python finds it, as in
-`my_package.robust:Median`. Behind the name stand options, the fields of the
-part's dataclass: `fedprox,mu=0.01`.
+A part of this package has a short name, a key in the table of its kind
+(`FORMATS`, `AGGREGATORS`, …). A part from outside is named by its import path,
+as in `my_package.robust:Median`. Options follow the name; they are the fields
+of the part's dataclass: `fedprox,mu=0.01`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _BOOLEANS = {'true': True, 'false': False, '1': True, '0': False}
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
-  """Name and options of a part as it is written.
+  """Name and options of a part from its text.
 
   Raises:
     UserError: an option without a value.
@@ -53,7 +53,7 @@ def find(name: str, named: Mapping[str, Part], what: str) -> Part:
     what: the kind, for the error, as in 'aggregator'.
 
   Raises:
-    UserError: there is none of that name.
+    UserError: there is no part of that name.
 
   >>> find('mean', {'mean': sum}, 'aggregator')
   <built-in function sum>
@@ -93,8 +93,8 @@ def built(
     what: the kind, for the error.
 
   Raises:
-    UserError: there is none of that name, it is of another kind, or an option
-      is none of its own.
+    UserError: there is no part of that name, it is of another kind, or it has
+      no such option.
   """
   name, given = split(text)
   part = make(find(name, named, what), given, f'{what} {text}')
@@ -104,16 +104,15 @@ def built(
 
 
 def make(found: Any, given: Mapping[str, Any], place: str) -> Any:
-  """The object of a part that was found; an object stays what it is.
+  """The object of a part that was found; an object is returned unchanged.
 
   Args:
     found: a class, or an object, which has no options.
     given: options as text, or as values.
-    place: what was asked for, the start of an error's line.
+    place: what was asked for; error messages start with it.
 
   Raises:
-    UserError: an option that the part does not have, lacks, or whose value is
-      of another type or out of bounds.
+    UserError: an option is unknown, missing, of another type or out of bounds.
   """
   known = options(found)
   for option in given:
@@ -170,10 +169,10 @@ def type_of(found: type, option: str) -> Any:
 
 
 def parse(value: Any, kind: type) -> Any:
-  """A value of a type from its text; what is no text stays as it is.
+  """Parses a value of a type; a value that is not text is returned unchanged.
 
   Raises:
-    ValueError: it is of another type; the message says of which it should be.
+    ValueError: it is of another type; the message names the expected one.
 
   >>> parse('1e-3', float), parse('true', bool), parse(3, int)
   (0.001, True, 3)
@@ -191,11 +190,11 @@ def parse(value: Any, kind: type) -> Any:
 
 
 def text(name: str, part: Any) -> str:
-  """A part as it is written, inverse of `split` and `make`.
+  """The text of a part, inverse of `split` and `make`.
 
   Args:
     name: its name.
-    part: the object; of its options those count that are not their defaults.
+    part: the object; options equal to their defaults are omitted.
   """
   words = [name]
   for option, field in options(type(part)).items():
@@ -206,7 +205,7 @@ def text(name: str, part: Any) -> str:
 
 
 def usage(name: str, found: Any) -> str:
-  """How a part is written, with all its options and their defaults."""
+  """The text of a part with all its options and their defaults."""
   return ','.join(
     [
       name,
@@ -227,7 +226,7 @@ def fault(bounds: Mapping[str, Any], value: Any) -> str:
   """What is wrong with a value; empty if nothing is.
 
   Args:
-    bounds: 'choices', 'minimum' and 'maximum', as far as there are some.
+    bounds: any of 'choices', 'minimum' and 'maximum'.
     value: a setting or an option.
   """
   if 'choices' in bounds and value not in bounds['choices']:

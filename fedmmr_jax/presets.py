@@ -13,8 +13,8 @@ def preset(name: str, **changes: Any) -> RunConfig:
   Args:
     name: a file of `experiments/presets` without `.flags`: 'recommended',
       'paper', 'synthetic'.
-    **changes: settings by the names of their flags, as values or as text; a
-      part replaces the whole part that the preset has.
+    **changes: settings by flag name, as values or as text; a part replaces the
+      preset's whole part.
 
   Raises:
     UserError: no such preset, no such setting, or a value out of bounds.

@@ -66,10 +66,10 @@ class Round(NamedTuple):
   Attributes:
     number: 1-based.
     state: after it.
-    metrics: name -> mean over the cohort's steps, of some a list of means; None
-      where nothing counted.
-    cohort: [G, C/G] int32 who trained, PADDING_CLIENT where nobody.
-    seconds: what it took.
+    metrics: name -> mean over the cohort's steps, for some a list of means;
+      None if nothing was counted.
+    cohort: [G, C/G] int32 clients that trained; PADDING_CLIENT elsewhere.
+    seconds: duration.
   """
 
   number: int
@@ -90,9 +90,9 @@ class Simulation:
     data: the clients' data on the device.
     dataset: the host's side of `data`.
     cold: items held out of training, with `cold_items`.
-    aggregator: what becomes of a cohort's updates.
-    drift: what keeps local steps from drifting apart.
-    metrics: of ranking, beside HR, NDCG and MRR.
+    aggregator: how a cohort's updates are combined.
+    drift: the drift control.
+    metrics: further ranking metrics besides HR, NDCG and MRR.
   """
 
   config: RunConfig
@@ -145,8 +145,8 @@ class Simulation:
 
   @property
   def compiled_config(self) -> RunConfig:
-    """The config without what no compiled function reads, so that another
-    seed, length of the run or place of the data compiles nothing anew."""
+    """The config without what no compiled function reads, so that a different
+    seed, run length or data folder triggers no compilation."""
     server = dataclasses.replace(self.config.server, client_fraction=1.0)
     if not self.config.decays:
       server = dataclasses.replace(server, num_rounds=1)
@@ -168,7 +168,7 @@ class Simulation:
 
   @functools.cached_property
   def program(self) -> RoundProgram:
-    """What a round is made of, bound once."""
+    """The static parts of a round."""
     return RoundProgram(
       ClientProgram(self.model, self.compiled_config, self.drift),
       self.aggregator,
@@ -176,7 +176,7 @@ class Simulation:
     )
 
   def init_state(self) -> FederationState:
-    """State before round 1: drawn from the seed, over that the warm start.
+    """State before round 1: drawn from the seed, then the warm start on top.
 
     Raises:
       UserError: see `warm_start`.
@@ -193,7 +193,7 @@ class Simulation:
 
   @functools.cached_property
   def warm_start(self) -> WarmStart | None:
-    """What `pretrained_path` gives, read once; None without.
+    """The parameters from `pretrained_path`, read once; None without it.
 
     Raises:
       UserError: it cannot be loaded as asked.
@@ -212,7 +212,7 @@ class Simulation:
     return round_lib.sample_cohort(self.config, round_number, self.num_train)
 
   def count_targets(self, cohort: np.ndarray) -> int:
-    """Positives that a round over this cohort trains on."""
+    """Number of positives that a round with this cohort trains on."""
     trained = self.num_train[cohort[cohort >= 0]]
     return int(
       self.config.client.local_epochs
@@ -228,13 +228,13 @@ class Simulation:
     """Trains round after round.
 
     Args:
-      state: before the first of these rounds, donated; None = the start.
-      first: its number, 1-based.
-      count: how many; None = to the end that the config names.
+      state: before the first of these rounds, donated; None = initial state.
+      first: number of the first round, 1-based.
+      count: how many rounds; None = all that the config asks for.
 
     Yields:
-      Each finished round. Its state is donated to the next one: what is wanted
-      of it has to be taken before, or the loop left.
+      Each finished round. Its state is donated to the next round, so use it, or
+      leave the loop, before then.
 
     Raises:
       UserError: the training diverged.
@@ -293,11 +293,11 @@ class Simulation:
   def recommend(
     self, state: FederationState, client: int, count: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    """What a client has not consumed, best first, asked after its last item.
+    """Items a client has not consumed, best first, to follow its last item.
 
     Returns:
-      ([count] int rows of the catalogue, [count] float32 scores); fewer where
-      the client has left fewer.
+      ([count] int rows of the catalogue, [count] float32 scores); fewer if
+      fewer such items are left.
 
     Raises:
       UserError: a score is NaN or infinite.
@@ -331,8 +331,8 @@ class Simulation:
     return best, scores[best]
 
   def route(self, state: FederationState) -> np.ndarray:
-    """[V, E] router weights over the catalogue, see `FedDMMR.route`; of row 0
-    without meaning.
+    """[V, E] router weights over the catalogue, see `FedDMMR.route`; row 0 is
+    meaningless.
 
     Raises:
       UserError: the model has no experts.
@@ -348,7 +348,7 @@ class Simulation:
     )
 
   def rank_by_popularity(self, split: str) -> Ranks:
-    """The popularity baseline's ranks of the same targets."""
+    """Ranks of the same targets by the popularity baseline."""
     on = self._ranked(split)
     return popularity.rank(
       popularity.training_counts(self.dataset),
@@ -359,8 +359,8 @@ class Simulation:
     )
 
   def rank_local_only(self, state: FederationState) -> dict[str, Ranks]:
-    """Split -> ranks of `eval_clients`, each with the model that it trained
-    from the state's, alone, for `local_epochs` and without drift control.
+    """Split -> ranks of `eval_clients`. Each client trains the state's model
+    alone, for `local_epochs` and without drift control.
 
     Raises:
       UserError: a score is NaN or infinite.
@@ -397,14 +397,14 @@ class Simulation:
     return found
 
   def with_seed(self, seed: int) -> 'Simulation':
-    """The same data and model; cohorts, start and negatives of another seed."""
+    """The same with another seed for cohorts, initial state and negatives."""
     config = dataclasses.replace(self.config, seed=seed)
     return dataclasses.replace(
       self, config=config, data=_to_device(config, self.dataset)
     )
 
   def with_clients(self, count: int) -> 'Simulation':
-    """The same, ranking so many clients (0 = all)."""
+    """The same, ranking the given number of clients (0 = all)."""
     return dataclasses.replace(
       self,
       config=dataclasses.replace(
@@ -428,11 +428,11 @@ class Simulation:
     )
 
   def with_features(self, change: str) -> 'Simulation':
-    """The same but for what the experts see of the items.
+    """The same with changed item features.
 
     Args:
       change: 'zeroed' (all features missing) or 'shuffled' (each item gets
-        another's, by the seed).
+        those of another, by the seed).
     """
     features = self.catalogue.features
     if change == 'zeroed':
@@ -453,14 +453,14 @@ class Simulation:
     return (*ranking.SPLITS, *(['cold'] if self.cold else []))
 
   def _ranked(self, split: str) -> _Ranked:
-    """The data that a split's targets are in, and who has one."""
+    """The data that contains a split's targets, and the clients with one."""
     if split == 'cold':
       return self._cold_ranked
     return _Ranked(self.dataset, self.data, self.targeted(split), split)
 
   @functools.cached_property
   def _cold_ranked(self) -> _Ranked:
-    """A cold item stands where the test item stands otherwise."""
+    """The data with a cold item at the place of the test item."""
     cold = cast(ColdSplit, self.cold)
     return _Ranked(
       cold.dataset,
@@ -489,7 +489,7 @@ class Simulation:
     return on.clients, on.dataset.items[at[on.clients]]
 
   def targeted(self, split: str) -> np.ndarray:
-    """[n] those of them that have a target in 'val' or 'test'."""
+    """[n] the given clients that have a target in 'val' or 'test'."""
     clients = self.evaluated_clients
     return (
       np.intersect1d(clients, self.dataset.tested)
@@ -530,9 +530,9 @@ def build(
     config: settings.
     dataset: what to train on.
     cold: items held out of training.
-    aggregator: one instead of that which the config names.
-    drift: a drift control likewise.
-    metrics: further ranking metrics likewise.
+    aggregator: replaces the one that the config names.
+    drift: a drift control, likewise.
+    metrics: further ranking metrics, likewise.
 
   Raises:
     UserError: a client with too few unseen items for the negatives, global
@@ -601,7 +601,7 @@ def _modalities(
   """The experts that the config names and the data set has features for.
 
   Raises:
-    UserError: one without features, other than visual and semantic.
+    UserError: an expert other than visual and semantic has no features.
   """
   found = []
   for modality in experts_lib.of(config.model):

@@ -1,7 +1,7 @@
-"""The NumPy generators that a run draws from, one stream each.
+"""The NumPy generators of a run, one stream per purpose.
 
 A generator's seed is (run seed, stream, number…), so that no two draws share
-their random numbers. JAX's keys are derived in `federation.round`.
+random numbers. JAX keys are derived in `federation.round`.
 """
 
 import enum
@@ -11,7 +11,8 @@ import numpy as np
 
 @enum.unique
 class Stream(enum.IntEnum):
-  """What is drawn. The numbers are part of what a seed means: reuse none."""
+  """What is drawn. The numbers are part of the meaning of a seed: never reuse
+  one."""
 
   COHORT = 1
   NEGATIVES = 2  # of the sampled protocol
@@ -27,6 +28,6 @@ class Stream(enum.IntEnum):
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
-  """The generator of one stream; `numbers` tell apart draws of the same kind,
-  such as the round or the user."""
+  """The generator of one stream; `numbers`, such as the round or the user,
+  distinguish draws of the same kind."""
   return np.random.default_rng([seed, int(stream), *numbers])

@@ -6,7 +6,7 @@
 A file is one data set: `data`, `detail`, `order`; `runs`, each with its flags,
 seeds, commit and test metrics; `verdicts`, each an option compared `against`
 another. An effect is a difference with the bounds of its 95 % interval, paired
-over users, or the two values (of the old data one alone) where no interval was
+over users, or the two values (for some old data only one) if no interval was
 computed. `verdict` says what `recommended.flags` does with the option: on, off
 (the setting exists), or removed from the code. A table goes between
 `<!-- verdicts:NAME -->` (or `runs:`) and `<!-- end -->` of a page; NAME is a
@@ -28,7 +28,7 @@ _REGION = re.compile(
 
 
 def fill(page: str) -> str:
-  """The page with each of its tables drawn anew."""
+  """The page with each of its tables redrawn."""
   return _REGION.sub(
     lambda found: (
       found[1]
@@ -44,7 +44,7 @@ def fill(page: str) -> str:
 
 
 def runs(files: list[dict[str, Any]]) -> str:
-  """A row a run; a column each metric."""
+  """One row per run, one column per metric."""
   metrics = list(
     dict.fromkeys(
       name for file in files for run in file['runs'] for name in run['test']
@@ -68,7 +68,7 @@ def runs(files: list[dict[str, Any]]) -> str:
 
 
 def verdicts(files: list[dict[str, Any]]) -> str:
-  """A row an option."""
+  """One row per option."""
   return _table(
     ('option', 'effect', 'data, seeds, commit', 'verdict'),
     [

@@ -1,14 +1,14 @@
-"""Drift control: what keeps the local steps of clients from drifting apart.
+"""Drift control: methods against client drift during local steps.
 
-A method is a frozen dataclass with pure functions, whole in one class: what a
-client keeps between rounds, what it is sent beside the parameters, how its
-local steps change, what it uploads, and what the server makes of it. A method
-of your own derives from `DriftControl` and overrides what it needs
+A method is one frozen dataclass of pure functions. It defines what a client
+keeps between rounds, what the server sends besides the parameters, how local
+steps change, what a client uploads, and how the server uses the uploads. A
+method of your own derives from `DriftControl` and overrides what it needs
 (docs/extending.md, `examples/feddyn.py`).
 
-All state has the parameters' structure. A client with a local vocabulary works
-on some rows of the item table: `transform` gets what is sent and kept cut to
-them; `finish` gets the whole of it, see `LocalResult`.
+All state has the structure of the parameters. A client with a local vocabulary
+works on some rows of the item table: `transform` gets the sent and the kept
+state cut to these rows; `finish` gets both whole, see `LocalResult`.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ Tree = Any  # of arrays; None = nothing
 
 
 class LocalResult(NamedTuple):
-  """What a client has after its local steps.
+  """The result of a client's local steps.
 
   Attributes:
     delta: local minus server parameters, of the client's rows.
-    kept: what the client kept from its last round, of the whole catalogue.
-    mean_gradient: of the local steps, of the client's rows; None unless the
+    kept: the client's state from its last round, for the whole catalogue.
+    mean_gradient: over the local steps, for the client's rows; None unless the
       method `needs_gradient`.
-    trained: [] bool, was there a step?
-    whole: (tree of the client's rows) -> the same of the whole catalogue, zero
+    trained: [] bool, whether there was a step.
+    whole: maps a tree of the client's rows to one of the whole catalogue, zero
       for items that the client did not touch.
   """
 
@@ -46,13 +46,13 @@ class LocalResult(NamedTuple):
 
 
 class Cohort(NamedTuple):
-  """Whom a server step is of; [] float32 each.
+  """The clients behind a server step; all fields are [] float32.
 
   Attributes:
     weight: Σ positives of the cohort.
     all_weight: Σ positives of all clients, sampled or not.
-    size: clients of the cohort.
-    all_size: all clients.
+    size: number of clients in the cohort.
+    all_size: number of all clients.
   """
 
   weight: jax.Array
@@ -63,53 +63,53 @@ class Cohort(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DriftControl:
-  """No drift control, and what every method may override.
+  """No drift control; the base class of every method.
 
   Attributes:
-    needs_gradient: should the local steps record their mean gradient?
-    makes_step: does `transform` take the place of the local optimizer's
-      direction (Adam), not only change the gradient that it gets?
+    needs_gradient: whether the local steps record their mean gradient.
+    makes_step: whether `transform` replaces the local optimizer's direction
+      (Adam) instead of only changing the gradient that goes into it.
   """
 
   needs_gradient = False
   makes_step = False
 
   def client_state(self, params: Params) -> Tree:
-    """What a client keeps before its first round; None = nothing."""
+    """A client's state before its first round; None for none."""
     return None
 
   def server_state(self, params: Params) -> Tree:
-    """What the server keeps before round 1; None = nothing."""
+    """The server's state before round 1; None for none."""
     return None
 
   def broadcast(self, state: Tree, opt_state: optax.OptState) -> Tree:
-    """What a client is sent beside the parameters.
+    """What a client is sent besides the parameters.
 
     Args:
-      state: what the server keeps.
-      opt_state: of the server optimizer.
+      state: the server's state.
+      opt_state: state of the server optimizer.
     """
     return state
 
   def transform(
     self, sent: Tree, kept: Tree
   ) -> optax.GradientTransformation | None:
-    """A link in the chain of the local optimizer, behind weight decay.
+    """A link in the local optimizer's chain, after weight decay.
 
     Args:
-      sent: `broadcast`, of the client's rows.
-      kept: what the client keeps, of its rows.
+      sent: `broadcast`, cut to the client's rows.
+      kept: the client's state, cut to its rows.
     """
     return None
 
   def no_upload(self, params: Params) -> Tree:
-    """The upload of nobody: zeros of the structure of `params` where `finish`
-    uploads something, else None."""
+    """The upload summed over no clients: zeros with the structure of `params`
+    if `finish` uploads something, else None."""
     return None
 
   def finish(self, result: LocalResult) -> tuple[Tree, Tree]:
-    """(what the client keeps for its next round, what it uploads): the latter
-    of the client's rows or of the whole catalogue."""
+    """(the client's state for its next round, its upload); the upload covers
+    the client's rows or the whole catalogue."""
     return result.kept, None
 
   def server_step(
@@ -123,15 +123,15 @@ class DriftControl:
     """The server's step.
 
     Args:
-      state: what the server keeps.
-      uploaded: Σ weight · upload over the cohort; None where nothing is.
-      cohort: whom it is of.
+      state: the server's state.
+      uploaded: Σ weight · upload over the cohort; None without uploads.
+      cohort: its weights and sizes.
       delta: the cohort's mean delta.
       optimizer: the server optimizer, at this round.
 
     Returns:
-      (updates to add to the parameters, state of the optimizer, what the
-      server keeps).
+      (updates to add to the parameters, state of the optimizer, the server's
+      next state).
     """
     return *optimizer.step(delta), state
 
@@ -140,7 +140,7 @@ class ServerOptimizer(NamedTuple):
   """The server optimizer at one round.
 
   Attributes:
-    config: which, and its learning rates.
+    config: which optimizer, and its learning rates.
     params: the server's parameters.
     opt_state: its state.
     round: [] int32 finished rounds.
@@ -152,13 +152,13 @@ class ServerOptimizer(NamedTuple):
   round: jax.Array
 
   def step(self, delta: Params) -> tuple[Params, optax.OptState]:
-    """(updates to add to the parameters, next state) of a mean delta."""
+    """(updates to add to the parameters, next state) for a mean delta."""
     return optimizers.server_step(
       self.config, self.params, self.opt_state, delta, self.round
     )
 
   def learn(self, gradient: Params) -> optax.OptState:
-    """The state after a gradient whose step is not made."""
+    """The state after a gradient, without taking its step."""
     return optimizers.server_direction(self.config.server).update(
       gradient, self.opt_state, self.params
     )[1]
@@ -196,8 +196,8 @@ class Scaffold(DriftControl):
   server's control variate minus the client's own.
 
   Option II: c_i⁺ = c_i − c + (x − y)/(S η) is the mean gradient of the S local
-  SGD steps; of items that the client did not touch it is zero. The server's c
-  stays the weighted mean of all clients'.
+  SGD steps; it is zero for items that the client did not touch. The server's c
+  remains the weighted mean over all clients.
   """
 
   needs_gradient = True
@@ -238,15 +238,15 @@ class Scaffold(DriftControl):
 @dataclasses.dataclass(frozen=True)
 class MimeLite(DriftControl):
   """Karimireddy et al. 2021, "Breaking the centralized barrier for cross-device
-  federated learning", NeurIPS: the server optimizer, its moments held where
-  they were at the start of the round, makes the local steps.
+  federated learning", NeurIPS: the local steps use the server optimizer, with
+  its moments frozen at the start of the round.
 
-  The moments learn from the clients' mean gradient along the local path (the
-  authors take another pass, at the server's parameters); the server adds the
-  mean delta times its learning rate.
+  The moments are updated with the clients' mean gradient along the local path
+  (the authors use an extra pass at the server's parameters). The server adds
+  the mean delta times its learning rate.
 
   Attributes:
-    server: whose optimizer it is.
+    server: the server's configuration, whose optimizer is used.
   """
 
   needs_gradient = True
@@ -278,13 +278,13 @@ class MimeLite(DriftControl):
 
 
 class MeanGradient(NamedTuple):
-  """Sum of the gradients that passed, and how many; see `mean`."""
+  """Sum and number of the gradients that passed; see `mean`."""
 
   total: Params
   count: jax.Array  # type: ignore[assignment]  # a tuple has a method count
 
   def mean(self) -> Params:
-    """Their mean; zeros if there was none."""
+    """Mean of the gradients; zeros if there was none."""
     return jax.tree.map(lambda g: g / jnp.maximum(self.count, 1), self.total)
 
 
@@ -314,7 +314,7 @@ def of(config: RunConfig) -> DriftControl:
   """The method that a config names.
 
   Raises:
-    UserError: there is none of that name, or an option is none of its own.
+    UserError: there is no method of that name, or it has no such option.
   """
   method = parts.built(
     config.client.drift_control, DRIFT_CONTROLS, DriftControl, 'drift control'

@@ -1,5 +1,5 @@
 """Loss terms of a local step (docs/model.md, Losses). Reductions take explicit
-weights, so padded samples count for nothing, and 0/0 is 0.
+weights, so padded samples do not count, and 0/0 is 0.
 
 Axes: `T` targets of a step, `N` negatives, `J` candidates, `E` experts.
 """
@@ -17,7 +17,7 @@ WEIGHT_BINS = 20  # of the histogram of instance weights
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-  """Σ w·v / Σ w over all axes; 0 where no weight is left."""
+  """Σ w·v / Σ w over all axes; 0 if all weights are 0."""
   weights = jnp.broadcast_to(weights, values.shape).astype(values.dtype)
   total = jnp.sum(weights)
   # A value of weight 0 may be anything, NaN included.
@@ -26,11 +26,11 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def cross_entropy(positive: jax.Array, rest: jax.Array) -> jax.Array:
-  """−log of each positive's share among itself and its negatives.
+  """−log of the softmax share of each positive among itself and its negatives.
 
   Args:
     positive: [T] scores.
-    rest: [T] log Σ exp of each one's negatives' scores.
+    rest: [T] log Σ exp over the scores of each positive's negatives.
 
   Returns:
     [T] losses.
@@ -39,7 +39,7 @@ def cross_entropy(positive: jax.Array, rest: jax.Array) -> jax.Array:
 
 
 def pairwise_surprise(positive: jax.Array, negatives: jax.Array) -> jax.Array:
-  """BPR loss mean_j −log σ(s_pos − s_neg_j): what the memory gates on.
+  """BPR loss mean_j −log σ(s_pos − s_neg_j), the memory's surprise.
 
   Args:
     positive: [T] scores.
@@ -64,8 +64,9 @@ def instance_weights(surprise: jax.Array, scale: float) -> jax.Array:
 
 
 def importance_of(lateness: jax.Array, emphasis: float) -> jax.Array:
-  """1 + e · (2 · lateness − 1), as given: tastes and what is left to watch
-  drift, and what a recommender is asked for comes after the last item.
+  """1 + e · (2 · lateness − 1): late targets count more, because tastes and the
+  remaining items drift, and a recommender predicts what comes after the last
+  item.
 
   Args:
     lateness: from 0, the start of a history, to 1, its end.
@@ -85,7 +86,7 @@ def symmetric_infonce(
   Args:
     first: [T, D] one expert's representations of the positives.
     second: [T, D] another's.
-    valid: [T] bool; invalid samples are no one's pair and no one's contrast.
+    valid: [T] bool; invalid samples are neither positives nor negatives.
     temperature: scalar, or [T] one for each sample's row and column.
 
   Returns:
@@ -127,15 +128,15 @@ def contrast(
   available: jax.Array,
   temperature: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Each sample's InfoNCE, the mean over its pairs of views.
+  """InfoNCE of each sample, averaged over its pairs of views.
 
   Args:
     views: E times [T, D].
-    available: [T, E] bool, the views there are.
+    available: [T, E] bool, which views exist.
     temperature: see `symmetric_infonce`.
 
   Returns:
-    ([T] losses, 0 without a pair; [T] bool, who has one).
+    ([T] losses, 0 without a pair; [T] bool, whether the sample has a pair).
   """
   total, count = 0.0, 0
   for i, j in itertools.combinations(range(len(views)), 2):
@@ -156,8 +157,8 @@ class LossTerms(NamedTuple):
       the mean over their pairs.
     load_balance: router's imbalance.
     instance_weight: mean instance weight of positives with a pair of views.
-    hardest_share: share of the contrastive loss that the tenth of the
-      positives with the highest surprise carries; 0.1 if all count alike.
+    hardest_share: share of the contrastive loss that comes from the tenth of
+      the positives with the highest surprise; 0.1 if all count equally.
     weight_shares: [WEIGHT_BINS] histogram of the instance weights of positives
       with a pair of views.
   """
@@ -185,15 +186,15 @@ def combine(
   """Total loss of a step from its parts.
 
   Args:
-    config: the contrastive loss and the weight of the router's.
+    config: the contrastive loss and the weight of the load-balance loss.
     rec_per_sample: [T] from `cross_entropy`.
     valid: [T] bool, False at padding.
-    views: E times [T, D], the positives as each expert represents them; fewer
-      than two have no pairs to contrast.
+    views: E times [T, D], each expert's representations of the positives; fewer
+      than two give no pairs to contrast.
     available: [T, E] bool, which experts had input.
     load_balance: scalar.
     importance: [T] factors of the recommendation losses, or 1.
-    profile: [T] losses of the client's profile alone; None without.
+    profile: [T] losses of the client's profile alone; None without profiles.
     profile_weight: of these.
     profile_weight: of these.
 
@@ -251,9 +252,9 @@ def weight_shares(
     scale: of the weights.
 
   Returns:
-    [WEIGHT_BINS] shares of the valid ones, in bins of equal width between
-    1 + scale/2 and 1 + scale (the recommendation loss is positive, surprise
-    thus at least 1/2); zeros if there is none.
+    [WEIGHT_BINS] shares of the valid weights, in bins of equal width between
+    1 + scale/2 and 1 + scale (the recommendation loss is positive, so surprise
+    is at least 1/2); zeros if there are none.
   """
   width = (scale or 1.0) / 2 / WEIGHT_BINS
   bins = jnp.clip(
@@ -275,8 +276,8 @@ def hardest_share(
     valid: [T] bool.
 
   Returns:
-    Scalar; the hardest are a tenth of the valid ones, at least one, and those
-    as hard as the last of them. 0 if nothing contributes.
+    Scalar. The hardest are a tenth of the valid samples, at least one, plus any
+    samples tied with the last of them. 0 if nothing contributes.
   """
   contributions = jnp.where(valid, contributions, 0.0)
   hardness = jnp.where(valid, surprise, -jnp.inf)

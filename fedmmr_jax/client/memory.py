@@ -1,10 +1,10 @@
 """Local memory of ONE client (docs/model.md, Client memory), in four forms:
 
-* `surprise`, the paper's: a positive that the model found hard is stored, the
-  entry of lowest utility goes;
-* `recent`: every positive is stored, the oldest goes;
-* `two_tier`: a short-term memory, first in first out, and a long-term one for
-  positives unlike anything in the short term; entries nearly equal are merged;
+* `surprise`, the paper's form: positives that the model finds hard are stored,
+  and the entry with the lowest utility is evicted;
+* `recent`: every positive is stored, and the oldest entry is evicted;
+* `two_tier`: a first-in-first-out short-term memory, and a long-term memory for
+  positives unlike any short-term entry; nearly equal entries are merged;
 * `none`.
 
 Fixed-size arrays of item ids and counters: features are looked up by id, so a
@@ -88,16 +88,16 @@ def update(
   features: jax.Array | None,
   rule: MemoryRule,
 ) -> Memory:
-  """Processes one positive: skip, refresh its entry, or write a new one.
+  """Processes one positive: skips it, refreshes its entry, or writes a new one.
 
   Args:
     memory: one client's memory.
     item: [] int32 item id.
     surprise: [] float32 pairwise loss of the positive.
     valid: [] bool; False (padding) changes nothing, not even the clock.
-    features: [V, F] float32 that `two_tier` compares items by; None for the
+    features: [V, F] float32 by which `two_tier` compares items; None for the
       other forms.
-    rule: which form, threshold and utility.
+    rule: form, threshold and utility.
 
   Returns:
     The next memory.
@@ -148,10 +148,10 @@ def _recency(memory: Memory) -> jax.Array:
 
 
 def _slot(memory: Memory, matching: jax.Array, value: jax.Array) -> jax.Array:
-  """[] int32: the first matching slot, else that of lowest value.
+  """[] int32: the first matching slot, else the one with the lowest value.
 
-  Empty slots have value −inf, so they are taken before anyone is evicted;
-  among equals the earliest inserted goes.
+  Empty slots have value −inf, so they are used before any entry is evicted;
+  among equals the one inserted first is evicted.
   """
   oldest = jnp.where(
     value == jnp.min(value), memory.inserted, jnp.iinfo(jnp.int32).max
@@ -160,8 +160,8 @@ def _slot(memory: Memory, matching: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _write(memory: Memory, slot, item, surprise, now, writes) -> Memory:
-  """Writes one slot, or nothing unless `writes`: refreshes the entry if it is
-  the same item's, replaces it otherwise. The clock stands still."""
+  """Writes one slot if `writes`: refreshes the entry if it holds the same item,
+  replaces it otherwise. The clock does not advance."""
   here = writes & (jnp.arange(memory.item.shape[0]) == slot)
   same = memory.item[slot] == item
   frequency = jnp.where(same, memory.frequency, 0) + 1
@@ -177,7 +177,7 @@ def _write(memory: Memory, slot, item, surprise, now, writes) -> Memory:
 
 
 def _cosine(features: jax.Array, item: jax.Array, memory: Memory) -> jax.Array:
-  """[M] cosine of an item's features to those of the entries; 0 where either
+  """[M] cosine between the features of an item and of the entries; 0 if either
   has none, or the slot is empty (row 0 is zero)."""
   own, entries = features[item], features[memory.item]
   squared = jnp.sum(own**2) * jnp.sum(entries**2, axis=-1)
@@ -192,7 +192,7 @@ def update_all(
   features: jax.Array | None,
   rule: MemoryRule,
 ) -> Memory:
-  """`update` for each of [T] positives in their order."""
+  """`update` for each of [T] positives, in order."""
   if isinstance(rule, NoMemory):
     count = jnp.sum(valid, dtype=jnp.int32)
     return memory._replace(clock=memory.clock + count)
@@ -206,9 +206,9 @@ def update_all(
 def retrieve(memory: Memory, rule: MemoryRule) -> jax.Array:
   """[R] int32 item ids to attend to, 0 where empty.
 
-  Those of highest utility, best first; the latest with `recent`; with
-  `two_tier` the latest of the short term and then, the smaller half, the best
-  of the long term.
+  By default the entries with the highest utility, best first; with `recent` the
+  latest; with `two_tier` the latest short-term entries and then, as the smaller
+  half, the best long-term ones.
   """
   size = rule.retrieval_size
   if not isinstance(rule, UtilityMemory):
@@ -228,7 +228,7 @@ def retrieve(memory: Memory, rule: MemoryRule) -> jax.Array:
 
 
 def _best(memory: Memory, value: jax.Array, count: int) -> jax.Array:
-  """[count] items of highest value, best first; 0 for what has value −inf."""
+  """[count] items with the highest values, best first; 0 where it is −inf."""
   order = jnp.lexsort((memory.inserted, -value))[:count]
   return jnp.where(jnp.isneginf(value[order]), 0, memory.item[order])
 
@@ -241,8 +241,8 @@ def fill(memory: Memory) -> jax.Array:
 def fetch(memories: Memory | None, clients: jax.Array) -> Memory | None:
   """Takes [C] clients out of memories stacked over all clients, [K].
 
-  A padding client (−1) gets an empty memory, never somebody else's; where there
-  are none, None.
+  A padding client (−1) gets an empty memory, never that of another client. None
+  without memories.
   """
   return jax.tree.map(
     lambda x: x.at[jnp.where(clients >= 0, clients, x.shape[0])].get(
@@ -255,7 +255,7 @@ def fetch(memories: Memory | None, clients: jax.Array) -> Memory | None:
 def store(
   memories: Memory | None, clients: jax.Array, updated: Memory | None
 ) -> Memory | None:
-  """Inverse of `fetch`; what padding clients hold is dropped."""
+  """Inverse of `fetch`; the memories of padding clients are dropped."""
   return jax.tree.map(
     lambda all_, new: all_.at[
       jnp.where(clients >= 0, clients, all_.shape[0])

@@ -1,8 +1,9 @@
 """Exact uniform sampling from the items a client has not consumed.
 
-The r-th free item is found by arithmetic, not by trial: with the consumed ids
+The r-th free item is computed, not found by rejection: for consumed ids
 c_0 < c_1 < … , c_i − 1 − i items below c_i are free, so the answer is
-`r + 1 + #{i : c_i − 1 − i <= r}`. No rejection loop, fixed shapes, inside jit.
+`r + 1 + #{i : c_i − 1 − i <= r}`. There is no rejection loop, and shapes are
+fixed, so it works inside jit.
 """
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 def free_below(
   consumed: jax.Array, num_consumed: jax.Array, num_rows: jax.Array | int
 ) -> jax.Array:
-  """How many free items lie below each consumed one.
+  """Number of free items below each consumed one.
 
   Args:
     consumed: [A] int32 ids, ascending and distinct, padded at the end.
@@ -47,7 +48,7 @@ def sample(
   """Independent uniform draws from the complement of `consumed`.
 
   Args:
-    key: consumed whole by the one draw.
+    key: used up by the one draw.
     shape: of the result.
     consumed: [A] int32 ids, ascending and distinct, padded at the end.
     num_consumed: [] int32, how many of them are real; below V − 1.

@@ -1,10 +1,11 @@
-"""A client's profile: the mean embedding of its items outside of a window
-(input of `models/profile.py`).
+"""A client's profile: the mean embedding of its items outside a window (input
+of `models/profile.py`).
 
-In training that is all training items but the window's and its targets, those
-after it too; at evaluation the items before it. Embeddings are those that the
-server sent, without gradient: they are trained by all else. Axes: `H` longest
-history, `B` windows, `D` hidden.
+In training these are all training items, later ones included, except those of
+the window and its targets; at evaluation they are the items before the window.
+The embeddings are those the server sent, without gradient: they are trained
+only through the rest of the model. Axes: `H` longest history, `B` windows, `D`
+hidden size.
 """
 
 import jax
@@ -22,7 +23,7 @@ def running_sums(
 
   Args:
     model: the architecture.
-    params: the server's; the item table may have the client's U rows.
+    params: the server's; the item table may hold only the client's U rows.
     items: [H] int32 rows of that table, 0 = none.
     catalogue: features of its rows.
   """
@@ -33,8 +34,8 @@ def running_sums(
 def outside(
   sums: jax.Array, num_items: jax.Array, start: jax.Array, stop: jax.Array
 ) -> jax.Array:
-  """[B, D] mean embeddings of the first `num_items` items but those at
-  start, … stop − 1; zero where nothing is left.
+  """[B, D] mean embeddings of the first `num_items` items except those at
+  start, … stop − 1; zero if none are left.
 
   Args:
     sums: from `running_sums`.

@@ -1,8 +1,8 @@
 """Prototypes: k-means at the client, re-clustering at the server.
 
-Centre number p of one client has nothing to do with number p of another, so
-the server does not average them by position: it clusters the uploaded centres,
-each weighted by the size of its cluster. Axes: `M` points, `P` centres,
+Centre p of one client does not correspond to centre p of another, so the server
+does not average them by position. It clusters the uploaded centres, each
+weighted by the size of its cluster. Axes: `M` points, `P` centres,
 `F` features.
 """
 
@@ -34,10 +34,10 @@ def init(num_prototypes: int, feature_dim: int) -> Prototypes:
 def cluster(
   points: jax.Array, weights: jax.Array, num_prototypes: int, iterations: int
 ) -> Prototypes:
-  """Weighted k-means (Lloyd 1982), started by farthest-first traversal.
+  """Weighted k-means (Lloyd 1982), initialised by farthest-first traversal.
 
-  Deterministic: no key. With fewer distinct points than centres the surplus
-  centres get size 0.
+  Deterministic: needs no key. With fewer distinct points than centres, the
+  surplus centres get size 0.
 
   Args:
     points: [M, F] float32.
@@ -46,7 +46,7 @@ def cluster(
     iterations: Lloyd steps.
 
   Returns:
-    Centres and the weight of their clusters.
+    Centres and the weights of their clusters.
   """
   start = _farthest_first(points, weights, num_prototypes)
 
@@ -64,7 +64,7 @@ def recluster(
 
   Args:
     uploaded: centres [..., P, F] and sizes [..., P] of all clients of a round.
-    previous: the server's prototypes, kept if nobody uploaded any.
+    previous: the server's prototypes, kept if no client uploaded any.
     iterations: Lloyd steps.
   """
   size = uploaded.size.reshape(-1)
@@ -88,7 +88,7 @@ def _squared_distance(points: jax.Array, centres: jax.Array) -> jax.Array:
 
 
 def _farthest_first(points, weights, num_prototypes):
-  """[P, F]: the heaviest point, then each time the point farthest from all."""
+  """[P, F]: the heaviest point, then repeatedly the point farthest from all."""
 
   def pick(p, carry):
     centres, distance = carry

@@ -25,9 +25,9 @@ class StepScores(NamedTuple):
   Attributes:
     positive: [T].
     negative: [T, N].
-    rest: [T] log Σ exp of a target's negatives.
-    target: Candidates of the T positives.
-    candidates: Candidates of everything scored, J rows.
+    rest: [T] log Σ exp over the negatives of each target.
+    target: `Candidates` for the T positives.
+    candidates: `Candidates` for everything scored, J rows.
     counted: [J] bool, False for candidates of padding targets.
     profile: [T] losses of the client's profile alone, 0 where it is unknown;
       None without `--profile=history`.
@@ -45,7 +45,7 @@ class StepScores(NamedTuple):
 def draw_negatives(
   key: jax.Array, client: ClientData, config: RunConfig
 ) -> jax.Array:
-  """[T, N] own negatives of each target, or [N] shared by all of them."""
+  """[T, N] negatives for each target, or [N] shared by all targets."""
   shape = (config.client.num_negatives,)
   if config.client.negatives == 'per_sample':
     shape = (targets_of_step(config), *shape)
@@ -159,7 +159,7 @@ def _score_own(model, states, batch, negative, represent) -> StepScores:
 
 
 class _Scores(NamedTuple):
-  """Scores of a step's targets and of their negatives, by one state.
+  """Scores of a step's targets and their negatives from one state.
 
   Attributes:
     positive: [B, Q].
@@ -177,10 +177,10 @@ def _sequences(states: jax.Array | States) -> jax.Array:
 def _of_targets(
   states, by_sequence: _Scores, by_profile: _Scores | None
 ) -> dict[str, jax.Array | None]:
-  """The fields of `StepScores` that have one row a target.
+  """The fields of `StepScores` that have one row per target.
 
-  Log Σ exp is taken of the parts of a mixture: the mixed scores of all
-  negatives, which only the memory's surprise wants, need no gradient then.
+  For a mixture, log Σ exp is computed from its components. The mixed scores of
+  all negatives, used only for the memory's surprise, then need no gradient.
   """
   positive, negative = by_sequence
   rest = jax.nn.logsumexp(negative, axis=-1)

@@ -1,9 +1,10 @@
 """Local update of ONE client (McMahan et al. 2017, "Communication-Efficient
 Learning of Deep Networks from Decentralized Data", ClientUpdate).
 
-Nothing here knows of other clients; `federation` vmaps it. Axes: `B` windows
-of a step, `L` window, `Q` targets of a window (1, or L with all positions),
-`T` = B·Q targets of a step, `N` negatives, `U` rows of the client's item table.
+Nothing here depends on other clients; `federation` vmaps it. Axes: `B` windows
+of a step, `L` window length, `Q` targets of a window (1, or L with all
+positions), `T` = B·Q targets of a step, `N` negatives, `U` rows of the client's
+item table.
 """
 
 import dataclasses
@@ -45,9 +46,9 @@ class Broadcast(NamedTuple):
 
   Attributes:
     params: the server's parameters.
-    prototypes: global prototypes over the text features; None unless
-      `global_memory` has the experts attend to them.
-    catalogue: item features (public, the same for everybody).
+    prototypes: global prototypes of the text features; None unless experts
+      attend to them (`global_memory`).
+    catalogue: item features (public, the same for all clients).
     learning_rate: [] float32 of the clients in this round.
     control: what drift control sends, see `DriftControl.broadcast`.
   """
@@ -64,14 +65,14 @@ class ClientUpdate(NamedTuple):
 
   Attributes:
     delta: local minus server parameters; the item table has U rows.
-    control: what drift control uploads, of the client's rows or of the whole
-      catalogue; None for nothing.
-    vocabulary: which items the U rows are.
+    control: the upload of drift control, for the client's rows or the whole
+      catalogue; None without one.
+    vocabulary: the items of the U rows.
     weight: [] float32, positives of an epoch.
     steps: [] float32, local steps taken; at least 1.
     memory: its memory after training; None in a model without experts.
-    kept: what drift control keeps at the client; None for nothing.
-    prototypes: centres of its memory's texts and their sizes; None unless
+    kept: drift-control state kept by the client; None without one.
+    prototypes: centres of the texts in its memory and their sizes; None unless
       `global_memory`.
     metrics: means over its steps.
   """
@@ -152,7 +153,7 @@ def step_loss(
 
 @dataclasses.dataclass(frozen=True)
 class ClientProgram:
-  """What every client runs. Static: hashed and compared by value.
+  """The program of every client. Static: hashed and compared by value.
 
   Attributes:
     model: the architecture.
@@ -166,12 +167,12 @@ class ClientProgram:
 
 
 class LocalState(NamedTuple):
-  """What a client carries from step to step.
+  """A client's state between steps.
 
   Attributes:
     params: its parameters; the item table has U rows.
-    opt_state: of the local optimizer, its moments likewise; where drift control
-      needs the mean gradient, (`drift.MeanGradient`, that).
+    opt_state: of the local optimizer, with moments likewise of U rows; if drift
+      control needs the mean gradient, (`drift.MeanGradient`, optimizer state).
     memory: its memory; None in a model without experts.
     metrics: sums over the steps so far.
   """
@@ -194,14 +195,15 @@ def local_update(
   """Trains on one client's positives for `local_epochs`.
 
   Args:
-    program: what it runs.
+    program: the client program.
     broadcast: what the server sent.
     client: its data.
     memory: its memory; None in a model without experts.
-    kept: what drift control kept here in the last round.
-    key: its key of this round; consumed whole.
-    max_steps: [] int32 steps of an epoch to run, at least its own number;
-      steps past its own change nothing. Shared by clients vmapped together.
+    kept: its drift-control state from the last round.
+    key: its key for this round; used up here.
+    max_steps: [] int32 steps to run per epoch, at least the client's own
+      number; steps beyond it change nothing. Shared by clients vmapped
+      together.
 
   Returns:
     What goes back to the server, and the memory.
@@ -265,8 +267,8 @@ def local_update(
 def memory_metrics(
   memory: Memory | None, trains: jax.Array | None = None
 ) -> dict[str, Mean]:
-  """How full the memory of a client that trains is, and how old its entries
-  are in processed samples; empty without a memory."""
+  """Fill of a training client's memory and age of its entries in processed
+  samples; empty without a memory."""
   if memory is None or trains is None:
     return {'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
   return {
@@ -376,14 +378,14 @@ def _step_keys(key, epoch, step) -> tuple[jax.Array, jax.Array]:
 
 
 class StepData(NamedTuple):
-  """What one step trains on; ids are rows of the state's item table.
+  """The input of one step; ids are rows of the state's item table.
 
   Attributes:
     batch: windows and targets.
     negative: [T, N] or [N] int32.
     catalogue: features of the rows.
     view: what the experts may attend to.
-    texts: [V, F] of the whole catalogue, for the memory; None without.
+    texts: [V, F] text features of the whole catalogue, for the memory, or None.
     key: for dropout.
   """
 
@@ -492,7 +494,7 @@ def memory_view(
 def summarise(
   memory: Memory, catalogue: Catalogue, config: RunConfig
 ) -> Prototypes | None:
-  """Prototypes of the texts of the stored items, for upload; None where nobody
+  """Prototypes of the texts of the stored items, for upload; None if no expert
   attends to them."""
   if not config.global_memory:
     return None
@@ -513,12 +515,12 @@ def fill_memory(
   key: jax.Array,
   max_steps: jax.Array,
 ) -> Memory:
-  """Fills an empty memory by a forward pass over the training history.
+  """Fills an empty memory with a forward pass over the training history.
 
   Windows are taken in time order, so the memory ends with the latest items.
 
   Args:
-    As `local_update`; nothing is trained and there is no dropout.
+    As for `local_update`; nothing is trained and there is no dropout.
 
   Returns:
     The memory; unchanged if the client has been sampled before.
@@ -568,7 +570,7 @@ def fill_memory(
 
 
 def gradient_norms(model: FedDMMR) -> dict[str, str]:
-  """Metric -> the top-level parameter whose gradient's norm it is."""
+  """Maps each metric to the top-level parameter whose gradient norm it is."""
   return {'gradient_backbone': 'backbone'} | {
     f'gradient_{m.name}': f'{m.name}_expert' for m in model.modalities
   }
@@ -594,8 +596,8 @@ def empty_metrics(model: FedDMMR) -> dict[str, Mean]:
 def _window_order(
   config: RunConfig, key, own_windows, most_windows: int
 ) -> jax.Array:
-  """[most_windows] int32 window numbers in the order they are trained on;
-  only the first `own_windows`, or what the step limit leaves, count."""
+  """[most_windows] int32 window numbers in training order; only the first
+  `own_windows`, or those within the step limit, count."""
   draws = jax.random.uniform(key, (most_windows,))
   number = jnp.arange(most_windows)
   shuffled = jnp.argsort(jnp.where(number < own_windows, draws, jnp.inf))

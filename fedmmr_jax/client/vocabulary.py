@@ -1,23 +1,23 @@
 """Client-local vocabulary: the rows of the item table that a client works on.
 
-With `--vocabulary=dense` a client trains a copy of the whole table, [V, D]:
-each step writes a gradient of that size and the optimizer passes over it,
-although the step looked at a few hundred rows. With `--vocabulary=local` a
-client copies the U rows that its round can touch, and a step takes out the n
-rows that it does touch, trains those and puts them back. What a client costs
-then does not grow with the catalogue.
+With `--vocabulary=dense` a client trains a copy of the whole table, [V, D].
+Each step writes a gradient of that size and the optimizer passes over it,
+although the step uses only a few hundred rows. With `--vocabulary=local` a
+client copies the U rows that its round can touch; a step takes out the n rows
+that it does touch, trains them and puts them back. The cost of a client then
+does not grow with the catalogue.
 
 Plain SGD without weight decay gives the same parameters either way. Otherwise
-the two differ, because rows outside a step stay as they are:
-* weight decay and FedProx's pull act on the rows of a step only;
-* SCAFFOLD's correction and MimeLite's momentum reach a row in the steps that
-  touch it only, where they would move it in every step;
-* Adam's moments of a row decay in the steps that touch it only ("lazy Adam"),
-  and a row without gradient does not coast on its momentum.
+the two differ, because rows outside a step do not change:
+* weight decay and FedProx's proximal term act only on the rows of a step;
+* SCAFFOLD's correction and MimeLite's momentum move a row only in the steps
+  that touch it, instead of in every step;
+* Adam's moments of a row decay only in the steps that touch it ("lazy Adam"),
+  and a row without gradient does not keep moving on its momentum.
 
-Negatives are drawn before training to know U; windows and memory add nothing
-to a client's own history (the experts read the features of memory entries, not
-their rows of the table).
+Negatives are drawn before training to determine U. Windows and memory add no
+items beyond the client's own history (the experts read the features of memory
+entries, not their rows of the table).
 """
 
 from typing import Any, NamedTuple
@@ -32,15 +32,15 @@ class Vocabulary(NamedTuple):
   """A set of items and their rows in a smaller table.
 
   Attributes:
-    ids: [U] int32 item ids, ascending. An id may repeat; its first row counts
-      and the others are never read. Row 0 is the padding item.
+    ids: [U] int32 item ids, ascending. An id may repeat; only its first row is
+      ever read. Row 0 is the padding item.
   """
 
   ids: jax.Array
 
   def rows(self, items: jax.Array) -> jax.Array:
-    """[...] int32 rows of items that are in the vocabulary. Of another one it
-    would be a neighbour's row; the tests check every look-up of a round."""
+    """[...] int32 rows of items that are in the vocabulary. For any other item
+    this gives a neighbour's row; the tests check every look-up of a round."""
     return jnp.searchsorted(self.ids, items, method='scan_unrolled').astype(
       jnp.int32
     )
@@ -57,11 +57,11 @@ def whole(num_rows: int) -> Vocabulary:
 
 
 def touched(items: list[jax.Array], within: Vocabulary) -> Vocabulary:
-  """The items of some arrays and padding.
+  """The vocabulary of the items in some arrays, and padding.
 
   Args:
     items: int32 arrays of any shape.
-    within: a vocabulary that has them all; returned where it is the smaller.
+    within: a vocabulary that contains them all; returned if it is smaller.
   """
   if 1 + sum(x.size for x in items) >= len(within.ids):
     return within
@@ -75,7 +75,7 @@ def take(tree: Any, rows: jax.Array) -> Any:
 
 
 def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
-  """`tree` with the rows of its item tables, and all else, taken from `small`.
+  """`tree` with given item-table rows, and everything else, from `small`.
 
   Args:
     tree: what `take` was applied to.
@@ -91,8 +91,8 @@ def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
 
 
 def scatter(small: Any, vocabulary: Vocabulary, like: Any) -> Any:
-  """Zeros like `like`, with the rows that a vocabulary has from `small`, and
-  all else of `small`."""
+  """`small` with item tables as large as in `like`: the rows of the vocabulary
+  are those of `small`, the others zero."""
   return put(
     jax.tree.map(jnp.zeros_like, like),
     vocabulary.ids,
@@ -104,7 +104,7 @@ def scatter(small: Any, vocabulary: Vocabulary, like: Any) -> Any:
 def add_weighted(
   total: Any, weights: jax.Array, ids: jax.Array, deltas: Any
 ) -> Any:
-  """`total` + Σ_c weight_c · delta_c, each item row where it belongs.
+  """`total` + Σ_c weight_c · delta_c, with each item row at its place.
 
   Args:
     total: parameters of the whole catalogue.
@@ -129,7 +129,7 @@ def add_weighted(
 
 
 def _map(on_tables, elsewhere, *trees):
-  """tree.map with one function for item tables and one for all else."""
+  """tree.map with one function for item tables and one for the rest."""
 
   def apply(path, *leaves):
     is_table = any(getattr(key, 'key', None) == ITEM_TABLE for key in path)

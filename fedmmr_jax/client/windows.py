@@ -1,10 +1,10 @@
 """Windows over ONE client's training sequence.
 
-Both objectives cut the same way, counted from the end of the sequence: with
-`last` a window moves on by one item and predicts the item after it, with
-`all_positions` by L items and predicts at each of its positions. Either way
-each positive is a target once an epoch. Axes: `B` windows, `L` window, `Q`
-targets of a window (1 or L).
+Both objectives cut windows the same way, from the end of the sequence. With
+`last`, windows are one item apart and predict the next item; with
+`all_positions`, they are L items apart and predict at each position. Either way
+each positive is a target once per epoch. Axes: `B` windows, `L` window length,
+`Q` targets of a window (1 or L).
 """
 
 from typing import NamedTuple
@@ -23,10 +23,10 @@ class Batch(NamedTuple):
     windows: [B, L] int32, left-padded with 0.
     targets: [B, Q] int32 next items of the last Q positions.
     valid: [B, Q] bool, False at padding.
-    lateness: [B, Q] float32 where in the training sequence a target lies, from
-      0 at its start to 1 at its end; without meaning at padding.
-    profile: [B, D] what the client holds outside of each window
-      (`profile.py`); None without `--profile=history`.
+    lateness: [B, Q] float32 position of a target in the training sequence, from
+      0 at its start to 1 at its end; meaningless at padding.
+    profile: [B, D] profile of the items outside each window (`profile.py`);
+      None without `--profile=history`.
   """
 
   windows: jax.Array
@@ -67,8 +67,8 @@ def num_steps(num_train, config: RunConfig):
 
 
 def num_positives(num_train, config: RunConfig):
-  """Positives of one epoch: all but the first item, or (an upper bound of)
-  what `--max_local_steps` leaves of them; NumPy and traced arrays."""
+  """Positives of one epoch: all items but the first, or (an upper bound on)
+  those within `--max_local_steps`; works on NumPy and traced arrays."""
   positives = (num_train - 1) * (num_train > 0)
   limit = config.client.max_local_steps * targets_of_step(config)
   return _at_most(positives, limit) if limit else positives
@@ -85,10 +85,10 @@ def cut_windows(
   stride: int,
   max_seq_len: int,
 ) -> Batch:
-  """The windows of given numbers; window 0 ends at the latest positive.
+  """The windows with given numbers; window 0 ends at the latest positive.
 
-  Counted from the end, so that only the earliest window is short and the
-  position embeddings see what they will see at evaluation.
+  They are counted from the end, so that only the earliest window is short and
+  the position embeddings are used as they will be at evaluation.
 
   Args:
     client: its data.

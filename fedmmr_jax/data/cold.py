@@ -1,9 +1,9 @@
-"""Items held out of training, to see whether a new one can be recommended.
+"""Items held out of training, to test whether new items can be recommended.
 
-Interactions with the held-out (cold) items are taken away from all clients, and
-the items moved to the end of the catalogue, where training negatives are not
-drawn. Each client's latest cold item is then its target, as if it appeared now:
-ranked at the end of the client's history, against everything unconsumed.
+Interactions with the held-out (cold) items are removed from all clients, and
+the items are moved to the end of the catalogue, where no training negatives are
+drawn. The latest cold item of each client is its target, as if it were new: it
+is ranked at the end of the client's history, against all unconsumed items.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from fedmmr_jax.streams import generator, Stream
 
 
 class ColdSplit(NamedTuple):
-  """What cold items are evaluated on.
+  """The data for evaluating cold items.
 
   Attributes:
-    dataset: the clients and the catalogue of the training set, with what was
-      taken away: the other cold items first, where no window reaches them
+    dataset: the clients and the catalogue of the training set, with the removed
+      interactions: the other cold items first, where no window reaches them
       unless a history is short, and the target last.
-    clients: [n] who has a target.
+    clients: [n] clients that have a target.
   """
 
   dataset: Dataset
@@ -34,7 +34,7 @@ class ColdSplit(NamedTuple):
 def hold_out(
   dataset: Dataset, share: float, seed: int
 ) -> tuple[Dataset, ColdSplit, list[int]]:
-  """Splits a share of the items off.
+  """Splits off a share of the items.
 
   Args:
     dataset: with its features.

@@ -1,7 +1,7 @@
 """Columns of a file -> ids and times, the same for every format.
 
-Ids of all formats are read as text, each distinct one once: where all are whole
-numbers they become int64, else they stay strings.
+Ids of all formats are read as text, each distinct one once. If all are whole
+numbers they become int64, otherwise they stay strings.
 """
 
 import datetime
@@ -23,21 +23,21 @@ _MISSING = ('nan', 'null', 'none', 'n/a', '<na>')
 
 
 class Doubt(Exception):
-  """The fast reader met something that a careful one has to look at."""
+  """The fast reader met something that the careful one must check."""
 
 
 def unique_ids(texts: list[str], whole: bool) -> tuple[np.ndarray, np.ndarray]:
   """Distinct ids of a column.
 
   Args:
-    texts: [u] as they stand in the file; space around them does not count.
-    whole: whether they have to be whole numbers from 1 to MAX_ID.
+    texts: [u] as in the file; surrounding white space is ignored.
+    whole: whether they must be whole numbers from 1 to MAX_ID.
 
   Returns:
     ([u'] ids ascending, [u] where each text's id is among them).
 
   Raises:
-    Doubt: `id_problem` finds fault with one of them.
+    Doubt: `id_problem` rejects one of them.
   """
   if any(id_problem(text, whole) for text in texts):
     raise Doubt
@@ -97,7 +97,7 @@ def ids_of(
 
 
 def seconds_of(column: pa.ChunkedArray) -> np.ndarray:
-  """[n] float64 seconds since 1970, of numbers, dates or ISO 8601 text.
+  """[n] float64 seconds since 1970, from numbers, dates or ISO 8601 text.
 
   Raises:
     Doubt: one is missing or cannot be read.

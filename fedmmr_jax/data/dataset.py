@@ -1,11 +1,11 @@
 """Interactions of all clients as flat arrays, and their chronological split.
 
-Sequences lie behind one another in one array with offsets (CSR), so a client
-costs what its history costs and nobody is padded to the longest. On the
-device, `client_view` cuts out one client with a fixed shape.
+Sequences are concatenated in one array with offsets (CSR), so no client is
+padded to the longest history. On the device, `client_view` cuts out one client
+with a fixed shape.
 
-What comes last in a sequence is held out: the validation target, then the test
-target; the rest is training (`selection.py`).
+The end of a sequence is held out: the validation target, then the test target.
+The rest is for training (`selection.py`).
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ class Dataset:
     user_ids: [K] ids in the source, int64 or strings.
     item_ids: [V] ids in the source, likewise; entry 0 is 0 or '' (padding).
     features: name of a matrix ('visual', 'text', others by their file) ->
-      [V, F] float32, zero row = missing; those there are.
+      [V, F] float32, zero row = missing; only existing matrices.
     titles: [V] strings, or empty if the source has none.
     num_cold: items at the end of the catalogue that nobody consumed, so that
       training never draws them as negatives (see `cold.py`).
-    held_out: items at the end of each client that do not train; [K] where
-      they differ (MIN_HELD_OUT for those without a test item).
+    held_out: number of items at the end of each client that are not trained on;
+      [K] if it differs (MIN_HELD_OUT for clients without a test item).
   """
 
   name: str
@@ -68,14 +68,15 @@ class Dataset:
   ) -> 'Dataset':
     """A data set from arrays, without any file.
 
-    Each user's last item is the test item, the one before validates, the rest
-    trains; users of fewer than three are left out.
+    Each user's last item is the test item, the one before it is the validation
+    item, and the rest is for training. Users with fewer than three interactions
+    are left out.
 
     Args:
       users: [n] ids, whole numbers or strings.
-      items: [n] ids likewise, one interaction a place.
-      times: [n] seconds; None = the order given is the order in time.
-      visual: item id -> [F] numbers; an item without is one without an image.
+      items: [n] ids likewise, one per interaction.
+      times: [n] seconds; None = the given order is the order in time.
+      visual: item id -> [F] numbers; an item not in it has no image.
       text: item id -> [F] numbers likewise.
       titles: item id -> title.
       name: what to call it.
@@ -83,8 +84,8 @@ class Dataset:
         expert of that name reads it.
 
     Raises:
-      UserError: arrays of different lengths, nobody with three interactions, or
-        features that fail the integrity checks.
+      UserError: arrays have different lengths, no user has three interactions,
+        or features fail the integrity checks.
 
     >>> Dataset.of([1, 1, 1, 2, 2, 2], list('abcbcd'),
     ...            text={'a': [1, 0], 'b': [0, 1]}).features['text'].tolist()
@@ -139,7 +140,7 @@ class Dataset:
 
   @property
   def is_train(self) -> np.ndarray:
-    """[total] bool: which of `items` train."""
+    """[total] bool: which of `items` are trained on."""
     ends = np.repeat(self.offsets[:-1] + self.num_train, self.lengths)
     return np.arange(len(self.items)) < ends
 
@@ -155,8 +156,8 @@ class Dataset:
     return self.items[self.offsets[client] : self.offsets[client + 1]]
 
   def until_target(self, client: int, after_train: int) -> np.ndarray:
-    """The same up to the target that lies `after_train` items behind the
-    training ones, and with it."""
+    """The same up to and including the target, which comes `after_train` items
+    after the training items."""
     sequence = self.sequence(client)
     held_out = np.broadcast_to(self.held_out, self.num_clients)[client]
     return sequence[: len(sequence) - held_out + after_train + 1]
@@ -187,24 +188,24 @@ class Dataset:
 
 
 class FederatedData(NamedTuple):
-  """A data set on the device: the clients' private data, side by side.
+  """A data set on the device: the private data of all clients.
 
   Attributes:
     items: [total] int32, see `Dataset.items`.
     offset: [K] int32 start of each client.
-    length: [K] int32 interactions, held-out ones included.
-    num_train: [K] int32 those of them that train.
+    length: [K] int32 interactions, including held-out ones.
+    num_train: [K] int32 how many of them are trained on.
     avoided: [total'] int32 what a client's training negatives must avoid,
       ascending and distinct within a client.
     avoided_offset: [K] int32.
     avoided_length: [K] int32.
     sampled_negatives: [K, 2, n] int32 items of the sampled protocol, n = 100 by
-      default: those unseen before the validation target, and before the test
-      target. They differ by the test item at most.
+      default: those unseen before the validation target, and those unseen
+      before the test target. The two differ at most by the test item.
     popular_negatives: [K, 2, n] int32 likewise, drawn by popularity; [K, 2, 0]
-      until they are asked for (`draw_popular`).
-    num_drawable: [] int32 rows of the catalogue that negatives are drawn from
-      and targets ranked against: V without the cold ones.
+      until requested (`draw_popular`).
+    num_drawable: [] int32 rows of the catalogue from which negatives are drawn
+      and against which targets are ranked: V without the cold items.
   """
 
   items: jax.Array
@@ -220,13 +221,15 @@ class FederatedData(NamedTuple):
 
 
 class ClientData(NamedTuple):
-  """What ONE client holds, in fixed shapes.
+  """The data of ONE client, in fixed shapes.
 
   Attributes:
-    history: [H] int32 items in time order, held-out ones included, 0 behind.
+    history: [H] int32 items in time order, including held-out ones, padded with
+      0 at the end.
     num_items: [] int32 how many of them are real.
-    num_train: [] int32 how many of these train; 0 for a padding client.
-    avoided: [A] int32 what its training negatives avoid, ascending.
+    num_train: [] int32 how many of these are trained on; 0 for a padding
+      client.
+    avoided: [A] int32 items that its training negatives avoid, ascending.
     num_avoided: [] int32.
     sampled_negatives: [2, n] int32, see `FederatedData`.
     num_drawable: [] int32, likewise.
@@ -255,15 +258,15 @@ def to_device(
 
   Args:
     dataset: the host's arrays.
-    num_negatives: N, negatives of a training draw; every client must have so
-      many unseen items.
-    sampled_negatives: items of the sampled protocol.
+    num_negatives: N, negatives of a training draw; every client must have at
+      least that many unseen items.
+    sampled_negatives: number of items of the sampled protocol.
     leaky_negatives: also avoid the held-out items when drawing training
       negatives (the original's leak).
     seed: of the evaluation negatives.
 
   Raises:
-    UserError: a client with fewer unseen items than negatives are asked for.
+    UserError: a client has fewer unseen items than the requested negatives.
   """
   consumed, consumed_length = _distinct(dataset, dataset.lengths)
   avoided, avoided_length = (
@@ -370,13 +373,13 @@ def draw_popular(
   dataset: Dataset, popularity: np.ndarray, count: int, seed: int
 ) -> np.ndarray:
   """Unseen items of each client, drawn by popularity and without replacement:
-  the next one always in proportion to what is left.
+  each draw is proportional to the remaining weights.
 
   Args:
-    dataset: whose clients.
-    popularity: [V] weight of each item; those of weight 0 come when all others
-      are used up.
-    count: n, items for each client, which must have so many unseen ones.
+    dataset: the clients.
+    popularity: [V] weight of each item; items of weight 0 come only when all
+      others are used up.
+    count: n, items for each client, which must have that many unseen ones.
     seed: of the draws.
 
   Returns:

@@ -1,5 +1,5 @@
-"""Lines of fields -> interactions: first by Arrow, then, if it is in doubt,
-line by line, which is slow but names the line that is wrong."""
+"""Delimited lines -> interactions: first by Arrow and, in case of doubt, line
+by line, which is slow but names the bad line."""
 
 import csv
 import pathlib
@@ -19,7 +19,7 @@ _BLOCK = 1 << 24  # bytes that Arrow parses at a time
 
 
 class Layout(NamedTuple):
-  """How the lines of a file are to be read.
+  """The layout of a file's lines.
 
   Attributes:
     separator: between fields; ' ' = any white space.

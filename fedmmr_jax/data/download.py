@@ -6,9 +6,9 @@
 | ml-1m | ml-1m | known |
 | ml-latest-small | ml-latest | none: GroupLens changes the set over time |
 
-Archive and files lie in one folder, the archive so that a second call needs no
-network; `NAME.zip.part` is what an interrupted download left. What bears a
-file's own name is whole, and no file that lies there already is overwritten.
+Archive and files are in one folder. The archive is kept so that a second call
+needs no network; `NAME.zip.part` is left by an interrupted download. A file
+under its final name is complete, and existing files are never overwritten.
 """
 
 import errno
@@ -72,12 +72,12 @@ class Archive(NamedTuple):
 
 
 class Fetched(NamedTuple):
-  """What `fetch` left in the folder.
+  """The result of `fetch`.
 
   Attributes:
-    files: the set's files, by name.
-    archive: where they come from; None: they were put there without it.
-    downloaded: was it fetched just now?
+    files: the data set's files, by name.
+    archive: the archive they come from; None if they were put there without it.
+    downloaded: whether it was fetched just now.
   """
 
   files: tuple[pathlib.Path, ...]
@@ -90,7 +90,7 @@ class _Refused(Exception):
 
 
 def fetch(archive: Archive, folder: pathlib.Path, url: str = '') -> Fetched:
-  """Puts a set's files into a folder, from the network if need be.
+  """Puts a data set's files into a folder, from the network if necessary.
 
   Args:
     archive: which.

@@ -1,11 +1,12 @@
-"""Texts and images of items -> a feature matrix, in batches, restartable.
+"""Texts and images of items -> a feature matrix, in batches, resumable.
 
 The model is a function from a list of inputs to vectors; this module knows
-nothing else of it. A matrix grows in `.text_features.partial.npy` beside the
-place where it will stand, with `.text_features.partial.json` that tells how far
-it has come and what it is made of: a killed call goes on from there. With the
-same batch size it cuts the same batches as a straight run; with another one the
-numbers differ by float rounding, because a batch is padded to its longest text.
+nothing else about it. A matrix grows in `.text_features.partial.npy` beside its
+final place. `.text_features.partial.json` records how far it has come and what
+it is made of, so that a killed call can be resumed. With the same batch size, a
+resumed call cuts the same batches as an uninterrupted one; with another batch
+size the numbers differ by float rounding, because a batch is padded to its
+longest text.
 """
 
 import datetime
@@ -43,7 +44,7 @@ Encode = Callable[[list], np.ndarray]
 
 
 class Inputs(NamedTuple):
-  """What a model reads, in the order in which it does.
+  """The inputs of a model, in the order in which it reads them.
 
   Attributes:
     kind: 'text' or 'visual'.
@@ -115,8 +116,8 @@ def read_texts(path: pathlib.Path) -> dict[str, str]:
 def text_inputs(items: ItemTable, texts: dict, source: str) -> Inputs:
   """The texts of a data set's items; blank ones count as missing.
 
-  The longest come first: a batch then holds texts of one length, and what does
-  not fit the memory fails at once.
+  The longest come first: the texts of a batch then have similar lengths, and a
+  batch that does not fit into memory fails at once.
 
   Args:
     items: the data set's.
@@ -256,8 +257,8 @@ def _rgb(image):
 
 
 class Partial:
-  """What there is of a matrix, in memory and on disk. A context: whatever ends
-  it, what is computed is kept for the next call.
+  """The finished part of a matrix, in memory and on disk. A context manager:
+  however it ends, computed rows are kept for the next call.
 
   Args:
     folder: where the matrix will stand; it exists.
@@ -434,17 +435,17 @@ def extract(
   normalise: bool,
   advance: Callable[[int], Any] = lambda count: None,
 ) -> Extracted:
-  """Computes what is missing of a matrix and puts it in its place.
+  """Computes the missing rows of a matrix and puts it in its place.
 
   Args:
-    inputs: what the model reads.
+    inputs: the inputs of the model.
     encode: list of texts or of images -> [n, F] vectors.
-    partial: where an earlier call came to, entered.
-    path: where the matrix is to stand; an existing one is replaced.
+    partial: the progress of earlier calls, entered as a context.
+    path: where to write the matrix; an existing one is replaced.
     items: those of the data set.
-    batch_size: inputs that a call of `encode` gets.
-    normalise: scale the vectors to unit length.
-    advance: told how many inputs have been read since the last time.
+    batch_size: number of inputs per call of `encode`.
+    normalise: whether to scale the vectors to unit length.
+    advance: called with the number of inputs read since its last call.
 
   Raises:
     UserError: the model gives no finite vectors, no image can be read, or the

@@ -20,7 +20,7 @@ KINDS = ('visual', 'text')
 
 
 class IntegrityReport(NamedTuple):
-  """What was checked about one feature matrix, and found.
+  """The results of checking one feature matrix.
 
   Attributes:
     kind: 'visual' or 'text'.
@@ -28,7 +28,7 @@ class IntegrityReport(NamedTuple):
     shape: rows and columns.
     dtype: as stored.
     minimum, maximum, mean, std: over all non-zero rows.
-    zero_rows: rows without features, padding row included.
+    zero_rows: rows without features, including the padding row.
     covered: catalogue items with features.
     catalogue: items of the catalogue.
   """

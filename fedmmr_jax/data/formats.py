@@ -1,6 +1,6 @@
-"""The formats of interaction files: telling them apart, reading them.
+"""The formats of interaction files: detecting and reading them.
 
-Each with the file that it is in a folder, and what a line holds:
+Each is listed with its file in a folder and the content of a line:
 
     ml-1m: `ratings.dat`; `user::item::rating::timestamp` (MovieLens 1M, 10M)
     ml-100k: `u.data`; user, item, rating, timestamp between tabs
@@ -102,7 +102,7 @@ class Source(NamedTuple):
   Attributes:
     path: the file.
     format: its name, see `format_of`.
-    detected: told by the file, not by a flag.
+    detected: whether it was detected from the file, not given by a flag.
   """
 
   path: pathlib.Path
@@ -173,7 +173,7 @@ def read(source: Source, names: ColumnNames = ColumnNames()) -> Interactions:
 
 
 def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
-  """The format that a file's name and first lines tell.
+  """The format detected from a file's name and first lines.
 
   Raises:
     UserError: none.
@@ -307,7 +307,7 @@ def _read_sasrec(path, names) -> Interactions:
 def _read_headed(
   path, names: ColumnNames, whole: bool = False, typed: bool = False
 ) -> Interactions:
-  """CSV with a header; in RecBole's, each name bears its type (`typed`)."""
+  """CSV with a header; in RecBole's, each name has its type (`typed`)."""
   header = text_files.head(path)[0]
   separator = '\t' if typed else _separator(header)
   fields = _split(header, separator)

@@ -1,4 +1,4 @@
-"""What an interaction file holds, whatever its format."""
+"""The content of an interaction file, whatever its format."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ class Interactions(NamedTuple):
   Attributes:
     users: [n] int32 indices into `user_ids`.
     items: [n] int32 indices into `item_ids`.
-    times: [n] float64 seconds since 1970, or None where the file has none: its
-      order is the order in time then.
-    user_ids: the source's own ids, ascending: int64, or strings where not all
-      are whole numbers.
+    times: [n] float64 seconds since 1970, or None if the file has none; then
+      the order of the file is the order in time.
+    user_ids: the source's own ids, ascending: int64, or strings if not all are
+      whole numbers.
     item_ids: likewise.
   """
 

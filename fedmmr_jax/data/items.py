@@ -1,6 +1,6 @@
-"""What a source tells of its items: ids, titles, texts.
+"""The items of a source: ids, titles, texts.
 
-The item files that are found in a folder:
+The item files recognised in a folder:
 
     `movies.dat`: MovieLens 1M, `MovieID::Title::Genre|Genre`, latin-1
     `u.item`: MovieLens 100K, `|`-separated, latin-1, genres as 0 and 1
@@ -109,7 +109,7 @@ class ItemTable(NamedTuple):
     num_rows: rows of a feature matrix, row 0 = padding.
     titles: id -> title, of those that have one.
     texts: id -> what the text model reads (title, genres, abstract).
-    retold: how many items the file describes more than once and not alike;
+    retold: how many items the file describes more than once and differently;
       the last line counts.
   """
 
@@ -127,7 +127,7 @@ class ItemTable(NamedTuple):
 
   @property
   def numbering(self) -> str:
-    """Which row of a feature matrix is whose."""
+    """The row of each item in a feature matrix."""
     if self.numbering_is_plain:
       return 'row i of a feature matrix is item i'
     if self.ids.dtype.kind == 'i' and np.array_equal(self.rows, self.ids + 1):
@@ -171,7 +171,7 @@ def find(source: Source, item_file: str) -> pathlib.Path | None:
 
 
 def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
-  """Puts the items of both files together.
+  """Combines the items of both files.
 
   Whole-number ids are kept as rows of the feature matrices; so are those of
   items that nobody consumed. Other ids are numbered, those in the interactions.

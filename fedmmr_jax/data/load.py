@@ -1,4 +1,4 @@
-"""`DataConfig` -> `Dataset` and what there is to say about it."""
+"""`DataConfig` -> `Dataset`, with notes about it."""
 
 import dataclasses
 import pathlib
@@ -71,8 +71,8 @@ def load(config: RunConfig | DataConfig, seed: int = 0) -> Loaded:
 
 
 def read_items(config: DataConfig) -> ItemTable:
-  """All items of the files, whether or not a filter keeps them, with what there
-  is to say about each.
+  """All items of the files, whether or not a filter keeps them, with notes
+  about the files.
 
   Raises:
     UserError: as `load`; the synthetic set has no files.

@@ -1,20 +1,20 @@
-"""Interactions -> the clients and the catalogue of a run: filters, order in
-time, and what is held out of training.
+"""Interactions -> the clients and the catalogue of a run: filters, time order,
+and held-out items.
 
-The splits, and what of a client each gives to training, validation and test:
+The splits, and which items of a client are for training, validation and test:
 
     leave_one_out
       training: all but the last two items
-      validation: the last but one
-      test: the last
+      validation: the second-to-last item
+      test: the last item
     timeline
-      training: what came before the date, but the last item
+      training: all items before the date except the last of them
       validation: the last item before the date
-      test: the first one from the date on; a client without has none
+      test: the first item from the date on; a client may have none
 
-In a split along the timeline nothing of the future is in anybody's training (Ji
-et al. 2023, ACM TOIS 41(3)), as there is when each client's last items are held
-out: another's training may then lie after my test item.
+In a timeline split no client trains on data from the future (Ji et al. 2023,
+ACM TOIS 41(3)). With leave-one-out this can happen: the training items of one
+client may be later than the test item of another.
 """
 
 import datetime
@@ -31,15 +31,17 @@ MIN_INTERACTIONS = HELD_OUT + 1
 
 
 class Filters(NamedTuple):
-  """Who and what is kept.
+  """Which users and items are kept.
 
   Attributes:
-    k_core: users need so many interactions and items so many in training, both
-      counted among what is left (0 = all). Held-out interactions do not count
-      for an item: whether it is in the catalogue tells nothing of the targets.
-    min_interactions: users need so many, held-out ones included.
-    top_k_users: of these the most active ones, ties: the lower id (0 = all).
-    test_from: date of a split along the timeline, in seconds since 1970; None =
+    k_core: the number of interactions that users need, and that items need in
+      training, both counted among what is left (0 = no filter). Held-out
+      interactions do not count for an item, so that its presence in the
+      catalogue reveals nothing about the targets.
+    min_interactions: the number that users need, including held-out ones.
+    top_k_users: how many of these users to keep, the most active first; ties:
+      the lower id (0 = all).
+    test_from: date of a timeline split, in seconds since 1970; None =
       leave-one-out.
   """
 
@@ -72,7 +74,7 @@ def select(
   consumed are in the catalogue. Equal times keep the order of the source.
 
   Raises:
-    UserError: nobody is left.
+    UserError: no user is left.
   """
   if filters.test_from is not None and interactions.times is None:
     raise UserError(

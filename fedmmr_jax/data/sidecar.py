@@ -1,8 +1,8 @@
 """The sidecar of a feature matrix: how it was made, and for which items.
 
-`text_features.npy` has `text_features.json` beside it when
-`experiments/prepare_features.py` wrote it. A matrix without one is loaded as it
-is; one with a sidecar has to be what the sidecar describes.
+If `experiments/prepare_features.py` wrote `text_features.npy`, there is a
+`text_features.json` beside it. A matrix without a sidecar is loaded as it is; a
+matrix with one must match it.
 """
 
 import hashlib
@@ -40,18 +40,17 @@ def checksum(matrix: pathlib.Path) -> str:
 def check(
   matrix: pathlib.Path, items: ItemTable | None
 ) -> dict[str, Any] | None:
-  """Does a matrix belong to its sidecar, and to the data set?
+  """Checks that a matrix belongs to its sidecar and to the data set.
 
   Args:
     matrix: a .npy file.
-    items: those of the data set; None leaves its side out.
+    items: those of the data set; None skips that check.
 
   Returns:
     The sidecar, None if there is none.
 
   Raises:
-    UserError: it cannot be read, or the matrix is another one, or another data
-      set's.
+    UserError: it cannot be read, or it describes another matrix or data set.
   """
   path = path_of(matrix)
   found = _read(path)

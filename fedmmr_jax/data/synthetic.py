@@ -1,15 +1,15 @@
 """The embedded data set: users whose interests drift over clusters of items.
 
 * Items fall into clusters; inside a cluster, popularity is Zipf-like.
-* A user starts in one cluster and with probability DRIFT moves on to another
-  one after an item; otherwise the next item comes from the current cluster.
-  The successor cluster is usually the same for everybody (a cycle), so there
-  is a sequence to learn, not only a taste.
+* A user starts in one cluster and, with probability DRIFT, moves to another
+  cluster after an item; otherwise the next item comes from the current cluster.
+  The next cluster is usually the same for all users (a cycle), so there is a
+  sequence to learn, not only a taste.
 * Visual and text features are the cluster's direction plus noise, each in its
-  own space, of unit length: they really carry the cluster, and differ.
-* MISSING of the items have no image, another MISSING no text.
+  own space, of unit length: both carry the cluster, and they differ.
+* A share MISSING of the items has no image, and another share MISSING no text.
 
-Nobody consumes an item twice. Everything follows from the seed.
+No user consumes an item twice. Everything is determined by the seed.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def generate(
     num_items: items to choose from; one that nobody consumed is not in the
       catalogue.
     seed: of everything.
-    filters: who and what is kept.
+    filters: which users and items are kept.
 
   Returns:
     What is kept, without features, and the feature matrices 'visual' and

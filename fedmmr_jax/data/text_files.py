@@ -33,7 +33,7 @@ def open_arrow(path: pathlib.Path) -> pa.NativeFile:
 
 
 def lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  """Yields (number from 1, line without its end) of the lines not blank.
+  """Yields (number from 1, line without its end) for lines that are not blank.
 
   Raises:
     UserError: the file cannot be read, or is cut off.
@@ -93,7 +93,7 @@ def decode(
 
 
 class readable:
-  """Turns what goes wrong while a file is read into a UserError."""
+  """Turns errors while reading a file into a UserError."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path

@@ -4,11 +4,11 @@ A variant is trained by rounds, or is one of
 
     @popularity   items by their training interactions
     @local_only   every client trains alone for `local_epochs`
-    @zeroed       the first variant's checkpoints, all features taken away
-    @shuffled     the same, each item with another's features
+    @zeroed       the first variant's checkpoints, with all features removed
+    @shuffled     the same, with features shuffled between items
 
-Differences are taken to the first one. All rounds of a variant are run:
-`patience` plays no part.
+Differences are relative to the first variant. All rounds of a variant are run;
+`patience` is ignored.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ SPECIAL = (POPULARITY, LOCAL_ONLY, ZEROED, SHUFFLED)
 
 
 class Variant(NamedTuple):
-  """One of those that are compared.
+  """One variant of a comparison.
 
   Attributes:
     name: its row in the table.
@@ -53,16 +53,16 @@ class Variant(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What a variant reached.
+  """The results of a variant.
 
   Attributes:
     ranks: split -> Ranks with axes [seeds, users]; 'cold' has other users.
-    best_rounds: of each seed; empty where nothing was trained by rounds.
-    training: metrics of training of the last round, mean over the seeds; empty
-      where nothing was trained by rounds.
-    first_training: the same of the first round.
-    seconds: in all.
-    metrics: of ranking, beside HR, NDCG and MRR.
+    best_rounds: of each seed; empty if no rounds were trained.
+    training: training metrics of the last round, mean over the seeds; empty
+      if no rounds were trained.
+    first_training: the same for the first round.
+    seconds: in total.
+    metrics: further ranking metrics besides HR, NDCG and MRR.
   """
 
   ranks: dict[str, Ranks]
@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
 
   @property
   def headlines(self) -> tuple[tuple[str, str], ...]:
-    """(protocol, metric) of what variants are compared by."""
+    """(protocol, metric) pairs by which variants are compared."""
     own = metrics_lib.own_names(self.metrics)
     return HEADLINES + tuple((p, name) for name in own for p in PROTOCOLS)
 
@@ -110,7 +110,7 @@ Differences = dict[str, dict[tuple[str, str], Difference]]
 
 
 def differences(outcomes: dict[str, Outcome]) -> Differences:
-  """Of every variant to the first one, on the test split."""
+  """Differences of every variant to the first one, on the test split."""
   baseline = next(iter(outcomes.values()))
   return {
     name: {
@@ -127,13 +127,13 @@ def run_trained(
   seeds: Sequence[int],
   on_round: Callable[[int, str], None],
 ) -> tuple[Outcome, list[Simulation], list[FederationState]]:
-  """Trains a variant from every seed and tests each at its best round.
+  """Trains a variant with every seed and tests each at its best round.
 
   Args:
-    config: the variant's settings; its own seed plays no part.
+    config: the variant's settings; its own seed is ignored.
     loaded: the data.
     seeds: of the runs.
-    on_round: told each finished round and how it went.
+    on_round: called with each finished round and its results.
 
   Returns:
     The outcome, and each seed's simulation and best state.
@@ -177,15 +177,15 @@ class _Best(NamedTuple):
 def run_round(
   simulations: Sequence[Simulation], states: FederationState, number: int
 ) -> tuple[FederationState, dict[str, Mean]]:
-  """One round of simulations that differ in their seed, side by side.
+  """One round of several simulations that differ only in their seed.
 
   Args:
-    simulations: one a seed, of the same data and settings.
+    simulations: one per seed, with the same data and settings.
     states: theirs, stacked [seeds, …]; donated.
     number: of the round, 1-based.
 
   Returns:
-    As `round_lib.run_round`, with a leading axis, the seeds.
+    As `round_lib.run_round`, with a leading axis over seeds.
   """
   base = simulations[0]
   cohorts = np.stack([s.sample_cohort(number) for s in simulations])
@@ -203,10 +203,11 @@ def run_round(
 
 
 def _train_group(simulations, on_round):
-  """Trains seeds side by side, as one compiled program.
+  """Trains several seeds in parallel, as one compiled program.
 
   Returns:
-    (best of each seed, its training metrics of the first round, of the last).
+    (best of each seed, its training metrics in the first and in the last
+    round).
 
   Raises:
     UserError: the training of a seed diverged.
@@ -256,7 +257,7 @@ def run_special(
     config: its settings.
     loaded: the data.
     seeds: of the runs.
-    simulations: of the first variant, one a seed.
+    simulations: of the first variant, one per seed.
     states: its best states.
   """
   started = time.perf_counter()
@@ -306,7 +307,7 @@ def _stacked(ranks: Sequence[Ranks]) -> Ranks:
 
 
 def _mean(means: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-  """Over the seeds that have a value, of what the comparison tells."""
+  """Mean over the seeds with a value, for the metrics the comparison shows."""
   result = {}
   for name in metrics_lib.ordered(means[0]):
     if name in _TOLD or name.startswith(_TOLD_FAMILIES):

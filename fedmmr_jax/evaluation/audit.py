@@ -1,29 +1,30 @@
-"""Is there a leak? What a reviewer would ask, answered on the very functions
-that a run uses, not on a description of them.
+"""Checks for leaks, on the functions that a run actually uses rather than on a
+description of them.
 
 The checks, and how each is made:
 
-    training negatives: the sampler draws for every client; its held-out items
-      must come as often as any other unseen item
-    windows: histories are replaced by their positions: no window may show one
-      behind the training items, every training item but the first is a target
-      once
-    round: all held-out items are exchanged for others: the sketch is taken
-      anew, and parameters, prototypes and memories after the rounds must not
-      differ in a bit
-    memory: after the rounds each client remembers training items only
-    catalogue filter: what negatives avoid, and what a k-core counts, are
-      training items
-    evaluation negatives: unseen before the target, distinct, candidates
-    validation candidates: the later, test item is ranked above the validation
-      item: it must count there, and come among the negatives as often as any
-      other
-    canary: each client alone, from a random model: it cannot learn more than
-      what it consumed, so that far above popularity it knows its target
+    training negatives: the sampler draws for every client; held-out items must
+      be drawn as often as any other unseen item
+    windows: histories are replaced by their positions; no window may show a
+      position after the training items, and every training item but the first
+      must be a target once
+    round: all held-out items are exchanged for others; the sketch is computed
+      again, and parameters, prototypes and memories after the rounds must be
+      the same in every bit
+    memory: after the rounds each client remembers only training items
+    catalogue filter: the items that negatives avoid, and those that a k-core
+      counts, are training items
+    evaluation negatives: unseen before the target, distinct, and candidates
+    validation candidates: the later test item is ranked above the validation
+      item; it must count there, and be drawn as a negative as often as any
+      other item
+    canary: each client trains alone, from a random model; it can learn only
+      from what it consumed, so a score far above popularity means that it knows
+      its target
 
-The canary sings with `leaky_negatives`, where held-out items are never drawn
-as negatives: of the unseen items they alone are not pushed down. That is the
-original system's leak.
+The canary reacts to `leaky_negatives`, where held-out items are never drawn as
+negatives: they are then the only unseen items that are not pushed down. That is
+the original system's leak.
 """
 
 import dataclasses
@@ -66,12 +67,12 @@ CANARY = {
 
 
 class Check(NamedTuple):
-  """One question.
+  """The result of one check.
 
   Attributes:
-    name: what was looked at.
-    passed: is it clean?
-    found: in figures.
+    name: what was checked.
+    passed: whether it is clean.
+    found: the findings, in figures.
   """
 
   name: str
@@ -80,11 +81,11 @@ class Check(NamedTuple):
 
 
 def all_checks(simulation: Simulation, rounds: int = 2) -> list[Check]:
-  """All but the canary, which takes training.
+  """All checks but the canary, which needs training.
 
   Args:
     simulation: with popular negatives.
-    rounds: of the comparison with other held-out items.
+    rounds: number of rounds in the comparison with other held-out items.
   """
   return [
     training_negatives(simulation),
@@ -162,7 +163,7 @@ def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
 
 
 def training_windows(simulation: Simulation) -> Check:
-  """Cuts all windows of every client, of positions instead of items."""
+  """Cuts all windows of every client, from positions instead of items."""
   config = simulation.compiled_config
   stride = windows.window_stride(config.client, config.model.max_seq_len)
   most = int(windows.num_windows(simulation.max_items, stride))
@@ -268,8 +269,8 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
 
 
 def exchanged(dataset: Dataset, seed: int) -> Dataset:
-  """The same with each held-out item exchanged for one that its client has not
-  consumed."""
+  """The same data with each held-out item exchanged for one that its client has
+  not consumed."""
   rng = generator(seed, Stream.AUDIT)
   items = dataset.items.copy()
   for client in range(dataset.num_clients):
@@ -285,7 +286,7 @@ def exchanged(dataset: Dataset, seed: int) -> Dataset:
 
 
 def catalogue_filter(simulation: Simulation) -> Check:
-  """What is kept from being drawn, and what from the catalogue."""
+  """Which items are excluded from the draws, and which from the catalogue."""
   dataset, data = simulation.dataset, simulation.data
   avoided = np.asarray(data.avoided)
   own = np.split(avoided, np.cumsum(np.asarray(data.avoided_length))[:-1])
@@ -317,7 +318,7 @@ def catalogue_filter(simulation: Simulation) -> Check:
 
 
 def evaluation_negatives(simulation: Simulation) -> Check:
-  """The frozen draws of both sampled protocols."""
+  """Checks the fixed draws of both sampled protocols."""
   dataset = simulation.dataset
   seen = repeated = outside = 0
   for negatives in (
@@ -343,7 +344,7 @@ def evaluation_negatives(simulation: Simulation) -> Check:
 
 
 def validation_candidates(simulation: Simulation) -> Check:
-  """Ranks each validation item with no score above it but the test item's."""
+  """Ranks each validation item when only the test item scores higher."""
   dataset, data = simulation.dataset, simulation.data
   clients = np.array(
     [k for k in range(dataset.num_clients) if dataset.new_test_item(k).size],
@@ -454,7 +455,7 @@ def canary(simulation: Simulation) -> tuple[Check, Trained]:
 
 
 def federated(simulation: Simulation, rounds: int) -> Trained:
-  """The run itself, its first rounds, with clean and with leaky negatives."""
+  """The first rounds of the run itself, with clean and with leaky negatives."""
   found = {}
   for leaky in (False, True):
     one = _with_leak(simulation, simulation.config, leaky)

@@ -35,8 +35,8 @@ def paired_bootstrap(
 
   Args:
     values: [n] a metric of each user; with several seeds, its mean over them.
-    baseline: [n] the same of the other recommender, user by user.
-    resamples: how often the users are drawn anew, with replacement.
+    baseline: [n] the same for the other recommender, user by user.
+    resamples: how often the users are resampled, with replacement.
   """
   difference = np.asarray(values, np.float64) - baseline
   rng = generator(0, Stream.BOOTSTRAP)

@@ -1,18 +1,19 @@
-"""What metrics on the full catalogue can be expected, given only the rank among
-sampled negatives (Krichene & Rendle 2020, KDD, On Sampled Metrics for Item
-Recommendation, section 5: estimators that trade bias for variance).
+"""Estimates of full-catalogue metrics from the rank among sampled negatives
+(Krichene & Rendle 2020, KDD, On Sampled Metrics for Item Recommendation,
+section 5: estimators that trade bias for variance).
 
-With r of N candidates at least as good as the target, x of n sampled ones are,
-x ~ Hypergeometric(N, r, n), for negatives are drawn without replacement. A
-metric M(r) is estimated by a function f(x) that minimises, r being uniform,
+If r of N candidates score at least as high as the target, the number x among n
+sampled ones is x ~ Hypergeometric(N, r, n), because negatives are drawn without
+replacement. A metric M(r) is estimated by the function f(x) that minimises, for
+uniform r,
 
     Σ_r (E[f(x) | r] − M(r))² + γ · Var(f(x) | r).
 
-f is the solution of a linear system. It may leave a metric's range for single
-users; what counts is the mean over users, and that stays noisy: for the 1,000
-test items of a MovieLens-1M run whose HR@10 in full is 0.123, the estimate has
-a bias of −0.030 and a standard error of 0.009 with γ = 0.1, −0.011 and 0.017
-with 0.01, −0.004 and 0.027 with 0.001.
+f is the solution of a linear system. For single users it may leave the range of
+the metric; only the mean over users is meaningful, and it is noisy. For the
+1,000 test items of a MovieLens-1M run whose full HR@10 is 0.123, the estimate
+has a bias of −0.030 and a standard error of 0.009 with γ = 0.1, −0.011 and
+0.017 with 0.01, −0.004 and 0.027 with 0.001.
 """
 
 import functools
@@ -38,8 +39,9 @@ def estimate_of_each(
   """Estimates of `metrics.ranking_of_each` of the full ranks, [K] each.
 
   Args:
-    sampled: [K] int, sampled negatives at least as good as the target.
-    candidates: [K] int, N: what the target would be ranked against in full.
+    sampled: [K] int, sampled negatives that score at least as high as the
+      target.
+    candidates: [K] int, N: number of candidates in the full ranking.
     num_sampled: n.
     gamma: weight of the variance.
     further: metrics beside HR, NDCG and MRR.
@@ -70,7 +72,7 @@ def _round(numbers: np.ndarray) -> np.ndarray:
 def _solution(
   candidates: int, num_sampled: int, gamma: float, further: tuple[Metric, ...]
 ) -> dict[str, np.ndarray]:
-  """Metric -> f, [n + 1] by the number of sampled ones that are as good."""
+  """Metric -> f, [n + 1] values indexed by x."""
   system, right = 0.0, 0.0
   for start in range(0, candidates + 1, _BLOCK):
     ranks = np.arange(start, min(start + _BLOCK, candidates + 1))
@@ -86,8 +88,8 @@ def _solution(
 def hypergeometric(
   ranks: np.ndarray, candidates: int, num_sampled: int
 ) -> np.ndarray:
-  """[m, n + 1] probability of x sampled ones among the r best of N, for some
-  r [m]."""
+  """[m, n + 1] probability that x of the n sampled candidates are among the r
+  best of N, for each r [m]."""
   logs = np.concatenate(
     [[0.0], np.cumsum(np.log(np.arange(1, candidates + 1, dtype=np.float64)))]
   )

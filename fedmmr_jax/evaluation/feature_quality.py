@@ -1,13 +1,13 @@
-"""Are the item features any good? Answered before a night of training.
+"""Are the item features any good? Answered before a long training run.
 
-Whom do they cover, are rows repeated, over how many directions do they spread,
-what lies next to what, and, which matters most, do items that one client
-consumes one after the other lie closer than random pairs of like popularity?
-Only training items enter: what is held out decides nothing here.
+Which items do they cover, are rows repeated, over how many directions do they
+spread, and what are the nearest neighbours of an item? Most important: are
+items that a client consumes consecutively closer than random pairs of similar
+popularity? Only training items are used; held-out items have no influence.
 
-A cosine weighs all directions alike. What a learnt projection could find in a
-few of them may drown in the others, so a bad verdict is a reason to look, and
-not yet a proof.
+A cosine weighs all directions equally. What a learned projection could find in
+a few directions may be lost among the others, so a bad verdict is a reason to
+look closer, not a proof.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ LARGE_MEAN = 0.5  # of the mean square length
 
 
 class Coverage(NamedTuple):
-  """Which items have the feature, and how much of the training that is.
+  """Which items have the feature, and their share of the training data.
 
   Attributes:
     items: share of the items.
@@ -87,7 +87,7 @@ class Spectrum(NamedTuple):
   mean_cosine: float
 
   def components(self, share: float) -> int:
-    """How many principal components have so much of the variance."""
+    """How many principal components explain the given share of the variance."""
     # A sum that rounding leaves below the share counts as the share.
     reached = self.explained.cumsum() >= share - 1e-9
     return int(reached.argmax()) + 1 if reached.any() else 0
@@ -101,7 +101,7 @@ class Comparison(NamedTuple):
     other_mean, other_std: of the other pairs.
     difference: of the means, with its interval over clients.
     effect: the difference in standard deviations of the other pairs.
-    auc: P(a consecutive pair is closer than one of the others).
+    auc: P(a consecutive pair is closer than one of the other pairs).
   """
 
   mean: float
@@ -113,17 +113,17 @@ class Comparison(NamedTuple):
 
 
 class CoConsumption(NamedTuple):
-  """Cosines, of centred features, of n pairs of items of each sort.
+  """Cosines of centred features for n pairs of items of each kind.
 
   Attributes:
-    consecutive: [n] one item and the next of the same client.
-    matched: [n] the same first item, and one of a random training interaction
-      of another client: pairs of like popularity.
-    uniform: [n] two different items, each as likely as any other.
+    consecutive: [n] an item and the next item of the same client.
+    matched: [n] the same first item, and the item of a random training
+      interaction of another client: pairs of similar popularity.
+    uniform: [n] two different items, drawn uniformly.
     weight: [n] of each pair, sum 1; every client counts the same.
     chance: standard deviation that the effect against matched pairs would have
-      if the rows belonged to random items: large where few pairs are compared.
-    to_matched, to_uniform: consecutive pairs against these.
+      if the rows belonged to random items; large if few pairs are compared.
+    to_matched, to_uniform: comparison of consecutive pairs with these pairs.
   """
 
   consecutive: np.ndarray
@@ -136,7 +136,7 @@ class CoConsumption(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-  """What lies next to an item.
+  """The nearest neighbours of an item.
 
   Attributes:
     item: catalogue row.
@@ -155,9 +155,9 @@ class Quality(NamedTuple):
   Attributes:
     kind: 'visual' or 'text'.
     width: F.
-    coverage: see there, and so on.
+    coverage: see `Coverage`; the others likewise.
     norms: [n] lengths of the rows that are not missing.
-    co_consumption: None where there are no such pairs, or just one client.
+    co_consumption: None if there are no such pairs, or only one client.
   """
 
   kind: str
@@ -177,10 +177,10 @@ class Quality(NamedTuple):
 def measure(
   dataset: Dataset, kind: str, items: np.ndarray, seed: int
 ) -> Quality:
-  """Looks at the features of one kind from all sides.
+  """Measures everything about the features of one kind.
 
   Args:
-    dataset: with features of that kind for one item at least.
+    dataset: with features of that kind for at least one item.
     kind: 'visual' or 'text'.
     items: [q] catalogue rows whose neighbours to find.
     seed: of the random pairs.
@@ -205,7 +205,7 @@ def coverage(present: np.ndarray, counts: np.ndarray) -> Coverage:
   """Which items have the feature, and how much they are consumed.
 
   Args:
-    present: [V] bool: who has the feature.
+    present: [V] bool: which items have the feature.
     counts: [V] training interactions with each item.
   """
   by_count = np.argsort(-counts[1:], kind='stable') + 1
@@ -243,7 +243,7 @@ def duplicates(features: np.ndarray, present: np.ndarray) -> Duplicates:
 def spectrum(
   features: np.ndarray, centred: np.ndarray, present: np.ndarray
 ) -> Spectrum:
-  """Variance along the principal components, and what the mean is of it all.
+  """Variance along the principal components, and the share of the mean.
 
   Args:
     features: [V, F] float32.
@@ -270,7 +270,7 @@ def spectrum(
 def neighbours(
   unit: np.ndarray, present: np.ndarray, items: np.ndarray
 ) -> tuple[Neighbours, ...]:
-  """The nearest of each of some items, by cosine.
+  """The nearest neighbours of each of some items, by cosine.
 
   Args:
     unit: [V, F] float32 centred features of unit length, zero where missing.
@@ -290,18 +290,19 @@ def neighbours(
 def co_consumption(
   dataset: Dataset, unit: np.ndarray, present: np.ndarray, seed: int
 ) -> CoConsumption | None:
-  """Do items that follow one another lie closer than random pairs?
+  """Are consecutive items closer than random pairs?
 
-  An item followed by itself is no pair, nor are two with a missing one between.
+  An item followed by itself is not a pair, and neither are two items with a
+  missing one in between.
 
   Args:
-    dataset: the clients; their held-out items do not enter.
+    dataset: the clients; their held-out items are not used.
     unit: [V, F] float32 centred features of unit length, zero where missing.
     present: [V] bool: who has the feature.
     seed: of the random pairs.
 
   Returns:
-    None where no client has such a pair, or there is no other client.
+    None if no client has such a pair, or there is no other client.
   """
   rng = generator(seed, Stream.FEATURE_QUALITY)
   items = dataset.items[dataset.is_train]
@@ -337,12 +338,12 @@ def co_consumption(
 def compare(
   cosines: np.ndarray, others: np.ndarray, owner: np.ndarray
 ) -> Comparison:
-  """Compares pairs, every client counting the same.
+  """Compares pairs, with equal weight for every client.
 
   Args:
     cosines: [n] of consecutive items.
     others: [n] of other pairs.
-    owner: [n] whose pairs, from 0, without gaps.
+    owner: [n] the client that owns each pair, numbered from 0 without gaps.
   """
   count, weight = np.bincount(owner), _weight(owner)
   of_client, others_of_client = (
@@ -364,13 +365,13 @@ def compare(
 
 
 def verdict(quality: Quality) -> str:
-  """One plain line, derived from the figures alone.
+  """A one-line verdict, derived from the figures alone.
 
-  A difference to pairs of like popularity counts if its interval excludes 0 and
-  its effect is at least SOME_EFFECT and BEYOND_CHANCE. The interval alone would
-  not do: it is over clients, but the same pairs of items recur in many of them.
-  (With MovieLens-1M's rows mixed up 24 times, 8 intervals excluded 0; no effect
-  reached 0.01.)
+  A difference to pairs of similar popularity counts if its interval excludes 0
+  and its effect is at least SOME_EFFECT and BEYOND_CHANCE. The interval alone
+  is not enough: it is over clients, but the same pairs of items recur in many
+  of them. (With MovieLens-1M's rows shuffled 24 times, 8 intervals excluded 0;
+  no effect reached 0.01.)
   """
   start = (
     f'{quality.kind}: covers {quality.coverage.interactions:.1%} of the '
@@ -404,7 +405,7 @@ def verdict(quality: Quality) -> str:
 
 
 def warnings(quality: Quality) -> list[str]:
-  """What else looks wrong, a line each; mostly none."""
+  """Other suspicious findings, one line each; usually none."""
   lines, covered = [], len(quality.norms)
   if quality.coverage.interactions < LOW_COVERAGE:
     lines.append(
@@ -427,14 +428,14 @@ def warnings(quality: Quality) -> list[str]:
 
 
 def find_items(dataset: Dataset, text: str) -> np.ndarray:
-  """Catalogue rows of items that are named by id, title or a part of it.
+  """Catalogue rows of items given by id, title or part of a title.
 
-  Of several items with that title, or that part in it, the most consumed one.
+  If several items match, the most consumed one is taken.
 
   Args:
     dataset: with or without titles.
-    text: names with semicolons between them; with commas too, unless all of it
-      is one name, for titles have commas.
+    text: names separated by semicolons; commas separate too, unless the whole
+      text is one name, because titles contain commas.
 
   Raises:
     UserError: there is no such item.
@@ -464,7 +465,7 @@ def most_consumed(dataset: Dataset, count: int) -> np.ndarray:
 
 
 def title_of(dataset: Dataset, row: int) -> str:
-  """An item's title, or its id where it has none."""
+  """An item's title, or its id if it has none."""
   return (dataset.titles[row] if dataset.titles else '') or str(
     dataset.item_ids[row]
   )
@@ -502,8 +503,8 @@ def _unit(rows) -> np.ndarray:
 
 
 def _consecutive(items, client, present):
-  """(first, second, owner) [n]: pairs of different items that have the
-  feature, one behind the other at the same client."""
+  """(first, second, owner) [n]: pairs of different items with the feature that
+  are consecutive at the same client."""
   first, second = items[:-1], items[1:]
   pair = (
     (client[:-1] == client[1:])
@@ -519,11 +520,11 @@ def _of_others(rng, items, client, owner) -> np.ndarray | None:
 
   Args:
     items: [m] of all interactions, client after client.
-    client: [m] whose, ascending.
+    client: [m] client of each, ascending.
     owner: [n] clients.
 
   Returns:
-    [n] items; None if there are no owners, or no others.
+    [n] items; None if there are no owners, or no other clients.
   """
   count = np.bincount(client, minlength=1)
   if not len(owner) or count.max() == len(items):

@@ -1,5 +1,5 @@
 """The local-only baseline: every client trains its own copy of the initial
-model and nobody aggregates. What it reaches beyond popularity a client can
+model, without aggregation. Whatever it gains over popularity, a client can
 learn alone."""
 
 from functools import partial
@@ -33,8 +33,8 @@ def rank_all(
   """Trains each client alone for `local_epochs` and ranks its targets.
 
   Args:
-    program: what a client runs.
-    server: the state that all start from.
+    program: the client program.
+    server: the state that all clients start from.
     clients: [G, C] int32, −1 where none.
     key: of the training.
     splits: [n] int32, see `ranking.SPLITS`.

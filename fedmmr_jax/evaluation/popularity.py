@@ -1,5 +1,5 @@
 """The popularity baseline: items ranked by how often they were consumed in
-training, the same for everybody."""
+training, the same for all users."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def rank(
   Args:
     counts: [V] scores of the items.
     data: all clients' data.
-    clients: [n] whom to rank.
+    clients: [n] clients to rank.
     split: a key of `ranking.SPLITS`.
     max_items: H, the longest client's number of interactions.
   """

@@ -1,7 +1,7 @@
-"""Ranking of held-out items, full catalogue and sampled, from the same scores.
+"""Ranking of held-out items, full and sampled, from the same scores.
 
-A tie counts against the target. A NaN score makes every comparison false and
-would read as rank 0, a perfect hit: it is counted and raised instead.
+A tie counts against the target. A NaN score would make every comparison false
+and look like rank 0, a perfect hit; it is counted and raises an error instead.
 """
 
 from functools import partial
@@ -36,12 +36,12 @@ class Ranks(NamedTuple):
   """Ranks of the targets of one split.
 
   Attributes:
-    full: [K] int32 catalogue items at least as good as the target that the
-      client had not consumed before it.
-    sampled: [K] int32 sampled negatives at least as good as the target.
-    bad_scores: [K] int32 scores that are not finite.
-    popular: [K] int32 as `sampled`, of negatives drawn by popularity; 0 where
-      none were (`Simulation.with_popular_negatives`).
+    full: [K] int32 number of catalogue items, not consumed by the client before
+      the target, that score at least as high.
+    sampled: [K] int32 number of sampled negatives that score at least as high.
+    bad_scores: [K] int32 number of scores that are not finite.
+    popular: [K] int32 as `sampled`, for negatives drawn by popularity; 0 if
+      none were drawn (`Simulation.with_popular_negatives`).
   """
 
   full: jax.Array
@@ -58,11 +58,11 @@ def score_catalogue(
   memory: Memory | None,
   earlier: jax.Array | None = None,
 ) -> jax.Array:
-  """[V] scores of all items for one client's window [L], the `earlier` items
-  of which ([H] int32, 0 = none) make its profile.
+  """[V] scores of all items for one client's window [L]; the `earlier` items
+  ([H] int32, 0 = none) make its profile.
 
-  The catalogue goes by in blocks, so that what lies between an item and its
-  score never exists for all items at once.
+  The catalogue is scored in blocks, so that intermediate values never exist for
+  all items at once.
   """
   apply: Callable[..., Any] = partial(model.apply, {'params': broadcast.params})
   profile = None
@@ -102,7 +102,7 @@ def score_client(
   memory: Memory | None,
   catalogue: Catalogue,
 ) -> jax.Array:
-  """[V] scores of all items for one client, asked after its last item.
+  """[V] scores of all items for one client, following its last item.
 
   Args:
     model: the architecture.
@@ -130,9 +130,9 @@ def rank_client(
 
   Args:
     scores: [V].
-    client: its data; what lies in its history up to the target counts as
-      consumed. What comes after is still to be found: no candidate the less.
-    target_at: [] int32 position of the target in the history, that of one of
+    client: its data; items in its history up to the target count as consumed.
+      Later items remain candidates.
+    target_at: [] int32 position of the target in the history, for one of
       SPLITS.
   """
   target = client.history[target_at]
@@ -162,8 +162,8 @@ def rank_target(
   memory: Memory | None,
   after_train: jax.Array,
 ) -> Ranks:
-  """Ranks one client's target, `after_train` [] int32 items after its training
-  ones, with the parameters of `broadcast` and its memory."""
+  """Ranks one client's target, which comes `after_train` [] int32 items after
+  its training items, with the parameters of `broadcast` and its memory."""
   target_at = client.num_train + after_train
   position = target_at + jnp.arange(-config.model.max_seq_len, 0)
   window = jnp.where(position >= 0, client.history[position], 0)
@@ -271,10 +271,10 @@ def evaluate(
   """Ranks of the targets of one split.
 
   Args:
-    As `rank_all`, but for:
+    As for `rank_all`, except:
     split: a key of SPLITS.
-    clients: [n] whom to rank.
-    clients_per_chunk: how many of them side by side.
+    clients: [n] clients to rank.
+    clients_per_chunk: how many of them at a time.
 
   Returns:
     Ranks [n] on the host.
@@ -313,8 +313,8 @@ def check_finite(ranks: Ranks, split: str) -> None:
 def metrics_of(
   ranks: Ranks, further: Sequence[Metric] = ()
 ) -> dict[str, dict[str, float]]:
-  """{'sampled': {'HR@10': …}, 'full': {…}} of ranks [n], with further metrics
-  (`Simulation.metrics`) beside HR, NDCG and MRR."""
+  """{'sampled': {'HR@10': …}, 'full': {…}} of ranks [n], with HR, NDCG, MRR and
+  further metrics (`Simulation.metrics`)."""
   return {
     protocol: metrics_lib.ranking(getattr(ranks, protocol), further)
     for protocol in metrics_lib.PROTOCOLS

@@ -1,14 +1,14 @@
-"""What an evaluation found for each user: metrics of all protocols, slices of
-users, a table to keep, the difference to another run.
+"""Evaluation results of each user: metrics of all protocols, slices of users, a
+table to save, and the difference to another run.
 
 | protocol | the target is ranked against |
 |---|---|
-| full | everything that its user had not consumed before it |
+| full | every item that the user had not consumed before it |
 | sampled | unseen items drawn uniformly (`sampled_negatives`, 100) |
 | popularity | as many, drawn by how often an item was consumed in training |
 | corrected | as full, estimated from `sampled` (`corrected.py`) |
 
-All come from one pass of scores; the draws are made once from the run's seed.
+All share one scoring pass; candidates are drawn once, from the run's seed.
 """
 
 import pathlib
@@ -41,14 +41,14 @@ class UserResults(NamedTuple):
 
   Attributes:
     users: [n] source ids.
-    targets: [n] source ids of the items to be found.
+    targets: [n] source ids of the target items.
     num_train: [n] int, items that the user trains on.
     target_popularity: [n] int, training interactions with the target.
     candidates: [n] int, items that `full` ranks against.
     num_sampled: int, negatives of the sampled protocols.
-    full, sampled, popular: [n] int, how many of each protocol's candidates are
-      at least as good as the target.
-    metrics: further ones, beside HR, NDCG and MRR.
+    full, sampled, popular: [n] int, how many of each protocol's candidates
+      score at least as high as the target.
+    metrics: further metrics besides HR, NDCG and MRR.
   """
 
   users: np.ndarray
@@ -63,7 +63,7 @@ class UserResults(NamedTuple):
   metrics: tuple[Metric, ...] = ()
 
   def where(self, chosen: np.ndarray) -> 'UserResults':
-    """Those of some of the users."""
+    """The results of some of the users."""
     return UserResults(
       *(x if isinstance(x, (int, tuple)) else x[chosen] for x in self)
     )
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
-  """Ranks [n] of a split's targets with what there is to know of each."""
+  """Combines ranks [n] of a split's targets with what is known of each."""
   if not simulation.data.popular_negatives.shape[-1]:  # ranks would all be 0
     raise ValueError('the simulation has no popular negatives')
   clients, targets = simulation.targets(split)
@@ -136,8 +136,8 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
 def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
   """Users by history length, in quarters, and by the popularity of the target.
 
-  Targets: head, middle and tail hold a third each of the users whose target
-  somebody trained on; 'new' are those that nobody did.
+  Targets: head, middle and tail each hold a third of the users whose target
+  occurs in training; 'new' holds the targets that do not.
   """
   lengths = _parts(results.num_train, 4)
   trained = results.target_popularity > 0
@@ -166,7 +166,7 @@ def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
 def _parts(
   values: np.ndarray, count: int, among: np.ndarray | None = None
 ) -> list[tuple[str, np.ndarray]]:
-  """(bounds, [n] bool) of parts of equal size, as far as ties allow it."""
+  """(bounds, [n] bool) of parts of equal size, as far as ties allow."""
   among = np.ones(len(values), bool) if among is None else among
   if not among.any():
     return []
@@ -189,7 +189,7 @@ def difference(
   """Protocol -> metric -> this minus the other, paired over users.
 
   Raises:
-    UserError: they do not rank the same targets of the same users.
+    UserError: the two do not rank the same targets of the same users.
   """
   if not (
     np.array_equal(results.users, other.users)
@@ -219,11 +219,11 @@ def check_path(path: str) -> None:
 
 
 def write(results: UserResults, path: pathlib.Path) -> None:
-  """A row a user, as Parquet or CSV by the file's ending: ids, sizes, ranks
-  from 1, and each metric of each protocol.
+  """Writes one row per user, as Parquet or CSV by the file's ending: ids,
+  sizes, ranks from 1, and each metric of each protocol.
 
   Raises:
-    UserError: another ending.
+    UserError: the file has another ending.
   """
   check_path(str(path))
   table = pa.table(

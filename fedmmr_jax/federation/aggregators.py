@@ -1,11 +1,11 @@
-"""Aggregators: what becomes of the updates of a cohort.
+"""Aggregators: how the updates of a cohort are combined.
 
-An aggregator is a frozen dataclass with pure functions. A chunk's updates are
-added to a running total, on several cores or devices at once (`zero`, `add`);
-the totals are merged, and `finish` makes of them the delta that the server
-optimizer gets. What has to be seen client by client (a median) is collected
-instead: `collect`. One of your own derives from `Aggregator` or from one that
-is here (docs/extending.md, `examples/clipped.py`).
+An aggregator is a frozen dataclass of pure functions. The updates of each chunk
+are added to a running total, on several cores or devices at once (`zero`,
+`add`). The totals are merged, and `finish` turns them into the delta for the
+server optimizer. An aggregator that needs the individual updates (a median)
+collects them instead (`collect`). Your own aggregator derives from `Aggregator`
+or from one defined here (docs/extending.md, `examples/clipped.py`).
 """
 
 import dataclasses
@@ -25,42 +25,41 @@ Tree = Any  # of arrays; None = nothing
 
 @dataclasses.dataclass(frozen=True)
 class Aggregator:
-  """What every aggregator has; `zero`, `add` and `finish` must be given."""
+  """Base class; subclasses must define `zero`, `add` and `finish`."""
 
   def init(self, params: Params) -> Tree:
-    """What the aggregator keeps between rounds, before round 1; None =
-    nothing."""
+    """The aggregator's state before round 1; None for none."""
     return None
 
   def zero(self, params: Params) -> Tree:
-    """The total of nobody."""
+    """The total over no clients."""
     raise NotImplementedError
 
   def add(self, total: Tree, updates: ClientUpdate) -> Tree:
-    """`total` and the updates of a chunk's clients, [C, …].
+    """`total` plus the updates of a chunk's clients, [C, …].
 
-    Padding clients are among them, with weight 0.
+    They include padding clients, with weight 0.
     """
     raise NotImplementedError
 
   def merge(self, one: Tree, other: Tree) -> Tree:
-    """The total of two totals."""
+    """The sum of two totals."""
     return jax.tree.map(jnp.add, one, other)
 
   def collect(self, updates: ClientUpdate) -> Tree:
-    """What of a chunk's clients, [C, …], is kept one by one for `finish`; takes
-    memory for the whole cohort. None = nothing."""
+    """What `finish` needs from each client of a chunk, [C, …]; takes memory for
+    the whole cohort. None for nothing."""
     return None
 
   def finish(
     self, total: Tree, collected: Tree, state: Tree, params: Params
   ) -> tuple[Params, Tree]:
-    """(delta for the server optimizer, what is kept for the next round).
+    """(delta for the server optimizer, state for the next round).
 
     Args:
-      total: of the cohort; of nobody, it has to give a delta of zero.
-      collected: what `collect` gave, [cohort, …], padding clients included.
-      state: what the aggregator keeps.
+      total: of the cohort; the total over no clients must give a delta of zero.
+      collected: what `collect` gave, [cohort, …], including padding clients.
+      state: the aggregator's state.
       params: the server's parameters.
     """
     raise NotImplementedError
@@ -72,13 +71,13 @@ def add_weighted(
   updates: ClientUpdate,
   tree: Params | None = None,
 ) -> Params:
-  """`total` + Σ_c weight_c · delta_c, each item row where it belongs.
+  """`total` + Σ_c weight_c · delta_c, with each item row at its place.
 
   Args:
-    total: of the whole catalogue.
+    total: for the whole catalogue.
     weights: [C] float32.
     updates: of a chunk, [C, …].
-    tree: another tree of the clients' rows than their deltas.
+    tree: a tree of the clients' rows to add instead of their deltas.
   """
   return vocabulary.add_weighted(
     total,
@@ -89,7 +88,7 @@ def add_weighted(
 
 
 class WeightedSum(NamedTuple):
-  """Running total of FedAvg and its like.
+  """Running total of FedAvg and its variants.
 
   Attributes:
     delta: Σ weight · delta; with FedNova Σ weight · delta / steps.
@@ -114,7 +113,7 @@ class FedAvg(Aggregator):
     )
 
   def delta_weight(self, updates: ClientUpdate) -> jax.Array:
-    """[C] float32 by which the deltas of a chunk's clients are summed."""
+    """[C] float32 weights of the deltas of a chunk's clients in the sum."""
     return updates.weight
 
   def add(self, total, updates):
@@ -134,8 +133,8 @@ class FedAvg(Aggregator):
 class FedNova(FedAvg):
   """Wang et al. 2020, "Tackling the objective inconsistency problem in
   heterogeneous federated optimization", NeurIPS: each delta is divided by its
-  local steps, and their mean goes as far as the cohort's mean local update,
-  τ_eff steps."""
+  number of local steps, and their mean is scaled to the cohort's mean number of
+  local steps, τ_eff."""
 
   def delta_weight(self, updates):
     return updates.weight / updates.steps
@@ -156,7 +155,7 @@ def of(config: RunConfig) -> Aggregator:
   """The aggregator that a config names.
 
   Raises:
-    UserError: there is none of that name, or an option is none of its own.
+    UserError: there is no aggregator of that name, or it has no such option.
   """
   return parts.built(
     config.server.aggregator, AGGREGATORS, Aggregator, 'aggregator'

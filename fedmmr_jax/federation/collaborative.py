@@ -1,14 +1,14 @@
-"""Co-occurrence in the item table: which items stand in the same histories.
+"""Co-occurrence in the item table: which items occur in the same histories.
 
 The leading eigenvectors of G = Σ_k x_k x_kᵀ, x_k the set of client k's training
 items, are PureSVD's item factors (Cremonesi et al. 2010, "Performance of
 recommender algorithms on top-n recommendation tasks", RecSys). Federated
-training takes tens of rounds to find them; a sketch finds them before round 1:
-the server sends a random Ω, a client adds Σ_{i in x_k} Ω_i to the rows of its
-items, and of the sum Y = GΩ the server makes the Nyström approximation
+training takes tens of rounds to find them; a sketch finds them before round 1.
+The server sends a random Ω, a client adds Σ_{i in x_k} Ω_i to the rows of its
+items, and from the sum Y = GΩ the server computes the Nyström approximation
 Y (ΩᵀY)⁻¹ Yᵀ (Halko et al. 2011, "Finding structure with randomness", SIAM
-Review, algorithm 5.5). As much is sent, and as much seen, as of a delta of the
-item table; a client is asked once.
+Review, algorithm 5.5). A client sends, and reveals, as much as with one delta
+of the item table; it is asked once.
 """
 
 import numpy as np
@@ -24,10 +24,10 @@ _SMALLEST = 1e-6  # eigenvalue of ΩᵀY that counts, relative to the largest
 def put_into(
   content: np.ndarray, dataset: Dataset, config: RunConfig
 ) -> np.ndarray:
-  """[V, D] content whose last directions are co-occurrence, if so configured.
+  """[V, D] content whose last dimensions are co-occurrence, if so configured.
 
-  Whom the sketch asks does not depend on the run's seed, so that seeds side by
-  side have one catalogue.
+  The clients in the sketch do not depend on the run's seed, so that seeds
+  running in parallel share one catalogue.
   """
   model, start = config.model, config.model.item_embedding
   if not isinstance(start, ContentInit) or not start.collaborative_dim:
@@ -57,8 +57,8 @@ def sketch(
   """Σ_k x_k x_kᵀ Ω over some clients.
 
   Args:
-    dataset: whose training items count, nothing that is held out.
-    clients: [n] whom to ask.
+    dataset: its training items count; held-out items do not.
+    clients: [n] clients to ask.
     probe: [V, d] Ω.
 
   Returns:
@@ -78,7 +78,7 @@ def factors(sketched: np.ndarray, probe: np.ndarray, dim: int) -> np.ndarray:
   Args:
     sketched: [V, d] from `sketch`.
     probe: [V, d] Ω.
-    dim: how many; where G's sketch has fewer, the rest is 0.
+    dim: how many; if G's sketch has fewer, the rest is 0.
 
   Returns:
     [V, dim] float32, orthogonal columns of equal length; rows of length 1 on

@@ -1,17 +1,17 @@
-"""How the clients of a cohort are shared out, so that nobody waits for another.
+"""How a cohort is split into shards that never wait for each other.
 
-A cohort's chunks are dealt into shards, and one jitted program does a shard:
+A cohort's chunks are dealt into shards, and one jitted program runs a shard:
 
 * On a CPU the shards are separate calls on the one device, and `workers()` of
-  them run side by side, each in a thread. They read the same data and state,
-  and their sums are added afterwards, in the order of the shards. Between them
-  there is no collective: several CPU devices in one process, each waiting in an
-  all-reduce for one that finds no free thread, can stop for good
-  (openxla/xla #32115). How many shards there are does not depend on the
-  machine, and a program keeps its arithmetic in one thread, so another number
-  of workers or cores changes no bit of a result.
-* On a GPU all clients are one shard. Several GPUs take one each, as a mesh, in
-  one program. Every one of them has a copy of the data and of the state.
+  them run in parallel, each in a thread. They read the same data and state, and
+  their sums are added afterwards, in the order of the shards. There is no
+  collective between them: several CPU devices in one process, each waiting in
+  an all-reduce for one that finds no free thread, can deadlock
+  (openxla/xla #32115). The number of shards does not depend on the machine, and
+  a program keeps its arithmetic in one thread, so a different number of workers
+  or cores changes no bit of a result.
+* On a GPU all clients are one shard. Several GPUs take one shard each, as a
+  mesh, in one program. Each has a copy of the data and of the state.
 """
 
 import os
@@ -53,13 +53,13 @@ def cores() -> int:
 
 
 def workers() -> int:
-  """How many shards run side by side on a CPU."""
+  """How many shards run in parallel on a CPU."""
   return min(_most_workers or cores(), CPU_SHARDS)
 
 
 def set_workers(count: int) -> None:
-  """Sets how many shards run side by side on a CPU; 0 = the cores that this
-  process may use. Changes speed, never a result."""
+  """Sets how many shards run in parallel on a CPU; 0 = the cores that this
+  process may use. This changes speed, never results."""
   global _most_workers
   _most_workers = count
 
@@ -70,12 +70,12 @@ def count() -> int:
 
 
 def num_shards() -> int:
-  """Into how many shards a cohort is dealt."""
+  """The number of shards that a cohort is dealt into."""
   return CPU_SHARDS if jax.default_backend() == 'cpu' else count()
 
 
 def everywhere() -> Sharding:
-  """How an array lies that every device has a copy of."""
+  """The sharding of an array that every device has a copy of."""
   if count() == 1:
     return SingleDeviceSharding(jax.devices()[0])
   return NamedSharding(_mesh(), PartitionSpec())
@@ -87,8 +87,8 @@ def copied(tree: Any) -> Any:
 
 
 def kept_everywhere(tree: Any) -> Any:
-  """The same within a jitted function: its outputs lie as its inputs did, so
-  that a second call compiles nothing."""
+  """The same within a jitted function: its outputs are sharded like its inputs,
+  so that a second call compiles nothing."""
   return (
     tree
     if count() == 1
@@ -97,14 +97,14 @@ def kept_everywhere(tree: Any) -> Any:
 
 
 def deal(chunks: np.ndarray) -> np.ndarray:
-  """Shares chunks out like cards, so that shards take equally long: neighbours
-  are of similar length.
+  """Deals chunks out like cards, so that shards take equally long: neighbouring
+  chunks have similar lengths.
 
   Args:
     chunks: [..., G, C] int32 clients, PADDING_CLIENT where none.
 
   Returns:
-    [num_shards, ..., g, C]: each shard's chunks, with chunks of padding.
+    [num_shards, ..., g, C]: each shard's chunks, including padding chunks.
   """
   n = num_shards()
   missing = -chunks.shape[-2] % n
@@ -118,11 +118,11 @@ def deal(chunks: np.ndarray) -> np.ndarray:
 
 
 def undealt(shards: list[Any], num_chunks: int) -> Any:
-  """What shards returned for their chunks, in the order before `deal`.
+  """Results of the shards' chunks, restored to the order before `deal`.
 
   Args:
     shards: trees of arrays [g, …], as `run` returns them.
-    num_chunks: G, without the padding.
+    num_chunks: G, without padding.
 
   Returns:
     A tree of NumPy arrays [G, …].
@@ -151,11 +151,11 @@ def run(
     static: its hashable arguments.
     shards: [n, ..., g, C] from `deal`.
     *shared: trees of arrays that every shard reads.
-    merge: jitted; (static…, sums, sums) -> sums, the first of which it may
-      donate. None where there are no sums.
+    merge: jitted; (static…, sums, sums) -> sums; it may donate the first. None
+      if there are no sums.
 
   Returns:
-    (the sums, merged in the order of the shards, whoever was done first, so
+    (the sums, merged in the order of the shards whichever finishes first, so
     that the bits are the same; the arrays of each shard).
   """
   if count() > 1:
@@ -181,7 +181,7 @@ def _merged(
   static: tuple[Any, ...],
   merge: Callable[..., Any] | None,
 ) -> tuple[Any, list[Any]]:
-  """Merges the shards' sums as they come: few of them are held at a time."""
+  """Merges the shards' sums as they arrive, so that few are held at a time."""
   total, each = None, []
   for number, (sums, own) in enumerate(results):
     total = merge(*static, total, sums) if number and merge else sums

@@ -2,12 +2,13 @@
 
 A cohort of C clients comes as chunks [G, C/G], dealt into shards (`devices`).
 A shard is one jitted program, which scans its chunks with a running weighted
-sum of the deltas, so memory does not grow with the cohort (but for what a
-client keeps or sends one by one: its memory and prototypes, 9 kB, and
-SCAFFOLD's control variate); inside a chunk the clients are vmapped. A second
-program adds the shards' sums and makes the server's step. Clients of a chunk
-run as many steps as its longest needs, a traced number: one compilation serves
-every cohort. Sorting the cohort by length keeps the masked steps few.
+sum of the deltas, so memory does not grow with the cohort (except for what each
+client keeps or sends individually: its memory and prototypes, 9 kB, and
+SCAFFOLD's control variate). Inside a chunk the clients are vmapped. A second
+program adds the shards' sums and takes the server step. All clients of a chunk
+run as many steps as the longest one needs. This number is traced, so one
+compilation serves every cohort. Sorting the cohort by length keeps masked steps
+few.
 """
 
 import dataclasses
@@ -51,14 +52,14 @@ _SEEDS = 'seed'  # the axis of runs side by side
 
 @dataclasses.dataclass(frozen=True)
 class RoundProgram:
-  """What a round is made of. Static: hashed and compared by value.
+  """The static parts of a round, hashed and compared by value.
 
   Attributes:
-    client: what every client of a cohort runs.
-    aggregator: what becomes of their updates.
+    client: the program of every client of a cohort.
+    aggregator: how their updates are combined.
     max_items: H, the longest client's number of interactions.
-    of_seeds: runs that differ in their seed, side by side: states, keys,
-      cohorts and results of a round have a leading axis, the seeds.
+    of_seeds: whether several seeds run in parallel: states, keys, cohorts and
+      results of a round then have a leading axis, the seeds.
   """
 
   client: ClientProgram
@@ -77,9 +78,9 @@ class FederationState(NamedTuple):
   Attributes:
     server: the server's state.
     memories: memory of each client, leading axis [K]; None in a model without
-      experts, the only ones that read it.
-    controls: what drift control keeps at each client, leading axis [K]; None
-      for nothing.
+      experts, since only they read it.
+    controls: drift-control state of each client, leading axis [K]; None
+      without one.
   """
 
   server: ServerState
@@ -129,16 +130,16 @@ def init(
 
 
 def state_bytes(state: FederationState | Params) -> int:
-  """Bytes of a state or a part of it, or of what has its shapes."""
+  """Bytes of a state, of a part of it, or of a tree with the same shapes."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def check_size(state: FederationState) -> None:
-  """Raises UserError if what drift control keeps at the clients (SCAFFOLD: a
-  set of parameters each) is more than a machine should hold.
+  """Raises UserError if the clients' drift-control state (SCAFFOLD: one set of
+  parameters per client) is larger than a machine should hold.
 
   Args:
-    state: the state of all clients, or what has its shapes.
+    state: the state of all clients, or a tree with the same shapes.
   """
   bytes_ = state_bytes(state.controls)
   if bytes_ > MOST_STATE_BYTES:
@@ -159,7 +160,7 @@ def round_key(seed: int, round_number: int) -> jax.Array:
 
 
 def warm_key(seed: int) -> jax.Array:
-  """Key of `warm_memories`; rounds never get so far."""
+  """Key of `warm_memories`; no round number gets this high."""
   return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
 
 
@@ -193,9 +194,9 @@ def sample_cohort(
 def chunked(
   clients: np.ndarray, num_train: np.ndarray, per_chunk: int
 ) -> np.ndarray:
-  """[G, per_chunk] int32: clients of similar length side by side.
+  """[G, per_chunk] int32: clients of similar length in the same chunk.
 
-  Longest first, ties by number: the order they come in does not matter.
+  Longest first, ties by number, so the order of the input does not matter.
   """
   order = np.lexsort((clients, -num_train[clients]))
   return in_chunks(clients[order], per_chunk)
@@ -214,7 +215,7 @@ def in_chunks(clients: np.ndarray, per_chunk: int) -> np.ndarray:
 def executed_steps(
   cohort: np.ndarray, num_train: np.ndarray, config: RunConfig
 ) -> int:
-  """Local steps of an epoch over a cohort [G, C/G], masked ones included."""
+  """Local steps of an epoch over a cohort [G, C/G], including masked ones."""
   longest = windows.num_steps(_num_train(cohort, num_train), config).max(axis=1)
   return int(longest.sum()) * cohort.shape[1]
 
@@ -247,12 +248,12 @@ def run_round(
   """One round of federated learning.
 
   Args:
-    program: what it is made of.
+    program: the static parts of the round.
     state: before the round; donated.
     cohort: [G, C/G] int32 distinct clients, PADDING_CLIENT where none.
     key: the round's key, see `round_key`.
     catalogue: item features.
-    data: all clients' data, of which each client sees its own.
+    data: all clients' data; each client sees only its own.
 
   Returns:
     The state after the round and the training metrics of the cohort.
@@ -272,11 +273,11 @@ def run_round(
 
 
 class Kept(NamedTuple):
-  """What a client keeps or sends one by one; with leading axes [g, C/G].
+  """What each client keeps or sends individually, with leading axes [g, C/G].
 
   Attributes:
     memory: its memory, or None.
-    control: what drift control keeps, or None.
+    control: its drift-control state, or None.
     prototypes: its prototypes, or None.
     collected: what the aggregator collects, or None.
   """
@@ -299,7 +300,7 @@ def train_shard(
   """Trains the clients of some chunks [g, C/G].
 
   Returns:
-    ((what they sent, their metrics), what each of them keeps).
+    ((what they sent, their metrics), `Kept` of each client).
   """
   train = partial(_train_chunks, program, catalogue, data)
   if program.of_seeds:
@@ -365,8 +366,8 @@ def merge_shards(
   one: tuple[Upload, dict[str, Mean]],
   other: tuple[Upload, dict[str, Mean]],
 ) -> tuple[Upload, dict[str, Mean]]:
-  """The sums of two shards, or of those so far and the next, as one; the first
-  are donated."""
+  """Adds the sums of two shards, or of those so far and the next; the first are
+  donated."""
   merge = partial(_merge, program)
   return (jax.vmap(merge) if program.of_seeds else merge)(one, other)
 
@@ -391,16 +392,16 @@ def finish_round(
   """The server's part of a round.
 
   Args:
-    program: what the round is made of.
+    program: the static parts of the round.
     state: before the round; donated.
-    shards: [n, g, C/G] int32 whom each shard trained; of seeds
-      [n, seeds, g, C/G].
+    shards: [n, g, C/G] int32 clients that each shard trained; with several
+      seeds [n, seeds, g, C/G].
     sums: of all shards, see `train_shard`.
-    each: what the clients of each shard keep.
+    each: `Kept` of each shard's clients.
     num_train: [K] int32 training items of all clients.
 
   Returns:
-    As `run_round`.
+    As for `run_round`.
   """
   finish = partial(_finish, program, num_train)
   if program.of_seeds:
@@ -449,7 +450,7 @@ def check_finite_state(
   Args:
     state: after the round, of one seed or several.
     round_number: 1-based.
-    saved: which round is left, if the rounds are saved.
+    saved: the last good round, if rounds are saved.
   """
   if not jax.device_get(_all_finite(state.server)):
     raise UserError(
@@ -461,7 +462,7 @@ def check_finite_state(
 
 @jax.jit
 def _all_finite(tree) -> jax.Array:
-  """[] bool: is no parameter and no moment NaN or infinite?"""
+  """[] bool: are all parameters and moments finite?"""
   return jnp.all(
     jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
   )
@@ -470,8 +471,8 @@ def _all_finite(tree) -> jax.Array:
 def chunk_views(
   program: RoundProgram, data: FederatedData, clients: jax.Array
 ) -> tuple[ClientData, jax.Array]:
-  """The data of a chunk's clients [C/G], and how many local steps the longest
-  of them needs, [] int32."""
+  """The data of a chunk's clients [C/G], and the number of local steps that the
+  longest of them needs, [] int32."""
   views = jax.vmap(lambda client: client_view(data, client, program.max_items))(
     clients
   )
@@ -479,7 +480,7 @@ def chunk_views(
 
 
 def no_upload(program: RoundProgram, params: Params) -> Upload:
-  """What nobody sent: where `add_updates` starts."""
+  """The upload of no clients, where `add_updates` starts."""
   control = program.client.drift.no_upload(params)
   return Upload(
     total=program.aggregator.zero(params),
@@ -497,9 +498,10 @@ def add_updates(
 ) -> Upload:
   """Adds the updates of a chunk, [C/G] clients, PADDING_CLIENT where none.
 
-  Weights are counts in float32: exact up to 2^24 = 16.8 million positives a
-  round. Beyond it each addition is off by 6e-8 of the sum at most, a thousand
-  chunks by 6e-5: as if the server's learning rate were.
+  Weights are counts in float32, exact up to 2^24 = 16.8 million positives a
+  round. Beyond that, each addition is off by at most 6e-8 of the sum, and a
+  thousand chunks by 6e-5, like a change of the server's learning rate by that
+  much.
   """
   control = upload.control
   if control is not None:
@@ -523,7 +525,7 @@ def warm_memories(
   """Memories with those of never-sampled clients filled (`warm_memory`).
 
   Args:
-    As `run_round`, with all clients to look at in `clients` [G, C/G].
+    As for `run_round`, with all clients to consider in `clients` [G, C/G].
 
   Returns:
     The memories of all clients; those sampled before are unchanged.

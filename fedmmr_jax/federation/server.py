@@ -1,5 +1,4 @@
-"""Server step: what the aggregator makes of a cohort through drift control and
-the server optimizer."""
+"""Server step: aggregator, then drift control, then server optimizer."""
 
 from typing import Any, NamedTuple
 
@@ -29,8 +28,8 @@ class ServerState(NamedTuple):
     opt_state: of the server optimizer.
     prototypes: global prototypes; None unless `global_memory`.
     round: [] int32 finished rounds.
-    control: what drift control keeps here; None for nothing.
-    aggregator: what the aggregator keeps; None for nothing.
+    control: drift-control state of the server; None for none.
+    aggregator: state of the aggregator; None for none.
   """
 
   params: Params
@@ -82,8 +81,8 @@ class Upload(NamedTuple):
   """What a cohort sent.
 
   Attributes:
-    total: the aggregator's.
-    control: Σ weight · upload of drift control; None for nothing.
+    total: the aggregator's running total.
+    control: Σ weight · upload of drift control; None without uploads.
     weight: [] float32 Σ weight, the clients' positives.
     size: [] float32 clients.
   """
@@ -109,12 +108,12 @@ def aggregate(
   Args:
     state: before the round.
     upload: of the cohort.
-    collected: what the aggregator collected of each client; None for nothing.
+    collected: what the aggregator collected from each client, or None.
     prototypes: the clients', [..., P, F] and [..., P], or None.
     everybody: weights of the cohort and of all clients.
     config: optimizer and warm-up.
-    aggregator: what makes a delta of the upload.
-    drift: what makes a step of it.
+    aggregator: turns the upload into a delta.
+    drift: turns the delta into a step.
 
   Returns:
     The state after the round.

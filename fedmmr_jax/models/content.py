@@ -1,13 +1,13 @@
-"""Content in the item table: what an item's embedding knows of its features.
+"""Content in the item table: item embeddings that start from item features.
 
-A table of random ids learns popularity first, for dozens of rounds; one that
-starts from what the items are about does not (`--item_embedding`).
-* `content_init`: the initial row is the item's content plus noise; training
-  may do with it what it likes.
+A randomly initialised table first learns popularity, for dozens of rounds; one
+initialised from item content does not (`--item_embedding`).
+* `content_init`: the initial row is the item's content plus noise; training is
+  free to change it.
 * `content_plus_id`: content @ projection + row, with a trained projection that
   starts as the identity and rows that start as the same noise. Both start
-  from the same embeddings, but here an item that nobody consumed moves with
-  what is learnt about its content.
+  from the same embeddings, but here the embedding of an item that nobody
+  consumed changes with what is learned about its content.
 """
 
 from typing import Sequence
@@ -23,16 +23,16 @@ def components(features: Sequence[np.ndarray], dim: int) -> np.ndarray:
   """Principal components of the joined features.
 
   Each modality is centred and scaled to the same mean length over the items
-  that have it, so that none outweighs the other; a missing one counts as the
+  that have it, so that none outweighs another; a missing feature counts as the
   mean.
 
   Args:
     features: of each modality [V, F] float32, zero row = missing; F may be 0.
-    dim: D, how many components; where there are fewer, the rest is 0.
+    dim: D, how many components; if there are fewer, the rest is 0.
 
   Returns:
     [V, D] float32 rows of length 1 on average (root mean square over items
-    with any features), zero rows for the others; [V, 0] of no features.
+    with any features), zero rows for the others; [V, 0] without any features.
   """
   joined = np.concatenate([centred(matrix) for matrix in features], axis=1)
   if not joined.shape[1]:
@@ -45,7 +45,7 @@ def components(features: Sequence[np.ndarray], dim: int) -> np.ndarray:
 
 
 def with_fixed_signs(columns: np.ndarray) -> np.ndarray:
-  """An eigenvector's sign is arbitrary: the largest entry becomes positive."""
+  """An eigenvector's sign is arbitrary: makes its largest entry positive."""
   peak = np.abs(columns).argmax(axis=0)
   return columns * np.sign(columns[peak, np.arange(columns.shape[1])])
 
@@ -53,13 +53,14 @@ def with_fixed_signs(columns: np.ndarray) -> np.ndarray:
 def initial_table(
   key: jax.Array, content: jax.Array, std: float, plus_id: bool
 ) -> jax.Array:
-  """The item table at the start.
+  """The initial item table.
 
   Args:
     key: for the noise.
     content: [V, D] from `components`.
     std: of the entries of the initial embeddings.
-    plus_id: leave the content out, because `content_plus_id` adds it.
+    plus_id: whether to leave the content out, because `content_plus_id` adds
+      it.
 
   Returns:
     [V, D] float32; row 0 zero.
@@ -74,7 +75,7 @@ def initial_table(
 
 
 def projection_scale(std: float, dim: int) -> float:
-  """Factor that gives content of unit length entries of the wanted size."""
+  """Factor that gives content of unit length entries of the intended size."""
   return std * dim**0.5 / (1 + NOISE**2) ** 0.5
 
 

@@ -1,14 +1,14 @@
-"""The heterogeneous experts: each looks at a candidate through the client's own
-memory, in its own modality (FedDMMR, "Multimodal experts").
+"""The heterogeneous experts: each represents a candidate by attending over the
+client's own memory in one modality (FedDMMR, "Multimodal experts").
 
-With `expert_input=candidate` the candidate's own feature, projected, is added
-to what its expert read in the memory; otherwise it only weighs the memory's
-entries.
+With `expert_input=candidate` the projected feature of the candidate itself is
+added to the expert's reading of the memory; otherwise it only determines the
+attention weights.
 
-None sees the sequence, so an expert runs once per candidate, not once per
-(sequence, candidate) pair. Projections are folded into the R memory rows
-before they meet the J candidates; this is exact, because a projection
-commutes with the attention average.
+No expert sees the sequence, so an expert runs once per candidate, not once per
+(sequence, candidate) pair. Projections are applied to the R memory rows before
+these meet the J candidates. This is exact, because a projection commutes with
+the attention average.
 """
 
 from typing import Any, Mapping, NamedTuple
@@ -43,14 +43,14 @@ MemoryView = Mapping[str, Entries]  # by the name of the expert
 
 
 class Expert(nn.Module):
-  """One modality's look at the candidates. Subclasses give `__call__`.
+  """Represents candidates in one modality. Subclasses define `__call__`.
 
   Attributes:
     config: widths, dropout, variants.
-    features: class attribute, the name of its feature matrix; '' is that of
-      the expert's own name.
-    needs_feature: class attribute, whether it asks with the candidate's own
-      feature, and so has nothing to say where that is missing.
+    features: class attribute, the name of its feature matrix; '' means the
+      expert's own name.
+    needs_feature: class attribute, whether the candidate's own feature is the
+      query, so that the expert has no input if that is missing.
   """
 
   config: ModelConfig
@@ -75,18 +75,18 @@ class Expert(nn.Module):
       train: whether dropout acts.
 
     Returns:
-      [J, D] float32. What it is where there is nothing to attend to, and no
-      feature to ask with, does not matter: the router leaves it out.
+      [J, D] float32. Its value does not matter for candidates without entries
+      to attend to or without a query feature: the router leaves them out.
     """
     raise NotImplementedError
 
 
 class VisualExpert(Expert):
-  """Single-head attention of the candidate's feature over the memory's.
+  """Single-head attention of the candidate's feature over those in the memory.
 
   Values are the raw memory features; the output layer maps them to `D`. It
-  serves any modality whose features can be compared with one another; a third
-  one is read in this form unless it names another.
+  suits any modality whose features can be compared with one another, and is the
+  default for further modalities.
   """
 
   @nn.compact
@@ -180,11 +180,11 @@ class Modality(NamedTuple):
 def of(config: ModelConfig) -> tuple[Modality, ...]:
   """The experts that a config names, in that order.
 
-  An entry is a name, or `name=my_package.module:Thing` for a form of one's own
-  (a subclass of `Expert`).
+  An entry is a name, or `name=my_package.module:Thing` for your own form (a
+  subclass of `Expert`).
 
   Raises:
-    UserError: a form that cannot be found or is no `Expert`, or a name given
+    UserError: a form cannot be found or is not an `Expert`, or a name is given
       twice.
 
   >>> [m[:2] for m in of(ModelConfig(experts='visual,semantic,audio'))]

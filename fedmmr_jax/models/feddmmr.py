@@ -1,13 +1,13 @@
-"""FedDMMR: backbone, experts and router put together.
+"""FedDMMR: backbone, experts and router combined.
 
     s = SASRec(window)                                  [D]
     a = Σ_m w_m · LN(expert_m(c, memory))               [J, D]
     score(s, c) = √D · cos(LN(s) + a, e_c)              [J]
 
-over the experts m: visual and semantic, and what else there are features for.
+over the experts m: visual, semantic, and any others that have features.
 
-With `--similarity=dot` the score is ⟨LN(s) + a, e_c⟩: a length of `e_c` counts,
-as it does without experts, where the score is ⟨s, e_c⟩.
+With `--similarity=dot` the score is ⟨LN(s) + a, e_c⟩, so that the length of
+`e_c` matters, as it does without experts, where the score is ⟨s, e_c⟩.
 
 Everything here is written for one client and one window; callers vmap.
 `a` depends on the candidate and the memory, never on the window, so scoring T
@@ -42,15 +42,15 @@ _GROUPS = {
 
 
 def group_of(parameter: str) -> str:
-  """The group of a top-level parameter; what has no other is an expert's."""
+  """The group of a top-level parameter; `experts` if it is in no other."""
   return _GROUPS.get(parameter, 'experts')
 
 
 class Catalogue(NamedTuple):
-  """Item features, one row an item, row 0 = padding, zero row = missing.
+  """Item features, one row per item, row 0 = padding, zero row = missing.
 
   Attributes:
-    features: name of a matrix -> [V, F] float32; those that experts read.
+    features: name of a matrix -> [V, F] float32; those the experts read.
     has: name of a matrix -> [V] bool, which items have such a feature.
     content: [V, D] float32, see `content.components`; width 0 with
       `item_embedding=id`.
@@ -68,7 +68,7 @@ class Catalogue(NamedTuple):
 
     Args:
       features: name of a matrix -> [V, F].
-      content: [V, D] or [V, 0]; None = [V, 0], V as of the features.
+      content: [V, D] or [V, 0]; None = [V, 0], with V taken from the features.
     """
     if content is None:
       content = jnp.zeros((len(next(iter(features.values()))), 0))
@@ -88,7 +88,7 @@ class Candidates(NamedTuple):
     outputs: name of an expert -> [J, D] its output.
     weights: [J, E] router weights; 0 for an expert without input, the rest
       renormalised.
-    available: [J, E] bool, which experts had something to work on.
+    available: [J, E] bool, which experts had input.
   """
 
   embedding: jax.Array
@@ -117,7 +117,7 @@ class FedDMMR(nn.Module):
 
   @property
   def has_pairs(self) -> bool:
-    """Are there two views of an item to contrast?"""
+    """Whether there are two views of an item to contrast."""
     return len(self.modalities) > 1
 
   def setup(self):
@@ -164,7 +164,7 @@ class FedDMMR(nn.Module):
         )
 
   def embed(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
-    """[..., D] embeddings of items: their rows, and content if configured."""
+    """[..., D] embeddings of items: their rows, plus content if configured."""
     embedded = self.item_embedding[items]
     if isinstance(self.config.item_embedding, ContentPlusId):
       embedded += catalogue.content[items] @ self.content_projection
@@ -185,12 +185,12 @@ class FedDMMR(nn.Module):
       catalogue: item features, [V, ...].
       train: whether dropout acts (consumes the `dropout` key).
       last_only: only the last position, computed more cheaply.
-      profile: [D] the client's (`profile.py`), with `--profile=history`; None
-        or zero = unknown.
+      profile: [D] the client's profile (`profile.py`), with
+        `--profile=history`; None or zero = unknown.
 
     Returns:
       [L, D] (or [1, D]) float32, ready for `score`: LN(s), or plain s for a
-      model without experts. With `--profile=history` `States`, whose sequence
+      model without experts. With `--profile=history`, `States` whose sequence
       has that shape.
     """
     valid = window > 0
@@ -216,7 +216,7 @@ class FedDMMR(nn.Module):
     memory: MemoryView | None,
     train: bool = False,
   ) -> Candidates:
-    """Represents J candidates through one client's memory.
+    """Represents J candidates given one client's memory.
 
     Args:
       items: [J] int32 item ids.
@@ -249,8 +249,8 @@ class FedDMMR(nn.Module):
     return Candidates(embedding, auxiliary, outputs, weights, available)
 
   def route(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
-    """Router weights of J items for a client whose memory holds something for
-    every expert: [J, E] float32, 0 for one without the item's feature."""
+    """Router weights of J items for a client whose memory has entries for every
+    expert: [J, E] float32, 0 for an expert whose feature the item lacks."""
     full = {
       name: Entries(catalogue.features[matrix][:1], jnp.ones((1, 1), bool))
       for name, matrix, _ in self.modalities
@@ -281,7 +281,7 @@ class FedDMMR(nn.Module):
     return jnp.concatenate([embedding, *features], axis=-1)
 
   def _available(self, items, catalogue, memory) -> jax.Array:
-    """[J, E] bool: has the expert something to work on for this candidate?"""
+    """[J, E] bool: has the expert input for this candidate?"""
     own = self.config.expert_input == 'candidate'  # suffices
 
     def has(name, matrix, expert):
@@ -294,7 +294,7 @@ class FedDMMR(nn.Module):
     return jnp.stack([has(*m) for m in self.modalities], axis=-1)
 
   def initialise(self, catalogue: Catalogue) -> None:
-    """Touches every parameter; the method `init` runs."""
+    """Uses every parameter; the method that `init` runs."""
     window = jnp.zeros((self.config.max_seq_len,), jnp.int32)
     self.encode(window, catalogue)
     self.candidates(
@@ -314,8 +314,8 @@ class FedDMMR(nn.Module):
     Args:
       catalogue: item features.
       items: [R] int32 item ids, 0 = empty slot.
-      prototypes: [P, F] global prototypes that the expert of the texts sees
-        behind the entries, or None.
+      prototypes: [P, F] global prototypes, which the semantic expert sees after
+        the entries, or None.
       prototype_mask: [P] bool, which of them exist.
 
     Returns:
@@ -347,7 +347,7 @@ class FedDMMR(nn.Module):
     over T states against shared candidates never forms a [T, J, D] tensor.
 
     Args:
-      state: [D] float32, or such `States`, from `encode`.
+      state: [D] float32, or `States` of that shape, from `encode`.
       candidates: J candidates.
 
     Returns:

@@ -1,8 +1,7 @@
-"""Parts of the tree of parameters, by the names that `freeze` and `load` take.
+"""Parts of the parameter tree, by the names that `freeze` and `load` take.
 
-A name is a group of `config.GROUPS`, a path as parameters are named in a
-checkpoint (`backbone/block_0`), or, as `my_package.module:GROUP`, a tuple of
-such paths.
+A name is a group of `config.GROUPS`, a path as used in checkpoints
+(`backbone/block_0`), or `my_package.module:GROUP`, a tuple of such paths.
 """
 
 import difflib
@@ -17,10 +16,10 @@ from fedmmr_jax.models.feddmmr import group_of
 
 
 def paths_of(name: str) -> tuple[str, ...]:
-  """The places that a name stands for, whatever the model has: groups or paths.
+  """The groups or paths that a name stands for, whatever the model has.
 
   Raises:
-    UserError: a group of one's own cannot be found, or is no tuple of paths.
+    UserError: a user-defined group cannot be found, or is not a tuple of paths.
 
   >>> paths_of('router'), paths_of('backbone/block_0')
   (('router',), ('backbone/block_0',))
@@ -43,14 +42,14 @@ def all_paths(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_within(path: str, place: str) -> bool:
-  """Is a parameter, or a part of the tree, in a group, or below a path?"""
+  """Whether a parameter or subtree is in a group or below a path."""
   if place in GROUPS:
     return group_of(path.split('/')[0]) == place
   return f'{path}/'.startswith(f'{place}/')
 
 
 def by_group(names: Iterable[str]) -> dict[str, list[str]]:
-  """Group -> those of some top-level parameters that are in it, if any are."""
+  """Group -> the given top-level parameters in it; empty groups are omitted."""
   grouped: dict[str, list[str]] = {group: [] for group in GROUPS}
   for name in dict.fromkeys(names):
     grouped[group_of(name)].append(name)
@@ -58,7 +57,7 @@ def by_group(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def mask(params: Any, names: Sequence[str]) -> Any:
-  """The tree of parameters, each a bool: is it in what the names stand for?"""
+  """A tree like the parameters, of bools: do the names cover this parameter?"""
   places = all_paths(names)
   return jax.tree_util.tree_map_with_path(
     lambda path, _: any(is_within(path_text(path), p) for p in places), params
@@ -66,13 +65,13 @@ def mask(params: Any, names: Sequence[str]) -> Any:
 
 
 def path_text(path: Sequence[Any]) -> str:
-  """A path of `jax.tree_util` as it is in a checkpoint, 'backbone/block_0'."""
+  """A `jax.tree_util` path as written in checkpoints, 'backbone/block_0'."""
   return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
 
 
 def check(params: Any, names: Sequence[str], setting: str) -> None:
-  """Raises UserError for a path that leads nowhere in this model; a named group
-  of which the model has nothing is none of that."""
+  """Raises UserError for a path that matches nothing in this model. A named
+  group that is empty in this model is no error."""
   known: dict[str, None] = {}
   for path, _ in jax.tree_util.tree_leaves_with_path(params):
     for end in range(1, len(path) + 1):

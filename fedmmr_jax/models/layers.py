@@ -1,6 +1,7 @@
 """Building blocks shared by the backbone, the experts and the router.
 
-Axes as in WORKSPACE.md: `L` window, `D` hidden, `R` retrieved memory entries.
+Axes as in WORKSPACE.md: `L` window length, `D` hidden size, `R` retrieved
+memory entries.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ _MIN_SQUARED_NORM = 1e-12  # below it a vector has no direction
 
 
 def dense(features: int, name: str | None = None) -> nn.Dense:
-  """A linear layer as the paper initialises it: Xavier-uniform, zero bias."""
+  """A linear layer initialised as in the paper: Xavier-uniform, zero bias."""
   return nn.Dense(
     features, kernel_init=nn.initializers.xavier_uniform(), name=name
   )
@@ -62,8 +63,8 @@ def masked_softmax(
 ) -> jax.Array:
   """Softmax over one axis that is 0 where `mask` is False.
 
-  Where nothing is allowed it gives zeros, and their gradient is 0, where the
-  usual "add -inf" gives NaN.
+  Where the whole mask is False it gives zeros with gradient 0, where the usual
+  "add -inf" gives NaN.
 
   Args:
     logits: float.
@@ -71,7 +72,8 @@ def masked_softmax(
     axis: to normalise over.
 
   Returns:
-    As `logits`, summing to 1 over the axis, or to 0 where nothing is allowed.
+    Like `logits`, summing to 1 over the axis, or to 0 where the whole mask is
+    False.
   """
   lowest = jnp.finfo(logits.dtype).min
   logits = jnp.where(mask, logits, lowest)
@@ -82,10 +84,10 @@ def masked_softmax(
 
 
 def inverse_norm(squared: jax.Array) -> jax.Array:
-  """1 / √x of squared lengths; 0, with gradient 0, where there is no direction.
+  """1 / √x of squared lengths; 0, with gradient 0, for zero vectors.
 
-  The gradient of a plain norm at a zero vector is NaN. A NaN stays NaN, so
-  that a diverged run shows.
+  The gradient of a plain norm at a zero vector is NaN. A NaN stays NaN, so that
+  a diverged run remains visible.
   """
   # Both branches of the select must be finite. "Not too small" rather than
   # "large enough", for the NaN.

@@ -1,15 +1,15 @@
-"""Long-term expert: what a client's whole history says, beside its last items.
+"""Long-term profile: a client's whole history, in addition to its last items.
 
-SASRec sees a window. What left it is the client's profile, the mean embedding
-of its other items, and it enters in two ways:
+SASRec sees only a window. The client's profile is the mean embedding of its
+items outside the window, and enters in two ways:
 
     s' = s + LN(MLP_1(profile))                             a residual
     exp score = exp ⟨s', e⟩ + exp ⟨LN(MLP_2(profile)), e⟩   a mixture
 
 The second is a mixture of two softmaxes (Yang et al. 2018, "Breaking the
-Softmax Bottleneck", ICLR), whose weights are the two normalisers: where the
-window is sure, it decides; the rest of the catalogue is ordered by the profile,
-which is all that counts after a break between sessions.
+Softmax Bottleneck", ICLR), weighted by the two normalisers: where the window is
+confident, it decides; the profile orders the rest of the catalogue, and is all
+that counts after a break between sessions.
 """
 
 from typing import NamedTuple
@@ -28,8 +28,8 @@ class States(NamedTuple):
 
   Attributes:
     sequence: [D] sequence representation, or [L, D] of the window's positions.
-    profile: [D] the second of the mixture, the same at each position.
-    known: [] bool, False without any profile: the sequence decides alone.
+    profile: [D] the second component of the mixture, the same at each position.
+    known: [] bool, False without a profile: the sequence alone decides.
   """
 
   sequence: jax.Array
@@ -38,15 +38,15 @@ class States(NamedTuple):
 
 
 def last(states: jax.Array | States) -> jax.Array | States:
-  """The last of a window's positions, [L, D] or `States` of them."""
+  """The last position of a window, given [L, D] or `States`."""
   if isinstance(states, States):
     return states._replace(sequence=states.sequence[-1])
   return states[-1]
 
 
 def mix(sequence: jax.Array, profile: jax.Array, known: jax.Array) -> jax.Array:
-  """log(exp sequence + exp profile) where the profile is known; of scores, or
-  of their log Σ exp over the same candidates."""
+  """log(exp sequence + exp profile) where the profile is known; for scores, or
+  for their log Σ exp over the same candidates."""
   return jnp.where(known, jnp.logaddexp(sequence, profile), sequence)
 
 

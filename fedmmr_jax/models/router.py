@@ -1,4 +1,4 @@
-"""Item-centric router: which expert speaks for a candidate (FedDMMR,
+"""Item-centric router: how much each expert counts for a candidate (FedDMMR,
 "Item-centric routing")."""
 
 import jax
@@ -18,7 +18,7 @@ class ItemRouter(nn.Module):
   def __call__(self, candidate: jax.Array, train: bool) -> jax.Array:
     """Args:
       candidate: [J, D] float32 item embeddings; with `router_input=features`
-        [J, D + Σ F], the features of each expert behind.
+        [J, D + Σ F], followed by the features of each expert.
       train: whether dropout acts.
 
     Returns:

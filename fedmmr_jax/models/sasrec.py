@@ -12,8 +12,8 @@ class CausalBlock(nn.Module):
   """One transformer block: attention, add & norm, feed-forward, add & norm.
 
   Attributes:
-    num_distances: how far back a window can reach, for biases of the distance;
-      0 = none.
+    num_distances: how far back a window can reach, for relative position
+      biases; 0 = none.
   """
 
   hidden_dim: int
@@ -31,7 +31,7 @@ class CausalBlock(nn.Module):
       x: [L, D] float32 states.
       valid: [L] bool, False at padding, which nothing attends to.
       train: whether dropout acts (consumes the `dropout` key).
-      last_only: compute the last position alone; its value is the same.
+      last_only: compute only the last position; its value is the same.
 
     Returns:
       [L, D], or [1, D] with `last_only`.
@@ -103,7 +103,7 @@ class SASRec(nn.Module):
       embedded: [L, D] float32 item embeddings of the window.
       valid: [L] bool, False at padding.
       train: whether dropout acts.
-      last_only: compute the last block for the last position alone.
+      last_only: compute the last block only for the last position.
 
     Returns:
       [L, D] states, or [1, D] with `last_only`: the sequence representation.

@@ -1,7 +1,7 @@
-"""The acceptance list of the original's report, each point measured.
+"""The acceptance list of the original system's report, each point measured.
 
-A point is {'name', 'target', 'measured', 'passed'}: `passed` is None where the
-run has nothing to measure, a model without experts for instance.
+A point is {'name', 'target', 'measured', 'passed'}; `passed` is None if the run
+has nothing to measure, for instance without experts.
 """
 
 import math

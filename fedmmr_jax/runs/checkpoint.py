@@ -1,11 +1,11 @@
-"""Orbax checkpoints, one atomic step a round; nothing else touches Orbax.
+"""Orbax checkpoints, one atomic step per round; no other module uses Orbax.
 
-`rounds/<n>/` holds the `FederationState` after round n, `Progress`, as custom
-metadata the round's line of `metrics.jsonl`, and `checksums.json` over all of
-its files. A step is written under another name and renamed into place when it
-is complete; a superseded one is renamed before it is removed. Whatever bears a
-round's name is whole, wherever the process was killed; whether it still is what
-was written, the checksums tell.
+`rounds/<n>/` holds the `FederationState` after round n, `Progress`, the round's
+line of `metrics.jsonl` as custom metadata, and `checksums.json` over all of its
+files. A step is written under another name and renamed into place when it is
+complete; a superseded one is renamed before it is removed. A folder named after
+a round is therefore complete, wherever the process was killed; the checksums
+tell whether it has been damaged since.
 """
 
 import concurrent.futures
@@ -35,11 +35,11 @@ _SAVING, _DELETING = '.saving-', '.deleting-'
 
 
 class Progress(NamedTuple):
-  """Where a run stands, beside its state.
+  """Progress of a run, saved with its state.
 
   Attributes:
     best_round: [] int32 round with the best validation so far, 0 = none.
-    best_value: [] float32 its HR@10, sampled protocol; −1 before.
+    best_value: [] float32 its HR@10, sampled protocol; −1 if there is none.
   """
 
   best_round: jax.Array
@@ -50,7 +50,7 @@ class Progress(NamedTuple):
     return cls(jnp.int32(0), jnp.float32(-1.0))
 
   def updated(self, round_number: int, value: float) -> 'Progress':
-    """Progress after a validation; the first of equals stays the best."""
+    """Progress after a validation; in a tie the earlier round stays best."""
     value = jnp.float32(value)  # as saved: a resumed run decides alike
     if value <= self.best_value:
       return self
@@ -111,7 +111,7 @@ class Rounds:
     return saved_rounds(self.folder.parent)
 
   def best(self) -> int:
-    """The round with the best validation; the last one if none had any.
+    """The round with the best validation; the last one if none was validated.
 
     Raises:
       UserError: nothing is saved.
@@ -134,7 +134,8 @@ class Rounds:
     """Reads one round into the structure of `like`, arrays or their shapes.
 
     Raises:
-      UserError: no such round, one that is damaged, or of another structure.
+      UserError: there is no such round, or it is damaged or has another
+        structure.
     """
     with self._reading(round_number):
       if self._metadata(round_number)['moments'] != _layout(like):
@@ -159,9 +160,9 @@ class Rounds:
       )
 
   def metadata(self, round_number: int) -> dict[str, Any]:
-    """{'record': the round's line of metrics.jsonl, 'wall_seconds': spent so
-    far, 'best_round': by then, 0 = none validated, 'moments': CRC-32 of the
-    layout of the server optimizer's state}.
+    """{'record': the round's line of metrics.jsonl, 'wall_seconds': time spent
+    so far, 'best_round': the best by then, 0 = none validated, 'moments':
+    CRC-32 of the layout of the server optimizer's state}.
 
     Raises:
       UserError: no such round, or one that is damaged.
@@ -179,8 +180,8 @@ class Rounds:
     )
 
   def clear_leftovers(self) -> list[pathlib.Path]:
-    """Removes and returns what a killed process left: steps half written or
-    half removed. For the one process that writes here."""
+    """Removes and returns what a killed process left: half-written or
+    half-removed steps. Only for the process that writes here."""
     leftovers = sorted(
       path
       for path in self.folder.iterdir()
@@ -192,7 +193,7 @@ class Rounds:
 
   @contextlib.contextmanager
   def _reading(self, round_number: int) -> Iterator[None]:
-    """Checks a round first, and names what cannot be read."""
+    """Checks a round before it is read, and names what cannot be read."""
     path = self.path(round_number)
     saved = self.numbers()
     if round_number not in saved:
@@ -221,7 +222,7 @@ class Saver:
   """Writes the rounds of one run, in the background, one at a time.
 
   Args:
-    rounds: where to.
+    rounds: where to write.
     config: which rounds stay on disk.
   """
 
@@ -259,7 +260,7 @@ class Saver:
     returns.
 
     Raises:
-      UserError: the round before could not be written.
+      UserError: the previous round could not be written.
     """
     self.wait()
     metadata = {
@@ -313,8 +314,8 @@ class Saver:
       ) from error
 
   def _remove_superseded(self) -> None:
-    """Leaves the last rounds, the best that each of them knows (it is asked
-    for if a run goes on from there) and every m-th."""
+    """Keeps the last rounds, the best round recorded in each of them (needed if
+    a run resumes from there) and every m-th round."""
     keep_last, keep_every = self._config.keep_last, self._config.keep_every
     if not keep_last:
       return
@@ -329,8 +330,8 @@ class Saver:
 
 
 def _give_way() -> None:
-  """Lets training go first where both want a core: halves what saving costs a
-  round (docs/performance.md)."""
+  """Gives training priority over saving on a shared core, which halves the cost
+  of saving per round (docs/performance.md)."""
   if sys.platform == 'linux':  # elsewhere it would be the whole process
     thread = threading.get_native_id()
     os.setpriority(
@@ -339,9 +340,9 @@ def _give_way() -> None:
 
 
 def _context() -> ocp.Context:
-  """How Orbax saves: without a file of devices, because whoever loads has
-  others, and without one of shapes, which the arrays know. Random floats
-  compress by a tenth, which is not worth the time."""
+  """How Orbax saves: without a file of devices, because a loading process has
+  other devices, and without a file of shapes, which the arrays contain. Random
+  floats compress by a tenth, which is not worth the time."""
   context = ocp.Context()
   context.array.saving.enable_write_sharding_file = False
   context.array.saving.array_metadata_store = None
@@ -361,12 +362,11 @@ def _here(tree: Any) -> Any:
 
 @jax.jit
 def _to_disk(checkpoint: Checkpoint) -> Checkpoint:
-  """What is saved, in buffers of its own: the original's are donated.
+  """A copy of what is saved, because the original's buffers are donated.
 
-  Orbax takes 0.7 ms for each array, so the moments of the server optimizer,
-  which nobody looks into, go as one vector of each type. Arrays without an
-  entry (prototypes of a run without texts), which Orbax does not save, are
-  left out.
+  Orbax takes 0.7 ms per array, so the moments of the server optimizer, which
+  nobody inspects, are saved as one vector per type. Empty arrays (prototypes of
+  a run without texts), which Orbax does not save, are left out.
   """
   moments = {}
   for x in jax.tree.leaves(checkpoint.state.server.opt_state):
@@ -397,8 +397,8 @@ def _from_disk(saved: Checkpoint, like: Checkpoint) -> Checkpoint:
 
 
 def _layout(checkpoint: Checkpoint) -> int:
-  """Says whether the vectors of moments mean the same: CRC-32 of the paths and
-  shapes of the server optimizer's state."""
+  """CRC-32 of the paths and shapes of the server optimizer's state; if it is
+  equal, the vectors of moments mean the same."""
   return zlib.crc32(
     '; '.join(
       f'{jax.tree_util.keystr(path)} {x.dtype} {x.shape}'

@@ -1,5 +1,5 @@
-"""Size and CRC-32 of every file of a folder, kept in the folder: is it still
-what was written?"""
+"""Size and CRC-32 of every file of a folder, stored in the folder, to detect
+later damage."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes `checksums.json` over all that is there now."""
+  """Writes `checksums.json` for all files that are there now."""
   sums = {str(path.relative_to(folder)): _sum(path) for path in files(folder)}
   with (folder / NAME).open('w') as file:
     json.dump(sums, file, indent=1)
@@ -30,10 +30,10 @@ def check(folder: pathlib.Path, mend: str) -> None:
 
   Args:
     folder: where they are.
-    mend: what the user can do, the end of an error.
+    mend: what the user can do; error messages end with it.
 
   Raises:
-    UserError: names the first file that is missing or not as it was written.
+    UserError: a file is missing or not as it was written; names the first one.
   """
   try:
     sums = json.loads((folder / NAME).read_text('utf-8'))

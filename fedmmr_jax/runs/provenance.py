@@ -1,5 +1,5 @@
-"""What, beside its settings and its data, decides a run's numbers: the code,
-the packages, the machine."""
+"""What determines a run's numbers besides its settings and data: the code, the
+packages and the machine."""
 
 import hashlib
 import importlib.metadata
@@ -36,7 +36,7 @@ def versions() -> Facts:
 
 
 def jax_versions() -> Facts:
-  """Of the packages those that compile: they decide rounding."""
+  """Versions of the packages that compile, which determine rounding."""
   return {
     name: version
     for name, version in versions().items()
@@ -45,7 +45,7 @@ def jax_versions() -> Facts:
 
 
 def machine() -> Facts:
-  """What of the machine decides rounding."""
+  """The properties of the machine that determine rounding."""
   return {
     'backend': jax.default_backend(),
     'devices': devices.count(),
@@ -55,8 +55,8 @@ def machine() -> Facts:
 
 
 def program() -> Facts:
-  """What results must share to stand in one table. The number of cores is not
-  in it: it moves rounding only."""
+  """What results must share to be compared in one table. The number of cores is
+  not included, because it only changes rounding."""
   return {
     _OWN: versions()[_OWN],
     'source': source_hash(),
@@ -66,7 +66,7 @@ def program() -> Facts:
 
 
 def source_hash(folder: pathlib.Path = _SOURCE) -> str:
-  """Eight digits that change with any Python file of the package."""
+  """Eight digits that change if any Python file of the package changes."""
   digest = hashlib.sha256()
   for path in sorted(folder.rglob('*.py')):
     digest.update(path.relative_to(folder).as_posix().encode() + b'\0')
@@ -75,8 +75,8 @@ def source_hash(folder: pathlib.Path = _SOURCE) -> str:
 
 
 def difference(before: Facts, now: Facts) -> str:
-  """'jax 0.11.1, now 0.11.2; cores 8, now 2', or '' if nothing differs. What
-  was not recorded before is passed over."""
+  """'jax 0.11.1, now 0.11.2; cores 8, now 2', or '' if nothing differs. Values
+  that were not recorded before are skipped."""
   return '; '.join(
     f'{name} {before[name]}, now {now[name]}'
     for name in now

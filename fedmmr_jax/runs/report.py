@@ -1,5 +1,5 @@
-"""`report.html`: a run, or several over one another, as one self-contained
-page, drawn from the files of the run folders."""
+"""`report.html`: one run, or several overlaid, as a self-contained page drawn
+from the files of the run folders."""
 
 import math
 import pathlib
@@ -27,7 +27,7 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """What a figure shows of a run.
+  """A figure of the report.
 
   Attributes:
     title: heading.
@@ -72,8 +72,8 @@ TIME = Panel(
 
 
 def panels(records: Sequence[Record]) -> list[Panel]:
-  """The figures of what was recorded: further ranking metrics beside the first
-  ones, and every metric of training, of as many experts as there are."""
+  """The figures of the recorded metrics: all ranking metrics and all training
+  metrics, for any number of experts."""
   return [
     *(
       Panel(
@@ -89,7 +89,7 @@ def panels(records: Sequence[Record]) -> list[Panel]:
 
 
 def _further(records: Sequence[Record]) -> list[str]:
-  """Ranking metrics of validations that not every run has."""
+  """Validation metrics that not every run has."""
   return list(
     dict.fromkeys(
       metric
@@ -146,7 +146,7 @@ def write(run: RunFolder) -> pathlib.Path:
 
 
 def write_comparison(runs: Sequence[RunFolder], path: pathlib.Path) -> None:
-  """Writes a page with several runs over one another.
+  """Writes a page with several runs overlaid.
 
   Raises:
     UserError: a file that it is drawn from is missing or damaged.
@@ -173,8 +173,8 @@ def write_comparison(runs: Sequence[RunFolder], path: pathlib.Path) -> None:
 
 
 def _common(summaries: Iterable[dict[str, Any] | None]) -> list[str]:
-  """Ranking metrics of the table: the usual ones, and further ones that every
-  finished run has."""
+  """Ranking metrics of the table: the usual ones, and further ones that all
+  finished runs have."""
   tested = [s['test'][metrics.FULL] for s in summaries if s]
   return [metrics.HR, metrics.NDCG, metrics.MRR] + [
     name
@@ -240,7 +240,7 @@ def _draw_all(figures) -> list[Chart]:
 
 
 def draw(title: str, unit: str, series: Sequence[Series]) -> Chart:
-  """Scales series into the drawing area; one without points only keeps its
+  """Scales series into the drawing area; a series without points only keeps its
   colour."""
   axes = _Axes(
     [x for s in series for x, _ in s.points],
@@ -372,7 +372,7 @@ def _round_numbers(low: float, high: float, whole: bool = False) -> list[float]:
 def time_split(
   records: Sequence[Record], summary: dict[str, Any] | None
 ) -> list[tuple[str, float]]:
-  """Seconds of a run by what they went into."""
+  """Seconds of a run by activity."""
   parts = [
     (name, sum(r.get(key, 0.0) for r in records))
     for name, key in (
@@ -408,7 +408,7 @@ def _name(run: RunFolder) -> str:
 
 
 def _distinct(runs: Sequence[RunFolder]) -> list[str]:
-  """Names of folders; whole paths where names come twice."""
+  """Names of folders; full paths if names occur twice."""
   names = [_name(run) for run in runs]
   return [
     name if names.count(name) == 1 else str(run.path)

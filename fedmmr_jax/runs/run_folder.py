@@ -43,10 +43,10 @@ MAY_CHANGE = (
 
 
 def hold(path: pathlib.Path) -> TextIO:
-  """Makes a folder and keeps other processes out until the result is closed.
+  """Makes a folder and locks out other processes until the result is closed.
 
   Raises:
-    UserError: another process is there, or the folder cannot be written.
+    UserError: another process holds it, or the folder cannot be written.
   """
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class RunFolder:
     )
 
   def check_free(self, resume: bool) -> None:
-    """Refuses a folder that holds a run, unless it is to be continued.
+    """Refuses a folder that holds a run, unless it is to be resumed.
 
     Raises:
       UserError: see above, or `path` is no folder.
@@ -95,14 +95,14 @@ class RunFolder:
     dataset: Dataset,
     integrity: Sequence[IntegrityReport] = (),
   ) -> None:
-    """Writes `config.json` and `ids.json` (what the rows of the checkpoints
-    mean), or checks that they fit when a run is continued. From then on no
-    other process may start here, until this object is gone.
+    """Writes `config.json` and `ids.json` (the ids of the checkpoints' rows),
+    or checks that they match when a run is resumed. After that, no other
+    process can start here while this object exists.
 
     Args:
       config: the settings.
       dataset: the data.
-      integrity: what the checks of its features found.
+      integrity: the results of its feature checks.
 
     Raises:
       UserError: the folder's run had other settings or other data, another
@@ -147,12 +147,12 @@ class RunFolder:
 
   @property
   def is_started(self) -> bool:
-    """Does this object hold the folder?"""
+    """Whether this object holds the folder."""
     return self._lock is not None
 
   def moved(self) -> str | None:
-    """A line about what decides rounding and differs from what the run began
-    with: the versions of JAX, the machine. None if nothing does."""
+    """A line about what affects rounding and has changed since the run began:
+    the versions of JAX, the machine. None if nothing has."""
     began = self._read(CONFIG)
     changed = provenance.difference(
       began['versions'] | began.get('machine', {}),
@@ -180,7 +180,7 @@ class RunFolder:
       raise UserError(f'{self.path / CONFIG}: {error}') from None
 
   def integrity(self) -> list[IntegrityReport]:
-    """What the checks of the features found when the run was started."""
+    """The results of the feature checks when the run was started."""
     return [
       IntegrityReport(**report) for report in self._read(CONFIG, 'integrity')
     ]
@@ -190,7 +190,7 @@ class RunFolder:
     return self._read(CONFIG, 'flags')
 
   def check_format(self) -> None:
-    """Raises UserError if the run is of a version whose checkpoints have
+    """Raises UserError if the run was made by a version whose checkpoints have
     another structure."""
     found = self._read(CONFIG).get('format', 1)
     if found != FORMAT:
@@ -200,7 +200,7 @@ class RunFolder:
       )
 
   def check_data(self, dataset: Dataset) -> None:
-    """Raises UserError if this is not the data the run was trained on, or
+    """Raises UserError if this is not the data the run was trained on, or if
     `check_format` does."""
     self.check_format()
     if self.data_fingerprint() != dataset.fingerprint():
@@ -218,8 +218,8 @@ class RunFolder:
     return self._read(IDS)
 
   def records(self) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, nothing if there is none; a half-written
-    last line, left by a killed process, is passed over.
+    """The lines of `metrics.jsonl`, empty if there is no such file; a
+    half-written last line, left by a killed process, is skipped.
 
     Raises:
       UserError: another line is damaged.
@@ -254,16 +254,16 @@ class RunFolder:
     """Makes `metrics.jsonl` end with the record of the last saved round, None
     if there is none.
 
-    A killed process leaves that line out, or half of it, or adds the one of a
-    round it had not saved; and somebody may have moved later, damaged rounds
-    away.
+    A killed process may have omitted that line, written half of it, or added
+    the line of a round it had not saved; and the user may have moved later,
+    damaged rounds away.
     """
     kept = [r for r in self.records() if last and r['round'] < last['round']]
     kept += [last] if last else []
     self._replace(METRICS, ''.join(_dumps(r) + '\n' for r in kept))
 
   def remove_results(self) -> None:
-    """Removes what tells of a finished run, because it goes on."""
+    """Removes the results of a finished run that is being resumed."""
     for name in (SUMMARY, REPORT):
       (self.path / name).unlink(missing_ok=True)
 
@@ -333,7 +333,7 @@ def _with_checksum(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(content: dict[str, Any]) -> int:
-  """CRC-32 of what else is in a file."""
+  """CRC-32 of the other content of a file."""
   return zlib.crc32(
     _dumps({k: v for k, v in content.items() if k != CHECKSUM}).encode()
   )

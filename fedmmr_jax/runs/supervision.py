@@ -1,10 +1,10 @@
-"""What becomes of a process that trains: told when it is stuck, and after it
-has died, how.
+"""Supervision of a training process: detects when it is stuck and, afterwards,
+how it died.
 
 While a run trains, `.process.json` in its folder says what it is doing. A
-process that ends in good order removes the file; one that is left behind tells
-the next process, with the traces that Python's faulthandler leaves at a fatal
-signal (`.crash.txt`), how the last one ended.
+process that ends normally removes the file. If the file is left behind, it
+tells the next process how the last one ended, together with the traces that
+Python's faulthandler leaves at a fatal signal (`.crash.txt`).
 """
 
 import faulthandler
@@ -36,15 +36,15 @@ _SECONDS_A_TICK = 1.0
 
 
 class Supervisor:
-  """Watches over one process that trains, from `__enter__` to `__exit__`.
+  """Watches over one training process, from `__enter__` to `__exit__`.
 
   Args:
     folder: the run folder, which this process has locked.
     stuck_minutes: how long a step may take before the process ends itself with
-      STUCK_STATUS; 0 = for ever. Time in which the whole process is stopped
+      STUCK_STATUS; 0 = no limit. Time in which the whole process is stopped
       (a sleeping machine, SIGSTOP) does not count.
-    hint: how that is done, and how more time is given; ends the line that the
-      process then leaves.
+    hint: how to resume and how to allow more time; the message of a stuck
+      process ends with it.
   """
 
   def __init__(
@@ -81,13 +81,13 @@ class Supervisor:
       (self._folder / name).unlink(missing_ok=True)
 
   def step(self, step: str) -> None:
-    """Says what the process does from now on, as in 'training round 3'."""
+    """Records what the process does from now on, as in 'training round 3'."""
     self._waited = 0.0
     self._record['step'] = step
     self._write()
 
   def note(self, note: str) -> None:
-    """Adds what the next process should know if this one ends now."""
+    """Records what the next process should know if this one ends now."""
     self._record['note'] = note
     self._write()
 
@@ -110,7 +110,7 @@ class Supervisor:
         self._give_up()
 
   def _give_up(self) -> None:
-    """Ends the process, whatever its other threads wait for."""
+    """Ends the process, whatever its other threads are waiting for."""
     step = self._record['step']
     with (self._folder / STUCK).open('w') as file:
       faulthandler.dump_traceback(file)
@@ -132,8 +132,9 @@ class Supervisor:
 
 
 def last_end(folder: pathlib.Path) -> str | None:
-  """How the last process in a run folder ended, in a line; None if in good
-  order. For the process that has locked the folder: none other runs there."""
+  """How the last process in a run folder ended, in one line; None if normally.
+  Only for the process that has locked the folder, so that no other runs there.
+  """
   try:
     record = json.loads((folder / PROCESS).read_text())
     step, note = record['step'], record['note']
@@ -181,7 +182,7 @@ def _fatal_signal(path: pathlib.Path) -> signal.Signals | None:
 
 
 def _boot() -> str:
-  """Names the time since the machine was started; '' where it has no name."""
+  """Identifies the current boot of the machine; '' if that is unknown."""
   try:
     return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
   except OSError:
@@ -189,7 +190,7 @@ def _boot() -> str:
 
 
 def _oom_kills() -> int:
-  """How many processes this machine's kernel has ended for want of memory."""
+  """How many processes this machine's kernel has killed for lack of memory."""
   try:
     lines = pathlib.Path('/proc/vmstat').read_text().splitlines()
   except OSError:

@@ -35,8 +35,8 @@ def train(
     simulation: what to train.
     run: a run folder after `run.start`; its metrics, checkpoints and summary
       are written.
-    on_round: told each finished round's record.
-    on_step: told what comes next, as in 'training round 3'.
+    on_round: called with each finished round's record.
+    on_step: called with what comes next, as in 'training round 3'.
 
   Returns:
     The content of `summary.json`.
@@ -93,7 +93,7 @@ def train(
 def restore(
   simulation: Simulation, run: RunFolder, rounds: Rounds
 ) -> tuple[Checkpoint, int, float]:
-  """(state, its round, seconds spent so far): the last saved, or the start."""
+  """(state, its round, seconds spent so far): the last saved or the initial."""
   if not rounds.numbers():
     # The line of round 1 may be there before the round is.
     if len(run.records()) > 1:
@@ -141,7 +141,7 @@ def validated(
   progress: Progress,
   on_step: Callable[[str], None],
 ) -> tuple[Checkpoint, Record]:
-  """What is saved of a round, with its validation if it is due.
+  """The part of a round that is saved, with its validation if that is due.
 
   Raises:
     UserError: a score is not finite.
@@ -163,7 +163,7 @@ def validated(
 
 
 def due(round_number: int, config: RunConfig) -> bool:
-  """Is this round validated?"""
+  """Whether this round is validated."""
   return (
     round_number % config.evaluation.eval_every == 0
     or round_number == config.server.num_rounds
@@ -171,7 +171,7 @@ def due(round_number: int, config: RunConfig) -> bool:
 
 
 def test(simulation: Simulation, state: FederationState) -> dict[str, Any]:
-  """The part of the summary that is ranking metrics, of a state."""
+  """The ranking metrics of the summary, for a given state."""
   metrics = {
     split: simulation.evaluate(state, split)[0] for split in simulation.splits
   }
@@ -185,7 +185,7 @@ def test(simulation: Simulation, state: FederationState) -> dict[str, Any]:
 def out_of_patience(
   last_round: int, progress: Progress, config: RunConfig
 ) -> bool:
-  """Was this round validated, `patience` or more rounds after the best?"""
+  """Whether a validation was `patience` or more rounds after the best."""
   patience = config.evaluation.patience
   return bool(
     patience
@@ -201,7 +201,7 @@ def describe(
   best_round: int,
   wall_seconds: float,
 ) -> dict[str, Any]:
-  """The part of the summary that is not ranking metrics."""
+  """The rest of the summary, without ranking metrics."""
   seconds = [r['seconds'] for r in records]
   return {
     'best_round': best_round,

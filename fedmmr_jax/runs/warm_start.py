@@ -1,10 +1,10 @@
-"""Warm start: what a run takes over from a saved round of another one.
+"""Warm start: what a run loads from a saved round of another run.
 
-Parameters are loaded by names, see `models/groups.py`. What was asked for is
-loaded whole or the start is refused: a table that silently stays random, or
+Parameters are loaded by name, see `models/groups.py`. A requested group is
+loaded whole, or the run does not start: a table that silently stays random, or
 whose rows mean other items, looks like training that does not work. Items and
-users are matched by their ids in the source. The server optimizer starts
-afresh.
+users are matched by their ids in the source. The server optimizer starts from
+its initial state.
 """
 
 import pathlib
@@ -36,15 +36,15 @@ LOADED, INITIAL, UNFIT = 'loaded', 'initial', 'does not fit'
 
 
 class Part(NamedTuple):
-  """What became of one part of the two models.
+  """The outcome for one part of the two models.
 
   Attributes:
     name: path of parameters, or 'memories'.
     group: the group of parameters it belongs to.
-    status: LOADED, INITIAL (left as this run draws it) or UNFIT (only the
+    status: LOADED, INITIAL (keeps this run's initial values) or UNFIT (only the
       other run has it).
-    count: numbers in it.
-    note: how rows were matched, or why it was left.
+    count: how many numbers it has.
+    note: how rows were matched, or why it was not loaded.
   """
 
   name: str
@@ -55,15 +55,15 @@ class Part(NamedTuple):
 
 
 class WarmStart(NamedTuple):
-  """What is taken over, on the host.
+  """What is loaded, on the host.
 
   Attributes:
     source: folder of the round it comes from.
     params: path -> parameter.
     memories: of all clients, with the global prototypes: the fields of
-      `FederationState.memories` and, where the experts attend to them, of
-      `ServerState.prototypes`; None unless asked for.
-    table: a row for each part.
+      `FederationState.memories` and, if the experts attend to them, of
+      `ServerState.prototypes`; None unless requested.
+    table: one row per part.
   """
 
   source: pathlib.Path
@@ -72,7 +72,7 @@ class WarmStart(NamedTuple):
   table: list[Part]
 
   def put_into(self, state: FederationState) -> FederationState:
-    """A fresh state with what is taken over in its place."""
+    """A fresh state with the loaded values put in."""
     server = state.server._replace(
       params=jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.asarray(self.params.get(groups.path_text(path), x)),
@@ -97,11 +97,11 @@ def load(
   Args:
     config: the run that starts.
     dataset: its data.
-    fresh: its state before round 1, or the shapes of it.
+    fresh: its state before round 1, or the shapes of that state.
 
   Raises:
-    UserError: the path holds no round, a part of a group that was asked for
-      would be left as it is, or would come to mean something else.
+    UserError: the path holds no round, or part of a requested group would keep
+      its initial values or change its meaning.
   """
   run, number = find(config.start.pretrained_path)
   rounds = Rounds(run.path)
@@ -145,7 +145,7 @@ def _take(
   rows: np.ndarray | None,
   refuse,
 ) -> tuple[dict[str, Any], list[Part]]:
-  """The parameters that are taken over, and what is to say of each."""
+  """The parameters that are loaded, and the table row of each part."""
   params: dict[str, Any] = {}
   table = []
   askers = _askers(wanted)
@@ -180,12 +180,12 @@ def _take(
 
 
 def _askers(wanted: Sequence[str]) -> dict[str, str]:
-  """Group, or path of parameters -> which of the names asks for it."""
+  """Group or parameter path -> the name that asks for it."""
   return {path: name for name in wanted for path in groups.paths_of(name)}
 
 
 def _asker(parameter: str, askers: dict[str, str]) -> str | None:
-  """Which of the names asks for the whole of a top-level parameter."""
+  """The name that asks for the whole of a top-level parameter."""
   return next(
     (n for p, n in askers.items() if groups.is_within(parameter, p)), None
   )
@@ -198,7 +198,7 @@ def _below(name: str, askers: dict[str, str]) -> list[str]:
 
 
 def _at(tree: Any, path: str) -> Any:
-  """What is at a path of a tree of dicts; None where nothing is."""
+  """The value at a path of a tree of dicts; None if there is none."""
   for step in path.split('/'):
     tree = tree.get(step) if isinstance(tree, dict) else None
   return tree
@@ -209,8 +209,8 @@ def _joined(place: str, path: str) -> str:
 
 
 def find(path: str, setting: str = 'pretrained_path') -> tuple[RunFolder, int]:
-  """A run and a round of it: a run's folder means its best round,
-  `RUN/rounds/N` that one.
+  """A run and one of its rounds: a run folder stands for its best round,
+  `RUN/rounds/N` for that round.
 
   Raises:
     UserError: there is no run, or no round; it names the setting.
@@ -229,7 +229,7 @@ def find(path: str, setting: str = 'pretrained_path') -> tuple[RunFolder, int]:
 
 
 def named_parameters(config: RunConfig) -> list[str]:
-  """Names of parameters that `load` has, beside the word for all groups."""
+  """The parameter names in `load`, without the word for all groups."""
   return [
     n for n in config.start.load_groups if n not in (ALL_GROUPS, MEMORIES)
   ]
@@ -281,7 +281,7 @@ _MEANING = {
 def _check_meaning(
   wanted, config: RunConfig, dataset: Dataset, run: RunFolder, refuse
 ) -> None:
-  """Refuses what would fit, and come to mean something else."""
+  """Refuses parameters that would fit but mean something else."""
   # Whatever their files and flags are called.
   same_data = run.data_fingerprint() == dataset.fingerprint()
   for name in wanted:
@@ -292,7 +292,7 @@ def _check_meaning(
 
 
 def _groups_of(name: str) -> list[str]:
-  """The groups of parameters of which a name asks for something."""
+  """The parameter groups of which some name asks for a part."""
   if name == MEMORIES:
     return [MEMORIES]
   return [
@@ -304,7 +304,7 @@ def _groups_of(name: str) -> list[str]:
 def _check_group(
   group: str, config: RunConfig, other: RunConfig, same_data: bool, refuse
 ) -> None:
-  """Refuses what two configs or data sets make of parameters of a group."""
+  """Refuses a group whose parameters mean something else in the two runs."""
   before, here = _meaning(other), _meaning(config)
   for name in _MEANING.get(group, ()):
     if before[name] != here[name] and not (name == 'dataset' and same_data):
@@ -336,7 +336,7 @@ def _check_group(
 
 
 def _meaning(config: RunConfig) -> dict[str, Any]:
-  """Its settings, of parts only what gives arrays another meaning."""
+  """A config's settings; of its parts, only what gives arrays their meaning."""
   memory = f'{config.memory.name},capacity={config.memory.capacity}'
   if isinstance(config.memory, TwoTierMemory):
     memory += f',long_term_capacity={config.memory.long_term_capacity}'
@@ -347,7 +347,7 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
 
 
 def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
-  """[V] which row of the other item table each item has there."""
+  """[V] row of each item in the other run's item table."""
   # Row 0 is padding on both sides; an item may bear its id, 0, too.
   theirs = {item: row for row, item in enumerate(run.ids()['item_ids']) if row}
   own = dataset.item_ids[1:].tolist()
@@ -371,7 +371,7 @@ def _matched(rows, name: str, theirs) -> str:
 
 
 def _check_whole(own: Any, found: Any, name: str, asker: str, refuse) -> None:
-  """Every array of this model must have one of its shape there."""
+  """Checks that the other run has every array of this model, in its shape."""
   found = named_arrays(found)
   for path, x in named_arrays(own).items():
     if not x.size:  # prototypes of a run without texts, which are not saved
@@ -387,7 +387,7 @@ def _check_whole(own: Any, found: Any, name: str, asker: str, refuse) -> None:
 
 
 def _with_empty(own: Any, found: Any) -> Any:
-  """What was found, and the arrays without an entry, which are not saved."""
+  """What was found, plus the empty arrays, which are not saved."""
   return jax.tree.map(
     lambda x, y: y if x.size else np.zeros(x.shape, x.dtype), own, found
   )
