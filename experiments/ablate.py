@@ -63,7 +63,7 @@ def main() -> None:
     )
   variants = variants_lib.read(app.find_file(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
-  loaded = load.load(base.data, base.seed)
+  loaded = load.load(base)
   print(console.data_report(loaded))
   print(
     f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n', flush=True

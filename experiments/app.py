@@ -172,7 +172,7 @@ def load_round(
     UserError: the round cannot be read, or the data is not the run's.
   """
   config = run.config().changed(given).validate()
-  loaded = load.load(config.data, config.seed)
+  loaded = load.load(config)
   run.check_data(loaded.dataset)
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
   saved = rounds.load(number, training.structure(simulation))

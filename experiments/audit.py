@@ -43,7 +43,7 @@ def main() -> None:
   if app.WORKDIR.value:
     before = app.open_run().flags()
   config = app.config_from_flags(before)
-  loaded = load.load(config.data, config.seed)
+  loaded = load.load(config)
   if app.WORKDIR.value:
     RunFolder(app.WORKDIR.value).check_data(loaded.dataset)
   print(console.data_report(loaded) + '\n', file=sys.stderr)

@@ -90,7 +90,7 @@ def main() -> None:
     raise UserError(
       'the benchmark has no parts for --drift_control; leave it out'
     )
-  dataset = load.load(config.data, config.seed).dataset
+  dataset = load.load(config).dataset
   # An own cache: a compilation is cold the first time, whatever ran before.
   with tempfile.TemporaryDirectory() as cache:
     jax.config.update('jax_compilation_cache_dir', cache)

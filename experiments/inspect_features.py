@@ -45,7 +45,7 @@ def main() -> None:
   if _OUT.value:  # before any work
     figures.check_path(_OUT.value)
   config = app.config_from_flags()
-  loaded = load.load(config.data, config.seed)
+  loaded = load.load(config)
   dataset = loaded.dataset
   kinds = list(dataset.features)
   if not kinds:

@@ -85,7 +85,7 @@ def main() -> None:
 
 def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   """Trains one run to its end and writes its report."""
-  loaded = load.load(config.data, config.seed)
+  loaded = load.load(config)
   print(console.data_report(loaded))
   simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
   print(console.banner(simulation))

@@ -483,9 +483,14 @@ def test_benchmark(ml_1m):
 
 def test_a_run_from_the_shell(ml_1m, tmp_path):
   flags = (*TINY, f'--data_dir={ml_1m}', f'--workdir={tmp_path / "run"}')
-  out, _ = run('train', *flags, '--experts=none', '--num_rounds=1')
+  matrix = np.random.default_rng(0).normal(size=(31, 4))
+  matrix[0] = 0
+  np.save(ml_1m / 'audio_features.npy', matrix)
+  out, _ = run('train', *flags, '--experts=audio', '--num_rounds=1')
   assert 'round 1/1' in out and 'test, full' in out
+  assert 'audio  features  ok' in out
   line = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[0]
-  assert json.loads(line)['train']['w_visual'] is None
+  weights = json.loads(line)['train']
+  assert weights['w_visual'] is None and 'w_audio' in weights
   out, _ = run('inspect_checkpoint', f'--workdir={tmp_path / "run"}', 'list')
   assert '<- best' in out
