@@ -23,6 +23,9 @@ SYNTHETIC = 'synthetic'
 # models/feddmmr.py.
 GROUPS = ('embeddings', 'backbone', 'experts', 'router', 'fusion')
 ALL_GROUPS, MEMORIES = 'all', 'memories'
+# Those of the original, `experts=both`; a set without their features does
+# without them.
+ORIGINAL_EXPERTS = ('visual', 'semantic')
 NOT_MEASURED = 'not measured'
 
 
@@ -612,7 +615,7 @@ class ModelConfig(_Settings):
     Raises:
       UserError: a name twice, or one that is no plain word.
     """
-    text = {'both': 'visual,semantic', 'none': ''}.get(
+    text = {'both': ','.join(ORIGINAL_EXPERTS), 'none': ''}.get(
       self.experts, self.experts
     )
     forms: dict[str, str] = {}

@@ -21,6 +21,7 @@ from fedmmr_jax.config import (
   ContentInit,
   DataConfig,
   EvaluationConfig,
+  ORIGINAL_EXPERTS,
   RunConfig,
   StartConfig,
   TwoTierMemory,
@@ -558,18 +559,7 @@ def build(
       f'`global_memory={config.global_memory}` needs the semantic expert and '
       'text features: the prototypes are clusters of texts'
     )
-  content = np.zeros((dataset.num_rows, 0), np.float32)
-  start = config.model.item_embedding
-  if isinstance(start, ContentInit):
-    if not (dataset.features or start.collaborative_dim):
-      raise UserError(
-        f'`item_embedding={start}` needs item features; give some, or say '
-        '`item_embedding=id`'
-      )
-    content = content_lib.components(
-      list(dataset.features.values()) or [content], config.model.hidden_dim
-    )
-    content = collaborative.put_into(content, dataset, config)
+  content = _content(config, dataset)
   simulation = Simulation(
     config=config,
     model=FedDMMR(config.model, dataset.num_rows, modalities),
@@ -607,7 +597,7 @@ def _modalities(
   for modality in experts_lib.of(config.model):
     if modality.features in dataset.features:
       found.append(modality)
-    elif modality.name not in experts_lib.EXPERTS:
+    elif modality.name not in ORIGINAL_EXPERTS:
       raise UserError(
         f'`experts` names {modality.name}, but the data set has no '
         f'{modality.features} features; put {modality.features}_features.npy '
@@ -617,12 +607,34 @@ def _modalities(
 
 
 def _scaled(features: np.ndarray, config: RunConfig) -> np.ndarray:
-  """[V, F] what an expert sees of a feature matrix, [V, F'] float32."""
+  """[V, F'] float32, what an expert sees of a feature matrix [V, F]."""
   if config.data.feature_scaling == 'centred':
     return content_lib.centred(features)
   if config.data.feature_scaling == 'components':
     return content_lib.components([features], config.model.hidden_dim)
   return features
+
+
+def _content(config: RunConfig, dataset: Dataset) -> np.ndarray:
+  """[V, D] float32 the items' content, see `content.components`; [V, 0] where
+  their embeddings do not start from it.
+
+  Raises:
+    UserError: there is nothing to make it of.
+  """
+  nothing = np.zeros((dataset.num_rows, 0), np.float32)
+  start = config.model.item_embedding
+  if not isinstance(start, ContentInit):
+    return nothing
+  if not (dataset.features or start.collaborative_dim):
+    raise UserError(
+      f'`item_embedding={start}` needs item features; give some, or say '
+      '`item_embedding=id`'
+    )
+  content = content_lib.components(
+    list(dataset.features.values()) or [nothing], config.model.hidden_dim
+  )
+  return collaborative.put_into(content, dataset, config)
 
 
 def _to_device(

@@ -195,8 +195,7 @@ def combine(
     load_balance: scalar.
     importance: [T] factors of the recommendation losses, or 1.
     profile: [T] losses of the client's profile alone; None without profiles.
-    profile_weight: of these.
-    profile_weight: of these.
+    profile_weight: weight of these losses.
 
   Returns:
     The terms.

@@ -136,15 +136,21 @@ def step_loss(
   contrasts = pairs * bool(config.loss.contrastive)
   usable = scores.counted & jnp.any(candidates.available, axis=-1)
   step_metrics = {
-    'loss': metrics_lib.mean(terms.total, count),
-    'rec_loss': metrics_lib.mean(terms.rec, count),
-    'contrastive_loss': metrics_lib.mean(terms.contrastive, contrasts),
-    'load_balance_loss': metrics_lib.mean(balance, pairs),
-    'instance_weight': metrics_lib.mean(terms.instance_weight, contrasts),
-    'hardest_share': metrics_lib.mean(terms.hardest_share, contrasts),
-    'instance_weight_shares': metrics_lib.mean(terms.weight_shares, contrasts),
+    metrics_lib.LOSS: metrics_lib.mean(terms.total, count),
+    metrics_lib.REC_LOSS: metrics_lib.mean(terms.rec, count),
+    metrics_lib.CONTRASTIVE_LOSS: metrics_lib.mean(
+      terms.contrastive, contrasts
+    ),
+    metrics_lib.BALANCE_LOSS: metrics_lib.mean(balance, pairs),
+    metrics_lib.INSTANCE_WEIGHT: metrics_lib.mean(
+      terms.instance_weight, contrasts
+    ),
+    metrics_lib.HARDEST_SHARE: metrics_lib.mean(terms.hardest_share, contrasts),
+    metrics_lib.WEIGHT_SHARES: metrics_lib.mean(terms.weight_shares, contrasts),
   } | {
-    f'w_{m.name}': metrics_lib.over(candidates.weights[:, number], usable)
+    metrics_lib.ROUTER_WEIGHT + m.name: metrics_lib.over(
+      candidates.weights[:, number], usable
+    )
     for number, m in enumerate(model.modalities)
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
@@ -270,10 +276,13 @@ def memory_metrics(
   """Fill of a training client's memory and age of its entries in processed
   samples; empty without a memory."""
   if memory is None or trains is None:
-    return {'memory_fill': metrics_lib.EMPTY, 'memory_age': metrics_lib.EMPTY}
+    return {
+      metrics_lib.MEMORY_FILL: metrics_lib.EMPTY,
+      metrics_lib.MEMORY_AGE: metrics_lib.EMPTY,
+    }
   return {
-    'memory_fill': metrics_lib.mean(memory_lib.fill(memory), trains),
-    'memory_age': metrics_lib.over(
+    metrics_lib.MEMORY_FILL: metrics_lib.mean(memory_lib.fill(memory), trains),
+    metrics_lib.MEMORY_AGE: metrics_lib.over(
       memory.clock - memory.last_update, memory.item > 0
     ),
   }
@@ -571,8 +580,8 @@ def fill_memory(
 
 def gradient_norms(model: FedDMMR) -> dict[str, str]:
   """Maps each metric to the top-level parameter whose gradient norm it is."""
-  return {'gradient_backbone': 'backbone'} | {
-    f'gradient_{m.name}': f'{m.name}_expert' for m in model.modalities
+  return {metrics_lib.GRADIENT + metrics_lib.BACKBONE: 'backbone'} | {
+    metrics_lib.GRADIENT + m.name: f'{m.name}_expert' for m in model.modalities
   }
 
 
@@ -581,16 +590,16 @@ def empty_metrics(model: FedDMMR) -> dict[str, Mean]:
   return {
     name: metrics_lib.EMPTY
     for name in (
-      'loss',
-      'rec_loss',
-      'contrastive_loss',
-      'load_balance_loss',
-      'instance_weight',
-      'hardest_share',
-      *(f'w_{m.name}' for m in model.modalities),
+      metrics_lib.LOSS,
+      metrics_lib.REC_LOSS,
+      metrics_lib.CONTRASTIVE_LOSS,
+      metrics_lib.BALANCE_LOSS,
+      metrics_lib.INSTANCE_WEIGHT,
+      metrics_lib.HARDEST_SHARE,
+      *(metrics_lib.ROUTER_WEIGHT + m.name for m in model.modalities),
       *gradient_norms(model),
     )
-  } | {'instance_weight_shares': metrics_lib.empty((losses.WEIGHT_BINS,))}
+  } | {metrics_lib.WEIGHT_SHARES: metrics_lib.empty((losses.WEIGHT_BINS,))}
 
 
 def _window_order(

@@ -6,7 +6,13 @@ from typing import cast, NamedTuple, Sequence
 
 import numpy as np
 
-from fedmmr_jax.config import DataConfig, RunConfig, SYNTHETIC, Timeline
+from fedmmr_jax.config import (
+  DataConfig,
+  ORIGINAL_EXPERTS,
+  RunConfig,
+  SYNTHETIC,
+  Timeline,
+)
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.data import columns, features, formats, items, synthetic
 from fedmmr_jax.data.cold import ColdSplit
@@ -16,9 +22,6 @@ from fedmmr_jax.data.formats import ColumnNames, Source
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.data.selection import Filters, select, Selected
 from fedmmr_jax.errors import UserError
-
-# Experts whose features these are (`models.experts`).
-_STANDARD = ('visual', 'semantic')
 
 
 class Loaded(NamedTuple):
@@ -53,7 +56,7 @@ def load(config: RunConfig | DataConfig, seed: int = 0) -> Loaded:
   others: list[str] = []
   if isinstance(config, RunConfig):
     seed = config.seed
-    others = [n for n in config.model.expert_forms if n not in _STANDARD]
+    others = [n for n in config.model.expert_forms if n not in ORIGINAL_EXPERTS]
     config = config.data
   loaded = (
     _load_synthetic(config, seed)

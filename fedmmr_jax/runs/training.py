@@ -9,12 +9,11 @@ from typing import Any, Callable, Iterable
 import jax
 
 from fedmmr_jax import metrics as metrics_lib
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.config import ORIGINAL_EXPERTS, RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.round import FederationState
-from fedmmr_jax.models.experts import EXPERTS
 from fedmmr_jax.runs import acceptance
 from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
 from fedmmr_jax.runs.run_folder import RunFolder
@@ -131,7 +130,7 @@ def _rounds_left(
 _ABSENT = {
   family + name: None
   for family in (metrics_lib.ROUTER_WEIGHT, metrics_lib.GRADIENT)
-  for name in EXPERTS
+  for name in ORIGINAL_EXPERTS
 }
 
 
