@@ -184,6 +184,10 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
     (dict(item_embedding='content_plus_id'), '`item_embedding=id`, not'),
     (dict(experts='none', load='router'), 'has no router; it has embeddings'),
     (dict(fusion='gated', load='fusion'), '`fusion=residual`, not gated'),
+    (
+      dict(experts='semantic,visual', load='router'),
+      '`experts=visual,semantic`, not semantic,visual',
+    ),
     (dict(similarity='dot', load='experts'), '`similarity=cosine`, not dot'),
     (dict(experts='none', load='all,router'), 'has no router; it has'),
     (

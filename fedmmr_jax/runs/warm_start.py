@@ -272,7 +272,8 @@ _MEANING = {
     'fusion',
     'similarity',
   ),
-  'router': ('router_input', 'feature_scaling'),
+  # Its outputs are in the order of the experts.
+  'router': ('experts', 'router_input', 'feature_scaling'),
   'fusion': ('fusion',),
   MEMORIES: ('memory',),
 }
@@ -341,6 +342,7 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
   if isinstance(config.memory, TwoTierMemory):
     memory += f',long_term_capacity={config.memory.long_term_capacity}'
   return config.as_flat_dict() | {
+    'experts': ','.join(config.model.expert_forms),
     'fusion': config.model.fusion.name,
     'memory': memory,
   }
