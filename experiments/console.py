@@ -177,8 +177,8 @@ def _history_lines(model: ModelConfig) -> list[str]:
   if isinstance(start, ContentInit) and start.collaborative_dim:
     lines.append(
       f'items      {start.collaborative_dim} of {model.hidden_dim} '
-      'directions of their content are co-occurrence, as cohorts that would '
-      f'make {start.collaborative_rounds} rounds sketched it'
+      'directions of their content are co-occurrence, sketched before round 1 '
+      f'by {start.collaborative_rounds} cohorts'
     )
   if model.profile:
     lines.append(
