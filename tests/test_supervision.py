@@ -16,25 +16,31 @@ from fedmmr_jax.runs.checkpoint import Rounds
 from fedmmr_jax.runs.supervision import Supervisor
 from tests import small, test_kill
 
-# Runs training with a round 3 that never ends.
-HANGING = """
-import time
+# Runs training with a round 3 that takes so many seconds longer, and may take 12:
+# any other step compiles, for as long as the machine needs.
+SLOW = """
+import sys, time
 from experiments import app, train
+from fedmmr_jax.runs.supervision import Supervisor
 from fedmmr_jax.simulation import Simulation
-run_round = Simulation.run_round
+seconds = float(sys.argv.pop(1))
+run_round, step = Simulation.run_round, Supervisor.step
 def hang(self, state, number, cohort):
   if number == 3:
-    time.sleep(1000)
+    time.sleep(seconds)
   return run_round(self, state, number, cohort)
-Simulation.run_round = hang
+def limit(self, name):
+  self._seconds = 12 if name == 'training round 3' else 3600
+  step(self, name)
+Simulation.run_round, Supervisor.step = hang, limit
 app.run(train.main)
 """
 
 
-def start(workdir, *flags, hanging: bool = False, **options):
+def start(workdir, *flags, slower: float = 0, **options):
   command = test_kill.command(workdir)
-  if hanging:
-    command = [sys.executable, '-c', HANGING, *command[3:]]
+  if slower:
+    command = [sys.executable, '-c', SLOW, str(slower), *command[3:]]
   return subprocess.Popen(
     [*command, '--num_rounds=4', '--keep_last=0', *flags],
     cwd=test_kill.ROOT,
@@ -70,8 +76,10 @@ def straight(tmp_path_factory):
   return state(workdir)
 
 
-def wait_for_round(workdir, number: int) -> None:
-  while not (workdir / 'rounds' / str(number)).exists():
+def wait_for_round_3(workdir) -> None:
+  while not (workdir / 'rounds' / '2').exists():
+    time.sleep(0.01)
+  while 'training round 3' not in (workdir / supervision.PROCESS).read_text():
     time.sleep(0.01)
 
 
@@ -86,11 +94,8 @@ def wait_for_round(workdir, number: int) -> None:
 def test_the_next_process_says_how_the_last_one_died(
   tmp_path, straight, number, told
 ):
-  with start(tmp_path / 'run', hanging=True) as process:
-    wait_for_round(tmp_path / 'run', 2)
-    record = tmp_path / 'run' / supervision.PROCESS
-    while 'training round 3' not in record.read_text():
-      time.sleep(0.01)
+  with start(tmp_path / 'run', slower=1000) as process:
+    wait_for_round_3(tmp_path / 'run')
     process.send_signal(number)
     process.communicate()
   assert process.returncode == -number
@@ -101,7 +106,7 @@ def test_the_next_process_says_how_the_last_one_died(
 
 @pytest.mark.slow
 def test_a_stuck_run_says_so_and_ends(tmp_path, straight):
-  with start(tmp_path / 'run', '--stuck_minutes=0.2', hanging=True) as process:
+  with start(tmp_path / 'run', slower=1000) as process:
     _, err = process.communicate()
   assert process.returncode == supervision.STUCK_STATUS
   assert err.strip().count('\n') == 0
@@ -118,9 +123,9 @@ def test_a_stuck_run_says_so_and_ends(tmp_path, straight):
 def test_a_machine_that_sleeps_is_not_stuck(tmp_path, straight):
   """Stopped for longer than a step may take; and at low priority."""
   with start(
-    tmp_path / 'run', '--stuck_minutes=0.2', preexec_fn=lambda: os.nice(10)
+    tmp_path / 'run', slower=4, preexec_fn=lambda: os.nice(10)
   ) as process:
-    wait_for_round(tmp_path / 'run', 1)
+    wait_for_round_3(tmp_path / 'run')
     process.send_signal(signal.SIGSTOP)
     time.sleep(float(os.environ.get('FEDMMR_SLEEP', 14)))
     process.send_signal(signal.SIGCONT)
