@@ -27,6 +27,7 @@ from experiments import app, benchmark_reading, console
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import scoring, windows
 from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.client import view as view_lib
 from fedmmr_jax.client.drift import Cohort
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
@@ -297,7 +298,15 @@ def _step_flops(simulation: Simulation) -> float:
       batch,
       negative,
       broadcast.catalogue,
-      client_lib.memory_view(model, memory, broadcast, config),
+      view_lib.view(
+        model,
+        memory,
+        broadcast.catalogue,
+        broadcast.prototypes,
+        view_lib.asked_in_training(batch, negative),
+        view.history,
+        config.memory,
+      ),
       jax.random.key(1),
       config,
     )

@@ -6,8 +6,7 @@
 
 The run's own settings are used. If the data has moved, `--data_dir`,
 `--visual_features` and `--text_features` name its new place; `--eval_clients`
-ranks more or fewer clients, and `--warm_memory` fills the memories of clients
-that were never sampled. Protocols: fedmmr_jax/evaluation/user_results.py.
+ranks more or fewer clients. Protocols: fedmmr_jax/evaluation/user_results.py.
 """
 
 import json
@@ -81,11 +80,6 @@ _FEATURES = flags.DEFINE_enum(
   'Does the model look at them? The run of --compare keeps its own',
 )
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
-_WARM_MEMORY = flags.DEFINE_boolean(
-  'warm_memory',
-  None,
-  'fill the memories of clients that were never sampled; default: as the run',
-)
 
 # What the tables of slices and differences show.
 _HEADLINES = (metrics_lib.HR, metrics_lib.NDCG)
@@ -137,7 +131,7 @@ def _results(
   """
   given = same | {
     flag.name: flag.value
-    for flag in (_DATA_DIR, _VISUAL, _TEXT, _WARM_MEMORY, _CLIENTS, _METRICS)
+    for flag in (_DATA_DIR, _VISUAL, _TEXT, _CLIENTS, _METRICS)
     if flag.value is not None
   }
   loaded, simulation, state = app.load_round(run, rounds, number, given)

@@ -182,6 +182,17 @@ class MemoryRule(Part):
   retrieval_size: int = _field(
     20, 'R, entries that the experts attend to', minimum=1
   )
+  sees: str = _field(
+    'past',
+    'which entries a candidate meets (client/view.py); past: those of what its '
+    'client consumed before, never its own; stored: all (the original)',
+    choices=('past', 'stored'),
+  )
+
+  @property
+  def least_surprise(self) -> float:
+    """From which on a positive is remembered."""
+    return 0.0
 
   @property
   def num_slots(self) -> int:
@@ -211,6 +222,7 @@ class NoMemory(MemoryRule):
   name = 'none'
   capacity: int = dataclasses.field(default=50, init=False)
   retrieval_size: int = dataclasses.field(default=20, init=False)
+  sees: str = dataclasses.field(default='past', init=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +244,10 @@ class SurpriseMemory(UtilityMemory):
   threshold: float = _field(
     0.3, 'a positive whose pairwise loss is below is not remembered'
   )
+
+  @property
+  def least_surprise(self) -> float:
+    return self.threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -879,12 +895,6 @@ class EvaluationConfig(_Settings):
     'items scored at a time for each of them; a block of clients and '
     'items should fit the caches of a CPU, a GPU wants larger ones',
     minimum=1,
-  )
-  warm_memory: bool = _field(
-    False,
-    'before evaluation, fill the memories of clients that were never sampled '
-    'by a forward pass over their training history',
-    evidence=NOT_MEASURED,
   )
 
   @property

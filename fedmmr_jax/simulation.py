@@ -13,7 +13,6 @@ from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import optimizers
 from fedmmr_jax.client import drift as drift_lib
 from fedmmr_jax.client.drift import DriftControl
-from fedmmr_jax.client.memory import Memory
 from fedmmr_jax.client.update import ClientProgram
 from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
@@ -282,7 +281,7 @@ class Simulation:
       self.compiled_config,
       on.max_items,
       state.server,
-      self._memories(state, on.clients),
+      state.memories,
       on.split,
       on.clients,
       self.config.evaluation.clients_per_eval_chunk,
@@ -304,18 +303,17 @@ class Simulation:
       UserError: a score is NaN or infinite.
     """
     history = self.dataset.sequence(client)
-    length = self.config.model.max_seq_len
-    padded = np.zeros(length + self.max_items, np.int32)
-    padded[len(padded) - len(history) :] = history
+    padded = np.zeros(self.max_items, np.int32)
+    padded[: len(history)] = history
     scores = np.array(
       ranking.score_client(
         self.model,
         self.compiled_config,
         state.server,
         padded,
-        jax.tree.map(
-          lambda x: x[client], self._memories(state, np.array([client]))
-        ),
+        np.int32(len(history)),
+        self.num_train[client].astype(np.int32),
+        jax.tree.map(lambda x: x[client], state.memories),
         self.catalogue,
       )
     )
@@ -496,24 +494,6 @@ class Simulation:
       np.intersect1d(clients, self.dataset.tested)
       if split == 'test'
       else clients
-    )
-
-  def _memories(
-    self, state: FederationState, clients: np.ndarray
-  ) -> Memory | None:
-    """Those of the state; of these [n] clients warm, if the config says so."""
-    if state.memories is None or not self.config.evaluation.warm_memory:
-      return state.memories
-    chunks = round_lib.chunked(
-      clients, self.num_train, self.config.server.clients_per_chunk
-    )
-    return round_lib.warm_memories(
-      self.program,
-      state,
-      chunks,
-      round_lib.warm_key(self.config.seed),
-      self.catalogue,
-      self.data,
     )
 
 

@@ -17,6 +17,11 @@ from fedmmr_jax.federation import collaborative
 from tests import small
 from tests.test_cli import run, TINY
 
+OF_EXPERTS = {
+  "memory: a target's own entry",
+  'memory: what came later',
+  'memory: what came before',
+}
 CLEAN = {
   'training negatives',
   'windows',
@@ -64,8 +69,20 @@ def failed(checks):
 )
 def test_a_clean_run_is_found_clean(changes):
   checks = audit.all_checks(simulation(**changes))
-  assert {check.name for check in checks} == CLEAN
+  expected = CLEAN | (OF_EXPERTS if 'experts' in changes else set())
+  assert {check.name for check in checks} == expected
   assert not failed(checks)
+
+
+@pytest.mark.slow
+def test_experts_that_see_the_answer_are_found():
+  checks = audit.all_checks(
+    simulation(
+      experts='semantic',
+      memory='surprise,capacity=8,retrieval_size=4,threshold=0,sees=stored',
+    )
+  )
+  assert failed(checks) == OF_EXPERTS
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ def outcomes(folder: pathlib.Path) -> dict[str, np.ndarray]:
     experts='semantic',
     client_optimizer='sgd',
     client_learning_rate=0.1,
-    warm_memory=True,
     drift_control='scaffold',
     client_fraction=0.55,
   )  # 5 clients, 3 chunks
@@ -88,7 +87,7 @@ def test_another_number_of_workers_changes_no_bit(workers):
   ends = []
   for count in (1, 3):
     workers(count)
-    simulation = small.simulation(client_fraction=0.55, warm_memory=True)
+    simulation = small.simulation(client_fraction=0.55)
     state = simulation.init_state()
     for number in (1, 2):
       state, means = simulation.run_round(

@@ -152,30 +152,17 @@ def test_scores_use_the_items_before_the_target(simulation):
   data = small.dataset()
   for index in (0, 8):
     history = data.sequence(index)
-    window = np.zeros(6, np.int32)
-    known = history[:-2][-6:]
-    window[-len(known) :] = known
     scores = np.asarray(
-      ranking.score_catalogue(
+      ranking.score_next(
         simulation.model,
         simulation.config,
         broadcast,
-        jnp.asarray(window),
+        jnp.asarray(history),
+        len(history) - 2,
+        len(history) - 2,
         jax.tree.map(lambda x: x[index], state.memories),
       )
     )
     unseen = np.setdiff1d(np.arange(1, data.num_rows), history[:-1])
     margin = scores[unseen] - scores[history[-2]]
     assert abs(int((margin >= 0).sum()) - int(ranks.full[index])) <= 1
-
-
-@pytest.mark.slow
-def test_warm_memory_fills_every_client_without_touching_the_state():
-  simulation = small.simulation(warm_memory=True)
-  state = simulation.init_state()
-  warmed, _ = simulation.evaluate(state, 'val')
-  cold, _ = dataclasses.replace(simulation, config=small.config()).evaluate(
-    state, 'val'
-  )
-  assert not np.asarray(state.memories.clock).any()
-  assert warmed != cold

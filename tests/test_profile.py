@@ -237,7 +237,6 @@ def test_who_has_nothing_before_the_window_gets_recommendations():
       drift_control='scaffold',
       client_optimizer='sgd',
       objective='last',
-      warm_memory=True,
     ),
   ],
 )

@@ -16,8 +16,8 @@ from fedmmr_jax.runs.checkpoint import Rounds
 from fedmmr_jax.runs.supervision import Supervisor
 from tests import small, test_kill
 
-# Runs training with a round 3 that takes so many seconds longer, and may take 12:
-# any other step compiles, for as long as the machine needs.
+# Runs training with a round 3 that takes so many seconds longer and may take 12
+# of them: any other step compiles, for as long as the machine needs.
 SLOW = """
 import sys, time
 from experiments import app, train

@@ -71,7 +71,8 @@ def score_batch(
     batch: windows and targets.
     negative: [T, N] or [N] int32 ids, see `draw_negatives`.
     catalogue: item features.
-    view: what the experts may attend to.
+    view: what the experts may attend to, of these candidates in the order of
+      `view.asked_in_training`.
     key: for dropout; None scores without dropout.
   """
   train = key is not None

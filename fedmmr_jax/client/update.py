@@ -8,7 +8,7 @@ item table.
 """
 
 import dataclasses
-from typing import Any, cast, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from fedmmr_jax.client import losses
 from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import profile as profile_lib
 from fedmmr_jax.client import prototypes as prototypes_lib
+from fedmmr_jax.client import view as view_lib
 from fedmmr_jax.client import vocabulary as vocabulary_lib
 from fedmmr_jax.client.drift import DriftControl, LocalResult, record_gradient
 from fedmmr_jax.client.memory import Memory
@@ -234,11 +235,21 @@ def local_update(
       rank = i * batch_size + jnp.arange(batch_size)
       index = order.at[rank].get(mode='fill', fill_value=0)
       negative_key, dropout_key = _step_keys(key, number, i)
+      batch = cut(index, rank < own_windows)
+      negative = draw_negatives(negative_key, client, config)
       data = StepData(
-        batch=cut(index, rank < own_windows),
-        negative=draw_negatives(negative_key, client, config),
+        batch=batch,
+        negative=negative,
         catalogue=broadcast.catalogue,
-        view=memory_view(model, state.memory, broadcast, config),
+        view=view_lib.view(
+          model,
+          state.memory,
+          broadcast.catalogue,
+          broadcast.prototypes,
+          view_lib.asked_in_training(batch, negative),
+          client.history,
+          config.memory,
+        ),
         texts=broadcast.catalogue.features.get(TEXT),
         key=dropout_key,
       )
@@ -246,6 +257,15 @@ def local_update(
 
     return jax.lax.fori_loop(0, max_steps, step, state)
 
+  if memory is not None:
+    memory = view_lib.up_to_date(
+      memory,
+      client.history,
+      client.num_train,
+      client.num_train,
+      broadcast.catalogue,
+      config.memory,
+    )
   start = LocalState(sent, optimizer.init(sent), memory, empty_metrics(model))
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
   delta = optax.tree.sub(end.params, sent)
@@ -485,21 +505,6 @@ def _optimise(
   ), surprise
 
 
-def memory_view(
-  model: FedDMMR, memory: Memory | None, broadcast: Broadcast, config: RunConfig
-) -> MemoryView | None:
-  """What one client's experts may attend to; None without experts."""
-  if memory is None:
-    return None
-  items = memory_lib.retrieve(memory, config.memory)
-  if not config.global_memory:
-    return model.view_memory(broadcast.catalogue, items)
-  prototypes = cast(Prototypes, broadcast.prototypes)
-  return model.view_memory(
-    broadcast.catalogue, items, prototypes.centre, prototypes.size > 0
-  )
-
-
 def summarise(
   memory: Memory, catalogue: Catalogue, config: RunConfig
 ) -> Prototypes | None:
@@ -513,68 +518,6 @@ def summarise(
     stored.astype(jnp.float32),
     config.global_memory.number,
     config.global_memory.iterations,
-  )
-
-
-def fill_memory(
-  program: ClientProgram,
-  broadcast: Broadcast,
-  client: ClientData,
-  memory: Memory,
-  key: jax.Array,
-  max_steps: jax.Array,
-) -> Memory:
-  """Fills an empty memory with a forward pass over the training history.
-
-  Windows are taken in time order, so the memory ends with the latest items.
-
-  Args:
-    As for `local_update`; nothing is trained and there is no dropout.
-
-  Returns:
-    The memory; unchanged if the client has been sampled before.
-  """
-  model, config = program.model, program.config
-  stride = window_stride(config.client, config.model.max_seq_len)
-  batch_size = config.client.batch_size
-  own_windows = num_windows(client.num_train, stride)
-
-  cut = _cutter(
-    model,
-    config,
-    client,
-    broadcast.params,
-    vocabulary_lib.whole(model.num_rows),
-    broadcast.catalogue,
-  )
-
-  def step(i, filled):
-    rank = i * batch_size + jnp.arange(batch_size)
-    batch = cut(own_windows - 1 - rank, rank < own_windows)
-    negative = draw_negatives(jax.random.fold_in(key, i), client, config)
-    scores = score_batch(
-      model,
-      broadcast.params,
-      batch,
-      negative,
-      broadcast.catalogue,
-      memory_view(model, filled, broadcast, config),
-      None,
-    )
-    surprise = losses.pairwise_surprise(scores.positive, scores.negative)
-    return memory_lib.update_all(
-      filled,
-      batch.targets.reshape(-1),
-      surprise,
-      batch.valid.reshape(-1),
-      broadcast.catalogue.features.get(TEXT),
-      config.memory,
-    )
-
-  filled = jax.lax.fori_loop(0, max_steps, step, memory)
-  never_sampled = memory.clock == 0
-  return jax.tree.map(
-    lambda new, old: jnp.where(never_sampled, new, old), filled, memory
   )
 
 

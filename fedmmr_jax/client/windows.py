@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     windows: [B, L] int32, left-padded with 0.
     targets: [B, Q] int32 next items of the last Q positions.
     valid: [B, Q] bool, False at padding.
+    position: [B, Q] int32 position of a target in the client's history.
     lateness: [B, Q] float32 position of a target in the training sequence, from
       0 at its start to 1 at its end; meaningless at padding.
     profile: [B, D] profile of the items outside each window (`profile.py`);
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
   windows: jax.Array
   targets: jax.Array
   valid: jax.Array
+  position: jax.Array
   lateness: jax.Array
   profile: jax.Array | None = None
 
@@ -108,5 +110,6 @@ def cut_windows(
     targets=items[:, -stride:],
     # A target needs an item before it.
     valid=inside[:, -stride - 1 : -1],
+    position=position[:, -stride:],
     lateness=((position[:, -stride:] + 0.5) / jnp.maximum(client.num_train, 1)),
   )

@@ -12,6 +12,13 @@ The checks, and how each is made:
       again, and parameters, prototypes and memories after the rounds must be
       the same in every bit
     memory: after the rounds each client remembers only training items
+    memory: a target's own entry: no candidate, of training or of the ranking,
+      meets its own entry; otherwise "it is in my memory" tells positives from
+      negatives
+    memory: what came later: no target of training meets an item that its client
+      consumed after it, nor does a negative
+    memory: what came before: each client is asked for its test item with a
+      memory that holds the validation item
     catalogue filter: the items that negatives avoid, and those that a k-core
       counts, are training items
     evaluation negatives: unseen before the target, distinct, and candidates
@@ -36,8 +43,10 @@ import numpy as np
 
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import scoring, windows
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.client import view as view_lib
+from fedmmr_jax.config import NoMemory, RunConfig
 from fedmmr_jax.data.dataset import client_view, Dataset
 from fedmmr_jax.evaluation import popularity, ranking
 from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
@@ -213,6 +222,7 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
     simulation.drift,
   )
   states = [_trained(one, rounds) for one in (simulation, other)]
+  of_experts = memory_views(simulation, states[0])
   own, theirs = (
     jax.tree.map(
       np.asarray,
@@ -265,7 +275,114 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
       'their training items',
     )
   )
-  return checks
+  return checks + of_experts
+
+
+def memory_views(simulation: Simulation, state: FederationState) -> list[Check]:
+  """What the experts meet in each client's memory; none without experts."""
+  if state.memories is None:
+    return []
+  config, model = simulation.compiled_config, simulation.model
+  stride = windows.window_stride(config.client, config.model.max_seq_len)
+  most = int(windows.num_windows(simulation.max_items, stride))
+  broadcast = state.server.broadcast(simulation.catalogue, config)
+  everything = view_lib.Asked(jnp.arange(model.num_rows))
+
+  def met(memory, asked, history):
+    """([R] entries, [R, J] bool which of them some expert shows)."""
+    view = view_lib.view(
+      model,
+      memory,
+      broadcast.catalogue,
+      broadcast.prototypes,
+      asked,
+      history,
+      config.memory,
+    )
+    entries = memory_lib.retrieve(memory, config.memory)
+    shown = jnp.zeros((len(entries), len(asked.item)), bool)
+    for one in view.values():
+      shown |= one.mask[: len(entries)]
+    return entries, shown
+
+  def look(client):
+    own = client_view(simulation.data, client, simulation.max_items)
+    memory = jax.tree.map(lambda x: x[client], state.memories)
+    index = jnp.arange(most)
+    batch = windows.cut_windows(
+      own,
+      index,
+      index < windows.num_windows(own.num_train, stride),
+      stride,
+      config.model.max_seq_len,
+    )
+    of_all = dataclasses.replace(
+      config, client=dataclasses.replace(config.client, batch_size=most)
+    )
+    negative = scoring.draw_negatives(
+      jax.random.fold_in(jax.random.key(int(Stream.AUDIT)), client), own, of_all
+    )
+    asked = view_lib.asked_in_training(batch, negative)
+    entries, shown = met(memory, asked, own.history)
+    first = jnp.min(
+      jnp.where(
+        own.history == entries[:, None],
+        jnp.arange(len(own.history)),
+        len(own.history),
+      ),
+      axis=1,
+    )
+    # Padding's targets count for nothing, whatever they meet.
+    counts = asked.item > 0
+    itself = jnp.sum(shown & counts & (entries[:, None] == asked.item))
+    later = jnp.sum(shown & counts & (first[:, None] >= asked.position))
+    now = own.num_train + ranking.SPLITS['test']
+    memory = view_lib.up_to_date(
+      memory,
+      own.history,
+      own.num_train,
+      now,
+      broadcast.catalogue,
+      config.memory,
+    )
+    entries, shown_then = met(memory, everything, own.history)
+    itself += jnp.sum(shown_then & (entries[:, None] == everything.item))
+    return (
+      itself,
+      later,
+      jnp.sum(shown & counts),
+      jnp.any(memory.item == own.history[now - 1]),
+    )
+
+  itself, later, met_in_all, known = map(
+    np.asarray,
+    jax.jit(lambda clients: jax.lax.map(look, clients))(
+      jnp.arange(simulation.dataset.num_clients)
+    ),
+  )
+  known = known[simulation.dataset.tested]
+  can_remember = not isinstance(config.memory, NoMemory)
+  return [
+    Check(
+      "memory: a target's own entry",
+      not itself.any(),
+      f'candidates meet their own entry {itself.sum():,} times',
+    ),
+    Check(
+      'memory: what came later',
+      not later.any(),
+      f'of {met_in_all.sum():,} entries that the candidates of training meet, '
+      f'{later.sum():,} were consumed later',
+    ),
+    Check(
+      'memory: what came before',
+      bool(known.all()) or not can_remember,
+      f'{(~known).sum():,} of {len(known):,} clients are asked for their test '
+      'item with a memory that lacks the item before it'
+      if can_remember
+      else 'nothing is remembered, as the settings say',
+    ),
+  ]
 
 
 def exchanged(dataset: Dataset, seed: int) -> Dataset:

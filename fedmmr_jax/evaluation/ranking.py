@@ -14,7 +14,7 @@ import numpy as np
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import profile as profile_lib
-from fedmmr_jax.client import update as client_lib
+from fedmmr_jax.client import view as view_lib
 from fedmmr_jax.client.memory import Memory
 from fedmmr_jax.client.update import Broadcast
 from fedmmr_jax.config import RunConfig
@@ -58,8 +58,8 @@ def score_catalogue(
   memory: Memory | None,
   earlier: jax.Array | None = None,
 ) -> jax.Array:
-  """[V] scores of all items for one client's window [L]; the `earlier` items
-  ([H] int32, 0 = none) make its profile.
+  """[V] scores of all items for one client's window [L] and its memory; the
+  `earlier` items ([H] int32, 0 = none) make its profile.
 
   The catalogue is scored in blocks, so that intermediate values never exist for
   all items at once.
@@ -79,13 +79,21 @@ def score_catalogue(
       method='encode',
     )
   )
-  view = client_lib.memory_view(model, memory, broadcast, config)
   num_blocks = -(-model.num_rows // config.evaluation.items_per_eval_block)
   block_size = -(-model.num_rows // num_blocks)  # equal, but for the last
 
   def score_block(number):
     items = number * block_size + jnp.arange(block_size)
     items = jnp.minimum(items, model.num_rows - 1)
+    view = view_lib.view(
+      model,
+      memory,
+      broadcast.catalogue,
+      broadcast.prototypes,
+      view_lib.Asked(items),
+      window,
+      config.memory,
+    )
     candidates = apply(items, broadcast.catalogue, view, method='candidates')
     return model.score(state, candidates)
 
@@ -99,6 +107,8 @@ def score_client(
   config: RunConfig,
   server: ServerState,
   history: jax.Array,
+  num_items: jax.Array,
+  num_train: jax.Array,
   memory: Memory | None,
   catalogue: Catalogue,
 ) -> jax.Array:
@@ -108,18 +118,42 @@ def score_client(
     model: the architecture.
     config: static settings.
     server: parameters and prototypes.
-    history: [L + H] int32 its items in time order, 0 before them.
+    history: [H] int32 its items in time order, 0 behind them.
+    num_items: [] int32 how many they are.
+    num_train: [] int32 how many of them it trained on.
     memory: its memory; None in a model without experts.
     catalogue: item features.
   """
+  broadcast = server.broadcast(catalogue, config)
+  return score_next(
+    model, config, broadcast, history, num_items, num_train, memory
+  )
+
+
+def score_next(
+  model: FedDMMR,
+  config: RunConfig,
+  broadcast: Broadcast,
+  history: jax.Array,
+  now: jax.Array,
+  num_train: jax.Array,
+  memory: Memory | None,
+) -> jax.Array:
+  """[V] scores of all items for what follows the first `now` ([] int32) items
+  of a history; the other arguments are those of `score_client`."""
   length = config.model.max_seq_len
+  position = now + jnp.arange(-length, 0)
+  if memory is not None:
+    memory = view_lib.up_to_date(
+      memory, history, num_train, now, broadcast.catalogue, config.memory
+    )
   return score_catalogue(
     model,
     config,
-    server.broadcast(catalogue, config),
-    history[-length:],
+    broadcast,
+    jnp.where(position >= 0, history[position], 0),
     memory,
-    history[:-length],
+    jnp.where(jnp.arange(len(history)) < now - length, history, 0),
   )
 
 
@@ -165,18 +199,14 @@ def rank_target(
   """Ranks one client's target, which comes `after_train` [] int32 items after
   its training items, with the parameters of `broadcast` and its memory."""
   target_at = client.num_train + after_train
-  position = target_at + jnp.arange(-config.model.max_seq_len, 0)
-  window = jnp.where(position >= 0, client.history[position], 0)
-  before_window = (
-    jnp.arange(len(client.history)) < target_at - config.model.max_seq_len
-  )
-  scores = score_catalogue(
+  scores = score_next(
     model,
     config,
     broadcast,
-    window,
+    client.history,
+    target_at,
+    client.num_train,
     memory,
-    jnp.where(before_window, client.history, 0),
   )
   return rank_client(scores, client, target_at)
 

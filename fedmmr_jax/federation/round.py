@@ -159,11 +159,6 @@ def round_key(seed: int, round_number: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), round_number)
 
 
-def warm_key(seed: int) -> jax.Array:
-  """Key of `warm_memories`; no round number gets this high."""
-  return jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
-
-
 def cohort_size(config: RunConfig, num_clients: int) -> int:
   """C: client_fraction · K, at least one."""
   return max(1, round(config.server.client_fraction * num_clients))
@@ -511,70 +506,4 @@ def add_updates(
     control=control,
     weight=upload.weight + jnp.sum(updates.weight),
     size=upload.size + jnp.sum(clients >= 0),
-  )
-
-
-def warm_memories(
-  program: RoundProgram,
-  state: FederationState,
-  clients: np.ndarray,
-  key: jax.Array,
-  catalogue: Catalogue,
-  data: FederatedData,
-) -> Memory:
-  """Memories with those of never-sampled clients filled (`warm_memory`).
-
-  Args:
-    As for `run_round`, with all clients to consider in `clients` [G, C/G].
-
-  Returns:
-    The memories of all clients; those sampled before are unchanged.
-  """
-  config = dataclasses.replace(
-    program.config,
-    client=dataclasses.replace(program.config.client, max_local_steps=0),
-  )  # all of the history
-  program = dataclasses.replace(
-    program, client=dataclasses.replace(program.client, config=config)
-  )
-  shards = devices.deal(clients)
-  _, filled = devices.run(
-    fill_shard, (program,), shards, state, key, catalogue, data
-  )
-  return _store_filled(state.memories, shards, filled)
-
-
-@partial(devices.jit, static_argnames='program')
-def fill_shard(
-  program: RoundProgram,
-  chunks: jax.Array,
-  state: FederationState,
-  key: jax.Array,
-  catalogue: Catalogue,
-  data: FederatedData,
-) -> tuple[None, Memory]:
-  """(None, the filled memories [g, C/G] of some chunks' clients)."""
-  broadcast = state.server.broadcast(catalogue, program.config)
-
-  def fill_chunk(clients):
-    views, max_steps = chunk_views(program, data, clients)
-    return jax.vmap(
-      lambda view, memory, client: client_lib.fill_memory(
-        program.client,
-        broadcast,
-        view,
-        memory,
-        jax.random.fold_in(key, client),
-        max_steps,
-      )
-    )(views, memory_lib.fetch(state.memories, clients), clients)
-
-  return None, jax.lax.map(fill_chunk, chunks)
-
-
-@jax.jit
-def _store_filled(memories, shards, filled):
-  filled = jax.tree.map(lambda *x: jnp.concatenate(x), *filled)
-  return memory_lib.store(
-    memories, shards.reshape(-1, shards.shape[-1]), filled
   )

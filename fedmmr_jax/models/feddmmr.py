@@ -308,6 +308,7 @@ class FedDMMR(nn.Module):
     items: jax.Array,
     prototypes: jax.Array | None = None,
     prototype_mask: jax.Array | None = None,
+    met: jax.Array | None = None,
   ) -> MemoryView:
     """Looks up the features of retrieved entries.
 
@@ -317,6 +318,7 @@ class FedDMMR(nn.Module):
       prototypes: [P, F] global prototypes, which the semantic expert sees after
         the entries, or None.
       prototype_mask: [P] bool, which of them exist.
+      met: [R, J] bool, which entries each candidate may meet; None = all.
 
     Returns:
       The entries as each expert reads them.
@@ -324,12 +326,17 @@ class FedDMMR(nn.Module):
     view = {}
     for name, matrix, _ in self.modalities:
       features = catalogue.features[matrix][items]
-      mask = (items > 0) & catalogue.has[matrix][items]
+      mask = ((items > 0) & catalogue.has[matrix][items])[:, None]
+      if met is not None:
+        mask &= met
       if matrix == TEXT and prototypes is not None:
         features = jnp.concatenate([features, prototypes])
         # Given where prototypes are.
-        mask = jnp.concatenate([mask, cast(jax.Array, prototype_mask)])
-      view[name] = Entries(features, mask[:, None])
+        exist = cast(jax.Array, prototype_mask)[:, None]
+        mask = jnp.concatenate(
+          [mask, jnp.broadcast_to(exist, (len(exist), mask.shape[1]))]
+        )
+      view[name] = Entries(features, mask)
     return view
 
   @nn.nowrap  # needs no parameters: call it on the model itself
