@@ -30,11 +30,13 @@ from fedmmr_jax.config import RENAMED, RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import ablation
+from fedmmr_jax.evaluation import ablation, user_results
 from fedmmr_jax.evaluation.ablation import Differences, Outcome, Variant
 from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.federation import communication
 from fedmmr_jax.metrics import FULL, HEADLINES, HR, NDCG, PROTOCOLS, SAMPLED
 from fedmmr_jax.runs import provenance, run_folder
+from fedmmr_jax.simulation import NEW_CLIENTS
 
 _VARIANTS = flags.DEFINE_string(
   'variants',
@@ -153,7 +155,7 @@ def _trained(variant: Variant, config: RunConfig, loaded, seeds):
       if text:
         tqdm.write(
           f'{variant.name}  round {number}/{config.server.num_rounds}'
-          f'  val HR@10{text}',
+          f'  val {config.evaluation.select_by}{text}',
           file=sys.stdout,
         )
         sys.stdout.flush()
@@ -184,6 +186,9 @@ def markdown(
       *_ranking_lines(outcomes, differences),
       *_further_lines(outcomes, differences),
       *_cold_lines(outcomes),
+      *_new_client_lines(outcomes),
+      *_history_lines(outcomes),
+      *_cost_lines(outcomes, base, seeds),
       '',
       'Training, first round → last round, mean over the seeds '
       '(gradients: mean norm of a local step; hardest tenth: its share of the '
@@ -263,17 +268,34 @@ def _compared(outcome, differences, headlines, is_baseline) -> list[str]:
 
 
 def _cold_lines(outcomes) -> list[str]:
+  return _split_lines(
+    outcomes,
+    'cold',
+    'Items held out of training, ranked as new ones for the clients '
+    'that consumed one:',
+  )
+
+
+def _new_client_lines(outcomes) -> list[str]:
+  return _split_lines(
+    outcomes,
+    NEW_CLIENTS,
+    'Test items of clients that no round saw, each ranked from its own history '
+    'alone:',
+  )
+
+
+def _split_lines(outcomes, split: str, title: str) -> list[str]:
   rows = [
-    [name, *(_mean(outcome, *which, 'cold') for which in _COLD_METRICS)]
+    [name, *(_mean(outcome, *which, split) for which in _COLD_METRICS)]
     for name, outcome in outcomes.items()
-    if 'cold' in outcome.ranks
+    if split in outcome.ranks
   ]
   if not rows:
     return []
   return [
     '',
-    'Items held out of training, ranked as new ones for the clients '
-    'that consumed one:',
+    title,
     '',
     *_pipes(
       [
@@ -281,6 +303,64 @@ def _cold_lines(outcomes) -> list[str]:
         *(f'{metric} {protocol}' for protocol, metric in _COLD_METRICS),
       ],
       rows,
+    ),
+  ]
+
+
+def _history_lines(outcomes) -> list[str]:
+  """Full NDCG@10 of the test item by history length."""
+  parts = user_results.by_history(next(iter(outcomes.values())).num_train)
+  return [
+    '',
+    f'{NDCG} {FULL} of the test item by the number of training items of the '
+    'user:',
+    '',
+    *_pipes(
+      ['variant', *(f'{b} ({chosen.sum()} users)' for b, chosen in parts)],
+      [
+        [
+          name,
+          *(
+            f'{outcome.of_each_user(FULL, NDCG)[chosen].mean():.4f}'
+            for _, chosen in parts
+          ),
+        ]
+        for name, outcome in outcomes.items()
+      ],
+    ),
+  ]
+
+
+def _cost_lines(outcomes, base, seeds) -> list[str]:
+  """What each trained variant and seed cost until the quality that all
+  reach."""
+  costs = communication.compared_costs(
+    {
+      f'{name}, seed {seed}' if len(seeds) > 1 else name: lines
+      for name, outcome in outcomes.items()
+      for seed, lines in zip(seeds, outcome.records)
+    },
+    *base.evaluation.shown,
+  )
+  if not costs.rows:
+    return []
+  return [
+    '',
+    f"Until the validation's {costs.metric} reached {costs.rows[0][1]:.4f}, "
+    'which all variants reach (bytes: four a number, uncompressed):',
+    '',
+    *_pipes(
+      ['variant', 'round', 'client visits', 'MB down', 'MB up'],
+      [
+        [
+          name,
+          str(reached.round),
+          f'{reached.traffic.visits:,}',
+          f'{reached.traffic.bytes_down / 1e6:,.1f}',
+          f'{reached.traffic.bytes_up / 1e6:,.1f}',
+        ]
+        for name, _, reached in costs.rows
+      ],
     ),
   ]
 

@@ -21,7 +21,7 @@ from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.models import groups
 from fedmmr_jax.runs import warm_start
 from fedmmr_jax.runs.warm_start import WarmStart
-from fedmmr_jax.simulation import Simulation
+from fedmmr_jax.simulation import NEW_CLIENTS, Simulation
 
 MAX_METRICS = 9  # columns of a table
 
@@ -292,8 +292,8 @@ def _acceptance_line(point: dict[str, Any]) -> str:
 def final_table(summary: dict[str, Any]) -> str:
   """Both protocols of validation and test at the best round, and costs."""
   rows = {
-    split.replace('_', ' items by '): summary[split]
-    for split in ('val', 'test', 'cold', 'cold_popularity')
+    metrics.SPLIT_TITLES.get(split, split): summary[split]
+    for split in ('val', 'test', 'cold', 'cold_popularity', NEW_CLIENTS)
     if split in summary
   }
   return '\n'.join(

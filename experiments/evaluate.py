@@ -24,13 +24,15 @@ from fedmmr_jax.evaluation.ranking import SPLITS
 from fedmmr_jax.evaluation.user_results import PROTOCOLS, UserResults
 from fedmmr_jax.runs import warm_start
 from fedmmr_jax.runs.checkpoint import Rounds
+from fedmmr_jax.simulation import NEW_CLIENTS
 
 _ROUND = flags.DEFINE_string('round', 'best', 'a number, best or last')
 _SPLIT = flags.DEFINE_enum(
   'split',
   'test',
-  [*SPLITS, 'cold'],
-  'held-out item to rank; cold needs a run with --cold_items',
+  [*SPLITS, 'cold', NEW_CLIENTS],
+  'held-out item to rank; cold needs a run with --cold_items; new_clients, the '
+  'test items of clients that no round saw, one with --new_clients',
 )
 _PROTOCOL = flags.DEFINE_enum(
   'protocol',
@@ -137,7 +139,11 @@ def _results(
   loaded, simulation, state = app.load_round(run, rounds, number, given)
   print(console.data_report(loaded) + '\n', file=sys.stderr)
   if _SPLIT.value not in simulation.splits:
-    raise UserError(f'{run.path}: --split=cold needs a run with --cold_items')
+    needed = {'cold': '--cold_items', NEW_CLIENTS: '--new_clients'}
+    raise UserError(
+      f'{run.path}: --split={_SPLIT.value} needs a run with '
+      f'{needed[_SPLIT.value]}'
+    )
   if seed is not None:
     simulation = simulation.with_seed(seed)
   simulation = simulation.with_popular_negatives()

@@ -22,6 +22,7 @@ HARDEST_SHARE = 'hardest_share'
 INSTANCE_WEIGHT = 'instance_weight'
 WEIGHT_SHARES = 'instance_weight_shares'  # a histogram
 MEMORY_FILL, MEMORY_AGE = 'memory_fill', 'memory_age'
+ITEM_ROWS = 'item_rows'
 # Families of them: the mean weight that the router gives an expert, the norm of
 # the gradient at an expert or the backbone. Its name follows.
 ROUTER_WEIGHT, GRADIENT = 'w_', 'gradient_'
@@ -32,9 +33,13 @@ CUTOFFS = (5, 10, 20)
 HR, NDCG, MRR = 'HR@10', 'NDCG@10', 'MRR'
 SAMPLED, FULL = 'sampled', 'full'
 PROTOCOLS = (SAMPLED, FULL)
+# Splits whose name alone would not say what is ranked.
+SPLIT_TITLES = {
+  'cold': 'cold items',
+  'cold_popularity': 'cold items by popularity',
+  'new_clients': 'new clients, test',
+}
 HEADLINES = ((SAMPLED, HR), (FULL, NDCG))
-# What the best round is chosen by, and patience is lost over.
-SELECTED_BY = (SAMPLED, HR)
 
 # From ranks [K] to name -> [K] values, one a user, each of its own rank alone.
 Metric = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -73,6 +78,9 @@ _FIGURES = {
   ),
   MEMORY_AGE: Figure(
     'memory age', 'Client memory, age', 'samples since an entry was written'
+  ),
+  ITEM_ROWS: Figure(
+    'item rows', 'Item table', 'rows that a client works on, mean'
   ),
 }
 

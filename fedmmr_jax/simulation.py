@@ -32,9 +32,15 @@ from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import local_only, popularity, ranking
 from fedmmr_jax.evaluation.ranking import Ranks
-from fedmmr_jax.federation import aggregators, collaborative, devices
+from fedmmr_jax.federation import (
+  aggregators,
+  collaborative,
+  communication,
+  devices,
+)
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
+from fedmmr_jax.federation.communication import Traffic
 from fedmmr_jax.federation.round import FederationState, RoundProgram
 from fedmmr_jax.metrics import Metric
 from fedmmr_jax.models import content as content_lib
@@ -44,6 +50,8 @@ from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.runs import warm_start as warm_start_lib
 from fedmmr_jax.runs.warm_start import WarmStart
 from fedmmr_jax.streams import generator, Stream
+
+NEW_CLIENTS = 'new_clients'  # a split
 
 
 class _Ranked(NamedTuple):
@@ -219,6 +227,24 @@ class Simulation:
       * num_positives(trained, self.config).sum()
     )
 
+  def traffic(self, cohort: np.ndarray, item_rows: float | None) -> Traffic:
+    """What a round of this cohort [G, C/G] cost.
+
+    Args:
+      cohort: PADDING_CLIENT where none.
+      item_rows: `Round.metrics['item_rows']`; None if nobody trained.
+    """
+    return communication.of_round(
+      self.program,
+      self.abstract_state,
+      int((cohort >= 0).sum()),
+      item_rows or 0.0,
+    )
+
+  def sketch_traffic(self) -> Traffic:
+    """What asking clients before round 1 cost."""
+    return communication.of_sketch(self.config, self.num_train)
+
   def rounds(
     self,
     state: FederationState | None = None,
@@ -266,16 +292,35 @@ class Simulation:
     )
     return state, metrics_lib.finish(jax.device_get(means))
 
+  def validate(self, state: FederationState) -> dict[str, dict[str, float]]:
+    """Protocol -> metric -> value of the validation items of
+    `validation_clients`, always the same.
+
+    Raises:
+      UserError: a score is NaN or infinite.
+    """
+    return self.evaluate(state, 'val', self.validation_clients)[0]
+
   def evaluate(
-    self, state: FederationState, split: str
+    self, state: FederationState, split: str, clients: np.ndarray | None = None
   ) -> tuple[dict[str, dict[str, float]], Ranks]:
-    """Ranks the targets of 'val' or 'test' for `eval_clients`, or of 'cold'
-    for the clients that have one.
+    """Ranks the targets of 'val' or 'test' for `eval_clients`, of 'cold' for
+    the clients that have one, or the test items of the 'new_clients'.
+
+    Args:
+      state: what is evaluated.
+      split: one of `splits`.
+      clients: [n] some of the split's clients; None = all of them.
+
+    Returns:
+      Protocol -> metric -> value, and the ranks, [n] on the host.
 
     Raises:
       UserError: a score is NaN or infinite.
     """
     on = self._ranked(split)
+    if clients is not None:
+      on = on._replace(clients=clients)
     ranks = ranking.evaluate(
       self.model,
       self.compiled_config,
@@ -448,13 +493,30 @@ class Simulation:
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """What can be evaluated: 'val', 'test' and, with `cold_items`, 'cold'."""
-    return (*ranking.SPLITS, *(['cold'] if self.cold else []))
+    """What can be evaluated: 'val', 'test' and, with the settings of these
+    names, 'cold' and 'new_clients'."""
+    return (
+      *ranking.SPLITS,
+      *(['cold'] if self.cold else []),
+      *([NEW_CLIENTS] if len(self.new_clients) else []),
+    )
+
+  @functools.cached_property
+  def new_clients(self) -> np.ndarray:
+    """[n] clients with a test item that no cohort ever draws, ascending."""
+    return np.intersect1d(
+      dataset_lib.draw_new_clients(
+        self.dataset.num_clients, self.config.data.new_clients
+      ),
+      self.dataset.tested,
+    )
 
   def _ranked(self, split: str) -> _Ranked:
     """The data that contains a split's targets, and the clients with one."""
     if split == 'cold':
       return self._cold_ranked
+    if split == NEW_CLIENTS:
+      return _Ranked(self.dataset, self.data, self.new_clients, 'test')
     return _Ranked(self.dataset, self.data, self.targeted(split), split)
 
   @functools.cached_property
@@ -474,6 +536,16 @@ class Simulation:
   def evaluated_clients(self) -> np.ndarray:
     """[n] clients that are ranked."""
     return ranking.evaluated_clients(self.config, self.dataset.num_clients)
+
+  @functools.cached_property
+  def validation_clients(self) -> np.ndarray:
+    """[n] clients that are ranked at the validations between, ascending."""
+    clients = self.targeted('val')
+    wanted = self.config.evaluation.validation_clients
+    if not wanted or wanted >= len(clients):
+      return clients
+    rng = generator(self.config.seed, Stream.VALIDATION_CLIENTS)
+    return np.sort(rng.choice(clients, wanted, replace=False))
 
   def ranked_dataset(self, split: str) -> Dataset:
     """The sequences that hold the targets of one of `splits`."""
@@ -553,7 +625,14 @@ def build(
     if metrics is None
     else tuple(metrics),
   )
-  metrics_lib.own_names(simulation.metrics)  # before hours of training
+  # Before hours of training:
+  own_names = metrics_lib.own_names(simulation.metrics)
+  selection = config.evaluation.selection
+  if selection and selection[1] not in (*metrics_lib.RANKING, *own_names):
+    raise UserError(
+      f'`select_by={config.evaluation.select_by}`: there is no metric '
+      f'{selection[1]}; one of ' + ', '.join((*metrics_lib.RANKING, *own_names))
+    )
   round_lib.check_size(simulation.abstract_state)
   params = simulation.abstract_state.server.params
   groups.check(params, config.client.frozen_groups, 'freeze')
@@ -627,5 +706,6 @@ def _to_device(
       sampled_negatives=config.data.sampled_negatives,
       leaky_negatives=config.client.leaky_negatives,
       seed=config.seed,
+      new_clients=config.data.new_clients,
     )
   )

@@ -25,6 +25,8 @@ class Stream(enum.IntEnum):
   POPULAR_NEGATIVES = 9
   AUDIT = 10
   COLLABORATIVE = 11
+  NEW_CLIENTS = 12
+  VALIDATION_CLIENTS = 13
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

@@ -236,7 +236,7 @@ def local_update(
       index = order.at[rank].get(mode='fill', fill_value=0)
       negative_key, dropout_key = _step_keys(key, number, i)
       batch = cut(index, rank < own_windows)
-      negative = draw_negatives(negative_key, client, config)
+      negative = _negatives_of_step(negative_key, i, client, config)
       data = StepData(
         batch=batch,
         negative=negative,
@@ -286,25 +286,40 @@ def local_update(
     memory=end.memory,
     kept=kept,
     prototypes=summarise(end.memory, broadcast.catalogue, config),
-    metrics=end.metrics | memory_metrics(end.memory, client.num_train > 0),
+    metrics=end.metrics
+    | client_metrics(end.memory, vocabulary, client.num_train > 0),
   )
 
 
-def memory_metrics(
-  memory: Memory | None, trains: jax.Array | None = None
+def client_metrics(
+  memory: Memory | None, vocabulary: Vocabulary, trains: jax.Array
 ) -> dict[str, Mean]:
-  """Fill of a training client's memory and age of its entries in processed
-  samples; empty without a memory."""
-  if memory is None or trains is None:
-    return {
-      metrics_lib.MEMORY_FILL: metrics_lib.EMPTY,
-      metrics_lib.MEMORY_AGE: metrics_lib.EMPTY,
-    }
-  return {
+  """Rows of the item table that a training client works on, fill of its memory
+  and age of the entries in processed samples; these two empty without one."""
+  found = no_client_metrics() | {
+    metrics_lib.ITEM_ROWS: metrics_lib.mean(
+      jnp.sum(vocabulary.is_first).astype(jnp.float32), trains
+    )
+  }
+  if memory is None:
+    return found
+  return found | {
     metrics_lib.MEMORY_FILL: metrics_lib.mean(memory_lib.fill(memory), trains),
     metrics_lib.MEMORY_AGE: metrics_lib.over(
       memory.clock - memory.last_update, memory.item > 0
     ),
+  }
+
+
+def no_client_metrics() -> dict[str, Mean]:
+  """Neutral element of `client_metrics`."""
+  return {
+    name: metrics_lib.EMPTY
+    for name in (
+      metrics_lib.ITEM_ROWS,
+      metrics_lib.MEMORY_FILL,
+      metrics_lib.MEMORY_AGE,
+    )
   }
 
 
@@ -353,12 +368,18 @@ def _round_vocabulary(model, config, client, key) -> Vocabulary:
 
   def negative(epoch, i):  # the draw that the step will make again
     negative_key, _ = _step_keys(key, epoch, i)
-    return draw_negatives(negative_key, client, config)
+    return _negatives_of_step(negative_key, i, client, config)
 
   negatives = jax.vmap(jax.vmap(negative, (None, 0)), (0, None))(epochs, steps)
   # Held-out items train nothing; left out, they cannot even move a row to
   # another place of the table, and with it a sum's rounding.
   return vocabulary_lib.touched([_trained(client), negatives], catalogue)
+
+
+def _negatives_of_step(key, step, client, config) -> jax.Array:
+  """`draw_negatives`; none, 0, in a step beyond the client's own."""
+  drawn = draw_negatives(key, client, config)
+  return jnp.where(step < num_steps(client.num_train, config), drawn, 0)
 
 
 def _trained(client: ClientData) -> jax.Array:

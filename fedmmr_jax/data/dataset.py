@@ -206,6 +206,8 @@ class FederatedData(NamedTuple):
       until requested (`draw_popular`).
     num_drawable: [] int32 rows of the catalogue from which negatives are drawn
       and against which targets are ranked: V without the cold items.
+    takes_part: [K] bool, False for clients held out of every cohort
+      (`new_clients`).
   """
 
   items: jax.Array
@@ -218,6 +220,7 @@ class FederatedData(NamedTuple):
   sampled_negatives: jax.Array
   popular_negatives: jax.Array
   num_drawable: jax.Array
+  takes_part: jax.Array
 
 
 class ClientData(NamedTuple):
@@ -253,6 +256,7 @@ def to_device(
   sampled_negatives: int,
   leaky_negatives: bool,
   seed: int,
+  new_clients: float = 0.0,
 ) -> FederatedData:
   """Uploads a data set, with its evaluation negatives drawn from the seed.
 
@@ -264,6 +268,7 @@ def to_device(
     leaky_negatives: also avoid the held-out items when drawing training
       negatives (the original's leak).
     seed: of the evaluation negatives.
+    new_clients: share of the clients held out of every cohort.
 
   Raises:
     UserError: a client has fewer unseen items than the requested negatives.
@@ -303,7 +308,30 @@ def to_device(
     sampled_negatives=jnp.asarray(sampled, jnp.int32),
     popular_negatives=jnp.zeros((dataset.num_clients, HELD_OUT, 0), jnp.int32),
     num_drawable=jnp.int32(dataset.num_rows - dataset.num_cold),
+    takes_part=jnp.ones(dataset.num_clients, bool)
+    .at[draw_new_clients(dataset.num_clients, new_clients)]
+    .set(False),
   )
+
+
+def draw_new_clients(num_clients: int, share: float) -> np.ndarray:
+  """[n] clients held out of every cohort, ascending.
+
+  The draw does not depend on the run's seed, so that seeds running in parallel
+  share one federation.
+
+  Raises:
+    UserError: nobody is left to train.
+  """
+  count = round(share * num_clients)
+  if count >= num_clients:
+    raise UserError(
+      f'`new_clients={share}`: none of {num_clients} clients is left to train'
+    )
+  chosen = generator(0, Stream.NEW_CLIENTS).choice(
+    num_clients, count, replace=False
+  )
+  return np.sort(chosen)
 
 
 def _distinct(dataset, count) -> tuple[np.ndarray, np.ndarray]:

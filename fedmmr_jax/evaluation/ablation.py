@@ -63,6 +63,9 @@ class Outcome(NamedTuple):
     first_training: the same for the first round.
     seconds: in total.
     metrics: further ranking metrics besides HR, NDCG and MRR.
+    records: of each seed, a record for each round with what it cost and its
+      validation, as in `metrics.jsonl`; empty if no rounds were trained.
+    num_train: [users] training items of the test split's users.
   """
 
   ranks: dict[str, Ranks]
@@ -71,6 +74,8 @@ class Outcome(NamedTuple):
   first_training: dict[str, float | None]
   seconds: float
   metrics: tuple[Metric, ...] = ()
+  records: Sequence[list[dict[str, Any]]] = ()
+  num_train: np.ndarray | None = None
 
   @property
   def headlines(self) -> tuple[tuple[str, str], ...]:
@@ -148,12 +153,15 @@ def run_trained(
     else [[s] for s in simulations]
   )
   best: list[_Best] = []
-  first, last = [], []
+  first, last, records = [], [], []
   for group in groups:
-    best_of_group, first_means, last_means = _train_group(group, on_round)
+    best_of_group, first_means, last_means, lines = _train_group(
+      group, on_round
+    )
     best += best_of_group
     first += first_means
     last += last_means
+    records += lines
   states = [b.state for b in best]
   outcome = Outcome(
     _rank(simulations, states),
@@ -162,12 +170,14 @@ def run_trained(
     _mean(first),
     time.perf_counter() - started,
     base.metrics,
+    records,
+    _num_train(base),
   )
   return outcome, simulations, states
 
 
 class _Best(NamedTuple):
-  """The best round of one seed so far, by validation HR@10."""
+  """The best round of one seed so far, by `select_by`."""
 
   value: float
   round: int
@@ -207,7 +217,7 @@ def _train_group(simulations, on_round):
 
   Returns:
     (best of each seed, its training metrics in the first and in the last
-    round).
+    round, its records).
 
   Raises:
     UserError: the training of a seed diverged.
@@ -217,29 +227,40 @@ def _train_group(simulations, on_round):
     lambda *x: jnp.stack(x), *[s.init_state() for s in simulations]
   )
   best = [_Best(-1.0, 0, None)] * len(simulations)
-  protocol, metric = metrics_lib.SELECTED_BY
+  records: list[list[dict[str, Any]]] = [[] for _ in simulations]
   first = None
   for number in range(1, config.server.num_rounds + 1):
     states, means = run_round(simulations, states, number)
     round_lib.check_finite_state(states, number)
-    if first is None or number == config.server.num_rounds:
-      last = [
-        metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
-        for i in range(len(simulations))
-      ]
-      first = first or last
+    means = jax.device_get(means)
+    last = [
+      metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
+      for i in range(len(simulations))
+    ]
+    first = first or last
+    for simulation, lines, train in zip(simulations, records, last):
+      lines.append(
+        {
+          'round': number,
+          'communication': training.traffic(
+            simulation, number, simulation.sample_cohort(number), train
+          )._asdict(),
+        }
+      )
     text = ''
     if training.due(number, config):
       for i, simulation in enumerate(simulations):
         state = jax.tree.map(lambda x: x[i], states)
         # Control variates are of no use in testing, and large.
         state = state._replace(controls=None)
-        value = simulation.evaluate(state, 'val')[0][protocol][metric]
+        found = simulation.validate(state)
+        records[i][-1]['val'] = found
+        value = training.selection_value(found, number, config)
         if value > best[i].value:
           best[i] = _Best(value, number, state)
         text += f' {value:.4f}'
     on_round(number, text)
-  return best, first, last
+  return best, first, last, records
 
 
 def run_special(
@@ -265,6 +286,7 @@ def run_special(
     ranks = _rank(
       [s.with_features(variant.special[1:]) for s in simulations], states
     )
+    num_train = _num_train(simulations[0])
   else:
     base = simulation_lib.build(config, loaded.dataset, loaded.cold)
     found = []
@@ -277,6 +299,7 @@ def run_special(
       else:
         found.append(simulation.rank_local_only(simulation.init_state()))
     ranks = {split: _stacked([f[split] for f in found]) for split in found[0]}
+    num_train = _num_train(base)
   return Outcome(
     ranks,
     [],
@@ -284,6 +307,7 @@ def run_special(
     {},
     time.perf_counter() - started,
     metrics_lib.further_metrics(config.evaluation.metric_names),
+    num_train=num_train,
   )
 
 
@@ -300,6 +324,11 @@ def _rank(
     )
     for split in simulations[0].splits
   }
+
+
+def _num_train(simulation: Simulation) -> np.ndarray:
+  """[users] training items of the test split's users."""
+  return simulation.num_train[simulation.targets('test')[0]]
 
 
 def _stacked(ranks: Sequence[Ranks]) -> Ranks:

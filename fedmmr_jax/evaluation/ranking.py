@@ -18,7 +18,12 @@ from fedmmr_jax.client import view as view_lib
 from fedmmr_jax.client.memory import Memory
 from fedmmr_jax.client.update import Broadcast
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import client_view, ClientData, FederatedData
+from fedmmr_jax.data.dataset import (
+  client_view,
+  ClientData,
+  draw_new_clients,
+  FederatedData,
+)
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
@@ -277,13 +282,17 @@ def rank_shard(
 
 
 def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
-  """[n] clients that are ranked, ascending; the same in each round."""
+  """[n] clients that are ranked, of those that take part, ascending; the same
+  in each round."""
+  takes_part = np.delete(
+    np.arange(num_clients),
+    draw_new_clients(num_clients, config.data.new_clients),
+  )
   wanted = config.evaluation.eval_clients
-  if not wanted or wanted >= num_clients:
-    return np.arange(num_clients)
+  if not wanted or wanted >= len(takes_part):
+    return takes_part
   rng = generator(config.seed, Stream.EVALUATED_CLIENTS)
-  chosen = rng.choice(num_clients, wanted, replace=False)
-  return np.sort(chosen)
+  return np.sort(takes_part[rng.choice(len(takes_part), wanted, replace=False)])
 
 
 def evaluate(

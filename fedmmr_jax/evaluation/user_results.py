@@ -139,7 +139,7 @@ def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
   Targets: head, middle and tail each hold a third of the users whose target
   occurs in training; 'new' holds the targets that do not.
   """
-  lengths = _parts(results.num_train, 4)
+  lengths = by_history(results.num_train)
   trained = results.target_popularity > 0
   popular = {
     f'{name}: {label}': trained & chosen
@@ -161,6 +161,12 @@ def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
     }
     for title, parts in found.items()
   }
+
+
+def by_history(num_train: np.ndarray) -> list[tuple[str, np.ndarray]]:
+  """(bounds, [n] bool) of quarters of the users by their training items, as far
+  as ties allow; shortest histories first."""
+  return _parts(num_train, 4)
 
 
 def _parts(

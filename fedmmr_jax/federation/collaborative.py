@@ -14,7 +14,7 @@ of the item table; it is asked once.
 import numpy as np
 
 from fedmmr_jax.config import ContentInit, RunConfig
-from fedmmr_jax.data.dataset import Dataset
+from fedmmr_jax.data.dataset import Dataset, draw_new_clients
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.streams import generator, Stream
 
@@ -33,14 +33,7 @@ def put_into(
   if not isinstance(start, ContentInit) or not start.collaborative_dim:
     return content
   rng = generator(0, Stream.COLLABORATIVE, 0)
-  asked = round(
-    config.server.client_fraction
-    * dataset.num_clients
-    * start.collaborative_rounds
-  )
-  clients = rng.choice(
-    dataset.num_clients, min(max(1, asked), dataset.num_clients), replace=False
-  )
+  clients = _asked(rng, config, dataset.num_clients)
   probe = rng.standard_normal((dataset.num_rows, model.hidden_dim))
   found = factors(
     sketch(dataset, clients, probe), probe, start.collaborative_dim
@@ -49,6 +42,29 @@ def put_into(
   # Without any features there is no content to keep.
   free = model.hidden_dim - kept.shape[1] - found.shape[1]
   return np.concatenate([np.pad(kept, ((0, 0), (0, free))), found], axis=1)
+
+
+def asked(config: RunConfig, num_clients: int) -> np.ndarray:
+  """[n] clients that a sketch asks; the config has one."""
+  rng = generator(0, Stream.COLLABORATIVE, 0)
+  return _asked(rng, config, num_clients)
+
+
+def _asked(rng, config, num_clients) -> np.ndarray:
+  takes_part = np.delete(
+    np.arange(num_clients),
+    draw_new_clients(num_clients, config.data.new_clients),
+  )
+  count = round(
+    config.server.client_fraction
+    * len(takes_part)
+    * config.model.item_embedding.collaborative_rounds
+  )
+  return takes_part[
+    rng.choice(
+      len(takes_part), min(max(1, count), len(takes_part)), replace=False
+    )
+  ]
 
 
 def sketch(

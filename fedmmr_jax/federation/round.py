@@ -29,7 +29,12 @@ from fedmmr_jax.client.prototypes import Prototypes
 from fedmmr_jax.client.scoring import Params
 from fedmmr_jax.client.update import ClientProgram, ClientUpdate
 from fedmmr_jax.config import ContentInit, ContentPlusId, RunConfig
-from fedmmr_jax.data.dataset import client_view, ClientData, FederatedData
+from fedmmr_jax.data.dataset import (
+  client_view,
+  ClientData,
+  draw_new_clients,
+  FederatedData,
+)
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import server as server_lib
@@ -177,10 +182,14 @@ def sample_cohort(
   Returns:
     [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the last chunk.
   """
-  size = cohort_size(config, len(num_train))
+  takes_part = np.delete(
+    np.arange(len(num_train)),
+    draw_new_clients(len(num_train), config.data.new_clients),
+  )
+  size = cohort_size(config, len(takes_part))
   rng = generator(config.seed, Stream.COHORT, round_number)
   return chunked(
-    rng.choice(len(num_train), size, replace=False),
+    takes_part[rng.choice(len(takes_part), size, replace=False)],
     num_train,
     config.server.clients_per_chunk,
   )
@@ -264,7 +273,15 @@ def run_round(
     data,
     merge=merge_shards,
   )
-  return finish_round(program, state, shards, sums, each, data.num_train)
+  return finish_round(
+    program,
+    state,
+    shards,
+    sums,
+    each,
+    jnp.where(data.takes_part, data.num_train, 0),
+    data.takes_part,
+  )
 
 
 class Kept(NamedTuple):
@@ -345,9 +362,10 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
       ),
     )
 
-  no_metrics = client_lib.empty_metrics(
-    program.client.model
-  ) | client_lib.memory_metrics(None)
+  no_metrics = (
+    client_lib.empty_metrics(program.client.model)
+    | client_lib.no_client_metrics()
+  )
   nothing = (
     no_upload(program, state.server.params),
     jax.tree.map(jnp.asarray, no_metrics),
@@ -383,6 +401,7 @@ def finish_round(
   sums: tuple[Upload, dict[str, Mean]],
   each: list[Kept],
   num_train: jax.Array,
+  takes_part: jax.Array,
 ) -> tuple[FederationState, dict[str, Mean]]:
   """The server's part of a round.
 
@@ -393,18 +412,19 @@ def finish_round(
       seeds [n, seeds, g, C/G].
     sums: of all shards, see `train_shard`.
     each: `Kept` of each shard's clients.
-    num_train: [K] int32 training items of all clients.
+    num_train: [K] int32 training items of all clients that take part.
+    takes_part: [K] bool, which they are.
 
   Returns:
     As for `run_round`.
   """
-  finish = partial(_finish, program, num_train)
+  finish = partial(_finish, program, num_train, takes_part)
   if program.of_seeds:
     finish = jax.vmap(finish, in_axes=(0, 1, 0, 0))
   return finish(state, shards, sums, each)
 
 
-def _finish(program, num_train, state, shards, sums, each):
+def _finish(program, num_train, takes_part, state, shards, sums, each):
   upload, metrics = sums
   kept = jax.tree.map(lambda *x: jnp.concatenate(x), *each)
   cohort = shards.reshape(-1, shards.shape[-1])
@@ -413,7 +433,7 @@ def _finish(program, num_train, state, shards, sums, each):
     upload.weight,
     jnp.sum(all_weights).astype(jnp.float32),
     upload.size,
-    jnp.float32(len(num_train)),
+    jnp.sum(takes_part).astype(jnp.float32),
   )
   collected = jax.tree.map(
     lambda x: x.reshape(-1, *x.shape[2:]), kept.collected

@@ -39,7 +39,8 @@ class Progress(NamedTuple):
 
   Attributes:
     best_round: [] int32 round with the best validation so far, 0 = none.
-    best_value: [] float32 its HR@10, sampled protocol; −1 if there is none.
+    best_value: [] float32 what it was chosen by (`select_by`), the number of
+      the round if that is the last one; −1 if there is none.
   """
 
   best_round: jax.Array

@@ -10,6 +10,7 @@ import jinja2
 from fedmmr_jax import metrics
 from fedmmr_jax.client.losses import WEIGHT_BINS
 from fedmmr_jax.config import InstanceWeight
+from fedmmr_jax.federation import communication
 from fedmmr_jax.runs.run_folder import REPORT, RunFolder
 
 WIDTH, HEIGHT = 560, 240
@@ -136,6 +137,7 @@ def write(run: RunFolder) -> pathlib.Path:
       rounds=len(records),
       num_rounds=flags['num_rounds'],
       charts=charts,
+      costs=communication.costs(records, *run.config().evaluation.shown),
       times=time_split(records, summary),
       integrity=run.integrity(),
       flags=flags,
@@ -155,13 +157,17 @@ def write_comparison(runs: Sequence[RunFolder], path: pathlib.Path) -> None:
   flags = {name: run.config().as_flat_dict() for name, run in zip(names, runs)}
   first = flags[names[0]]
   summaries = {name: run.summary() for name, run in zip(names, runs)}
+  records = {name: run.records() for name, run in zip(names, runs)}
   path.write_text(
     _render(
       title=' · '.join(names),
       names=names,
       summaries=summaries,
       ranking=_common(summaries.values()),
-      charts=draw_runs(dict(zip(names, (run.records() for run in runs)))),
+      charts=draw_runs(records),
+      costs=communication.compared_costs(
+        records, *runs[0].config().evaluation.shown
+      ),
       differing={
         flag: [flags[name][flag] for name in names]
         for flag in first
@@ -199,6 +205,8 @@ def _render(**content: Any) -> str:
     top=_TOP,
     bottom=HEIGHT - _BOTTOM,
     protocols=metrics.PROTOCOLS,
+    headlines=(metrics.HR, metrics.NDCG),
+    split_titles=metrics.SPLIT_TITLES,
     **content,
   )
 

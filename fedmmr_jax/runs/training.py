@@ -7,12 +7,14 @@ import time
 from typing import Any, Callable, Iterable
 
 import jax
+import numpy as np
 
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.config import ORIGINAL_EXPERTS, RunConfig
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import ranking
+from fedmmr_jax.evaluation import ranking, user_results
 from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation.communication import Traffic
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.runs import acceptance
 from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
@@ -149,16 +151,56 @@ def validated(
   if due(done.number, simulation.config):
     on_step(f'validating round {done.number}')
     start = time.perf_counter()
-    record['val'], _ = simulation.evaluate(done.state, 'val')
+    record['val'] = simulation.validate(done.state)
     record['evaluation_seconds'] = time.perf_counter() - start
-    protocol, metric = metrics_lib.SELECTED_BY
-    progress = progress.updated(done.number, record['val'][protocol][metric])
+    progress = progress.updated(
+      done.number,
+      selection_value(record['val'], done.number, simulation.config),
+    )
   record['targets'] = simulation.count_targets(done.cohort)
+  record['communication'] = traffic(
+    simulation, done.number, done.cohort, done.metrics
+  )._asdict()
   record['masked_fraction'] = round_lib.masked_fraction(
     done.cohort, simulation.num_train, simulation.config
   )
   record['seconds'] = done.seconds
   return Checkpoint(done.state, progress), record
+
+
+def traffic(
+  simulation: Simulation,
+  round_number: int,
+  cohort: np.ndarray,
+  train: dict[str, Any],
+) -> Traffic:
+  """What a round cost, the first with the sketch before it.
+
+  Args:
+    simulation: what was trained.
+    round_number: 1-based.
+    cohort: of the round.
+    train: its training metrics.
+  """
+  cost = simulation.traffic(cohort, train[metrics_lib.ITEM_ROWS])
+  return cost + simulation.sketch_traffic() if round_number == 1 else cost
+
+
+def selection_value(
+  found: dict[str, dict[str, float]], round_number: int, config: RunConfig
+) -> float:
+  """What a validated round is chosen by; the largest is the best.
+
+  Args:
+    found: protocol -> metric -> value.
+    round_number: what counts if the last round is to be tested.
+    config: its `select_by`.
+  """
+  selection = config.evaluation.selection
+  if selection is None:
+    return round_number
+  protocol, metric = selection
+  return found[protocol][metric]
 
 
 def due(round_number: int, config: RunConfig) -> bool:
@@ -171,9 +213,20 @@ def due(round_number: int, config: RunConfig) -> bool:
 
 def test(simulation: Simulation, state: FederationState) -> dict[str, Any]:
   """The ranking metrics of the summary, for a given state."""
-  metrics = {
-    split: simulation.evaluate(state, split)[0] for split in simulation.splits
-  }
+  metrics: dict[str, Any] = {}
+  for split in simulation.splits:
+    metrics[split], ranks = simulation.evaluate(state, split)
+    if split == 'test':
+      clients, _ = simulation.targets(split)
+      metrics['test_by_history'] = {
+        bounds: {'users': int(chosen.sum())}
+        | ranking.metrics_of(
+          jax.tree.map(lambda x: x[chosen], ranks), simulation.metrics
+        )
+        for bounds, chosen in user_results.by_history(
+          simulation.num_train[clients]
+        )
+      }
   if simulation.cold:
     metrics['cold_popularity'] = ranking.metrics_of(
       simulation.rank_by_popularity('cold'), simulation.metrics

@@ -1,0 +1,185 @@
+"""What a federation pays with: visits of clients and the bytes they move.
+
+Counted is what this simulation's clients receive and return, four bytes a
+number, nothing compressed: the parameters, of the item table the rows that a
+client works on, each with its id (with `vocabulary=dense` the whole table),
+prototypes, and what drift control sends. Item features are public and do not
+count. The sketch of `collaborative_dim` counts as part of round 1.
+"""
+
+from typing import Any, Iterable, Mapping, NamedTuple, Sequence
+
+import jax
+import numpy as np
+
+from fedmmr_jax.client.vocabulary import ITEM_TABLE
+from fedmmr_jax.config import ContentInit, RunConfig
+from fedmmr_jax.federation import collaborative
+from fedmmr_jax.federation.round import FederationState, RoundProgram
+
+_BYTES = 4  # of a number or an id
+
+
+class Traffic(NamedTuple):
+  """Cost of a round, or of several.
+
+  Attributes:
+    visits: clients that were asked, counted each time.
+    bytes_down: from the server to them.
+    bytes_up: from them to the server.
+  """
+
+  visits: int
+  bytes_down: float
+  bytes_up: float
+
+  def __add__(self, other: Any) -> 'Traffic':
+    return Traffic(*(a + b for a, b in zip(self, other)))
+
+
+NOTHING = Traffic(0, 0, 0)
+
+
+def of_round(
+  program: RoundProgram, state: FederationState, visits: int, item_rows: float
+) -> Traffic:
+  """Traffic of a round.
+
+  Args:
+    program: the static parts of the round.
+    state: of the federation, or a tree with the same shapes.
+    visits: clients of the cohort.
+    item_rows: rows of the item table that one of them works on, in the mean.
+  """
+  server = state.server
+  sent = program.client.drift.broadcast(server.control, server.opt_state)
+  uploaded = jax.eval_shape(program.client.drift.no_upload, server.params)
+  delta = _size(server.params, item_rows)
+  prototypes = _size(server.prototypes, item_rows)
+  return Traffic(
+    visits,
+    visits * (delta + prototypes + _size(sent, item_rows)),
+    visits * (delta + prototypes + _size(uploaded, item_rows)),
+  )
+
+
+def _size(tree: Any, item_rows: float) -> float:
+  """Bytes of a tree of parameters, of its item tables only so many rows."""
+  total = 0.0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if any(getattr(key, 'key', None) == ITEM_TABLE for key in path):
+      whole = leaf.shape[0] <= item_rows
+      total += item_rows * (leaf.size // leaf.shape[0] + (not whole))
+    else:
+      total += leaf.size
+  return _BYTES * total
+
+
+def of_sketch(config: RunConfig, num_train: np.ndarray) -> Traffic:
+  """Traffic before round 1. A client needs only the seed of the probe, and
+  returns a row for each of its items.
+
+  Args:
+    config: settings.
+    num_train: [K] training items of each client.
+  """
+  start = config.model.item_embedding
+  if not isinstance(start, ContentInit) or not start.collaborative_dim:
+    return NOTHING
+  clients = collaborative.asked(config, len(num_train))
+  rows = int(num_train[clients].sum())
+  return Traffic(
+    len(clients),
+    _BYTES * len(clients),
+    _BYTES * rows * (config.model.hidden_dim + 1),
+  )
+
+
+class Reached(NamedTuple):
+  """When a quality was reached first.
+
+  Attributes:
+    round: of the validation, 1-based.
+    traffic: up to it.
+  """
+
+  round: int
+  traffic: Traffic
+
+
+class Costs(NamedTuple):
+  """What qualities cost.
+
+  Attributes:
+    metric: what was reached, as in 'full/NDCG@10'.
+    rows: (name, value, when it was reached or None).
+  """
+
+  metric: str
+  rows: list[tuple[str, float, Reached | None]]
+
+
+def costs(
+  records: Sequence[Mapping[str, Any]],
+  protocol: str,
+  metric: str,
+  shares: Sequence[float] = (0.5, 0.8, 0.9, 1.0),
+) -> Costs:
+  """When shares of the best validation were reached; no rows without one."""
+  value = best(records, protocol, metric)
+  return Costs(
+    f'{protocol}/{metric}',
+    [
+      (
+        f'{share:.0%} of the best',
+        share * value,
+        until(records, protocol, metric, share * value),
+      )
+      for share in shares
+    ]
+    if value
+    else [],
+  )
+
+
+def compared_costs(
+  runs: Mapping[str, Sequence[Mapping[str, Any]]], protocol: str, metric: str
+) -> Costs:
+  """When each run reached the quality that all of them do, the best of the
+  worst one; no rows if one was never validated."""
+  values = [best(records, protocol, metric) for records in runs.values()]
+  return Costs(
+    f'{protocol}/{metric}',
+    [
+      (name, min(values), until(records, protocol, metric, min(values)))
+      for name, records in runs.items()
+    ]
+    if all(values)
+    else [],
+  )
+
+
+def best(
+  records: Iterable[Mapping[str, Any]], protocol: str, metric: str
+) -> float:
+  """The largest value of a validation metric; 0 without any."""
+  found = (r.get('val', {}).get(protocol, {}).get(metric, 0.0) for r in records)
+  return max(found, default=0.0)
+
+
+def until(
+  records: Iterable[Mapping[str, Any]], protocol: str, metric: str, value: float
+) -> Reached | None:
+  """When a validation metric reached a value; None if it never did.
+
+  Args:
+    records: lines of `metrics.jsonl`, from round 1 on.
+    protocol, metric: what counts.
+    value: to reach.
+  """
+  total = NOTHING
+  for record in records:
+    total += Traffic(**record['communication'])
+    if record.get('val', {}).get(protocol, {}).get(metric, -1.0) >= value:
+      return Reached(record['round'], total)
+  return None
