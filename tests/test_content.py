@@ -150,3 +150,36 @@ def test_the_noise_of_the_table_is_nobody_elses():
   assert noise[1:].std() == pytest.approx(std, rel=0.1)
   # 57 x 16 numbers: the correlation of independent ones is about 0.03.
   assert abs(np.corrcoef(noise[1:].ravel(), table[1:].ravel())[0, 1]) < 0.15
+
+
+def test_id_dropout_leaves_an_item_its_content_alone():
+  simulation = small.simulation(
+    item_embedding='content_plus_id,collaborative_dim=4,id_dropout=0.95',
+    experts='none',
+  )
+  params = simulation.init_state().server.params
+  items = jnp.tile(jnp.arange(1, simulation.model.num_rows), 50)
+
+  def embed(train, key):
+    return np.asarray(
+      simulation.model.apply(
+        {'params': params},
+        items,
+        simulation.catalogue,
+        train,
+        rngs={'dropout': jax.random.key(key)},
+        method='embed',
+      )
+    )
+
+  whole, trained = embed(False, 0), embed(True, 0)
+  content = np.asarray(simulation.catalogue.content)[items]
+  # Without row, and without the directions that histories give.
+  alone = np.where(np.arange(16) < 12, content, 0) @ np.asarray(
+    params['content_projection']
+  )
+  has_content = content.any(axis=1)
+  dropped = has_content & np.isclose(trained, alone, atol=1e-6).all(axis=1)
+  np.testing.assert_allclose(trained[~dropped], whole[~dropped], rtol=1e-6)
+  assert dropped.sum() / has_content.sum() == pytest.approx(0.95, abs=0.02)
+  assert not np.array_equal(trained, embed(True, 1))

@@ -163,12 +163,33 @@ class FedDMMR(nn.Module):
           'fusion_gate', nn.initializers.constant(c.fusion.init), ()
         )
 
-  def embed(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
-    """[..., D] embeddings of items: their rows, plus content if configured."""
+  def embed(
+    self, items: jax.Array, catalogue: Catalogue, train: bool = False
+  ) -> jax.Array:
+    """[..., D] embeddings of items: their rows, plus content if configured.
+
+    Args:
+      items: [...] int32 ids.
+      catalogue: item features.
+      train: whether `id_dropout` acts (consumes the `dropout` key).
+    """
     embedded = self.item_embedding[items]
-    if isinstance(self.config.item_embedding, ContentPlusId):
-      embedded += catalogue.content[items] @ self.content_projection
-    return embedded
+    start = self.config.item_embedding
+    if not isinstance(start, ContentPlusId):
+      return embedded
+    content = catalogue.content[items]
+    if train and start.id_dropout:
+      # Volkovs et al. 2017, "DropoutNet: Addressing cold start in recommender
+      # systems", NIPS. Without content there would be nothing left.
+      dropped = jnp.any(content != 0, axis=-1) & jax.random.bernoulli(
+        self.make_rng('dropout'), start.id_dropout, items.shape
+      )
+      embedded = jnp.where(dropped[..., None], 0.0, embedded)
+      # As of a new item: no histories to stand in.
+      direction = jnp.arange(content.shape[-1])
+      of_histories = direction >= content.shape[-1] - start.collaborative_dim
+      content = jnp.where(dropped[..., None] & of_histories, 0.0, content)
+    return embedded + content @ self.content_projection
 
   def encode(
     self,
@@ -194,7 +215,7 @@ class FedDMMR(nn.Module):
       has that shape.
     """
     valid = window > 0
-    embedded = self.embed(window, catalogue) * valid[:, None]
+    embedded = self.embed(window, catalogue, train) * valid[:, None]
     states = self.backbone(embedded, valid, train, last_only)
     own = None
     if self.config.profile:
@@ -227,7 +248,7 @@ class FedDMMR(nn.Module):
     Returns:
       `Candidates` with J rows.
     """
-    embedding = self.embed(items, catalogue)
+    embedding = self.embed(items, catalogue, train)
     auxiliary = jnp.zeros_like(embedding)
     if memory is None or self.is_backbone_only:
       weights = jnp.zeros((items.shape[0], 0), embedding.dtype)
