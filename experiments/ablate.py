@@ -309,7 +309,10 @@ def _split_lines(outcomes, split: str, title: str) -> list[str]:
 
 def _history_lines(outcomes) -> list[str]:
   """Full NDCG@10 of the test item by history length."""
-  parts = user_results.by_history(next(iter(outcomes.values())).num_train)
+  num_train = next(iter(outcomes.values())).num_train
+  parts = user_results.by_history(np.asarray(num_train))
+  if not parts:
+    return []
   return [
     '',
     f'{NDCG} {FULL} of the test item by the number of training items of the '

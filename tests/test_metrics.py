@@ -170,7 +170,7 @@ def test_a_metric_of_training_has_one_title_everywhere():
 
 def test_every_metric_of_a_round_is_in_the_table():
   model = small.simulation().model
-  known = [*client_lib.empty_metrics(model), *client_lib.memory_metrics(None)]
+  known = [*client_lib.empty_metrics(model), *client_lib.no_client_metrics()]
   known.remove(metrics.WEIGHT_SHARES)  # a figure of its own
   assert metrics.ordered(['nobody', *known])[-1] == 'nobody'
 

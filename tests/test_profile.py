@@ -104,7 +104,14 @@ def test_scores_of_a_step_are_those_of_each_position(experts, shared):
   got = scoring.score_batch(
     model,
     params,
-    Batch(windows, targets, targets > 0, jnp.ones(targets.shape), profiles),
+    Batch(
+      windows,
+      targets,
+      targets > 0,
+      position=jnp.zeros(targets.shape, int),
+      lateness=jnp.ones(targets.shape),
+      profile=profiles,
+    ),
     jnp.asarray(negative),
     catalogue,
     view,

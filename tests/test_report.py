@@ -29,6 +29,7 @@ def record(number: int, val: bool = True) -> dict:
     'round': number,
     'seconds': 2.0,
     'saving_seconds': 0.5,
+    'communication': {'visits': 10, 'bytes_down': 3e6, 'bytes_up': 2e6},
     'train': {
       'loss': 3.0 / number,
       'rec_loss': 2.0 / number,
@@ -67,6 +68,7 @@ def summary() -> dict:
   both = {'sampled': ranking, 'full': ranking}
   return {
     'test': both,
+    'test_by_history': {'3 to 7': {'users': 5, **both}},
     'val': both,
     'best_round': 3,
     'rounds': 3,
@@ -96,6 +98,10 @@ def test_draws_every_figure_and_escapes(run):
     'Client memory, age',
     'Time',
     'Where the time went',
+    'Test item by length of the history',
+    '3 to 7',
+    'What it cost',
+    '90% of the best',
     'Acceptance',
     'a &lt;b&gt; &amp; c.npy',
     'num_rounds',

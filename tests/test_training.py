@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import console
@@ -68,6 +69,7 @@ def test_writes_every_file_of_the_contract(straight):
       'gradient_visual',
       'gradient_semantic',
       'memory_fill',
+      'item_rows',
     }
     assert 1.25 <= line['train']['instance_weight'] <= 1.5
     assert sum(line['train']['instance_weight_shares']) == pytest.approx(1)
@@ -77,6 +79,8 @@ def test_writes_every_file_of_the_contract(straight):
     )
     assert set(line['val']) == {'sampled', 'full'}
     assert line['seconds'] > 0
+    assert line['communication']['visits'] == 4
+    assert line['communication']['bytes_up'] > 0
   config = json.loads((path / 'config.json').read_text())
   assert config['flags']['num_rounds'] == 4
   assert config['data_fingerprint'] == small.dataset().fingerprint()
@@ -159,6 +163,61 @@ def test_early_stopping():
   )
   assert not training.out_of_patience(9, progress, small.config(patience=0))
   assert not training.out_of_patience(9, Progress.start(), config)
+
+
+FOUND = {
+  'sampled': {'HR@10': 0.5, 'NDCG@10': 0.3},
+  'full': {'HR@10': 0.2, 'NDCG@10': 0.1},
+}
+
+
+@pytest.mark.parametrize(
+  'select_by, value',
+  [('full/NDCG@10', 0.1), ('sampled/HR@10', 0.5), ('last', 7)],
+)
+def test_what_the_best_round_is_chosen_by(select_by, value):
+  config = small.config(select_by=select_by)
+  assert training.selection_value(FOUND, 7, config) == value
+
+
+def test_the_last_round_is_always_the_best_if_so_asked():
+  config = small.config(select_by='last', patience=1)
+  progress = Progress.start()
+  for number in (1, 2, 3):
+    value = training.selection_value(FOUND, number, config)
+    progress = progress.updated(number, value)
+    assert int(progress.best_round) == number
+    assert not training.out_of_patience(number, progress, config)
+
+
+@pytest.mark.parametrize(
+  'select_by, told',
+  [
+    ('HR@10', 'is neither last nor protocol/metric, as in full/NDCG@10'),
+    ('all/HR@10', 'is neither last nor protocol/metric'),
+    ('full/', 'is neither last nor protocol/metric'),
+    ('full/HR@11', 'there is no metric HR@11; one of HR@5,'),
+  ],
+)
+def test_a_selection_that_cannot_be_made_is_refused(select_by, told):
+  message = small.error_of(lambda: small.simulation(select_by=select_by))
+  assert message.startswith(f'`select_by={select_by}`') and told in message
+
+
+def test_validation_is_of_a_part_of_the_clients_always_the_same():
+  simulation = small.simulation(validation_clients=3)
+  chosen = simulation.validation_clients
+  assert len(chosen) == 3 and (np.diff(chosen) > 0).all()
+  again = small.simulation(validation_clients=3).validation_clients
+  assert again.tolist() == chosen.tolist()
+  state = simulation.init_state()
+  _, ranks = simulation.evaluate(state, 'val')
+  found, some = simulation.evaluate(state, 'val', chosen)
+  assert some.full.tolist() == ranks.full[chosen].tolist()
+  assert simulation.validate(state) == found
+  for count in (0, 9, 20):
+    everybody = small.simulation(validation_clients=count)
+    assert everybody.validation_clients.tolist() == list(range(9))
 
 
 def test_validation_is_due_every_nth_round_and_at_the_end():

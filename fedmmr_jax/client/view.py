@@ -8,7 +8,8 @@ With the memory's `sees=past`:
 * in training a target meets only what its client consumed before it, and a
   negative what was consumed before one of the step's targets. So both meet
   equally much, and an expert still runs once per candidate, not once per
-  target and candidate;
+  target and candidate. (Entries are retrieved first: later items may have taken
+  the slots of earlier ones, and leave a target fewer to meet, never others);
 * a client is asked with a memory that holds what it consumed since its last
   training, or, if it never trained, its last items (`up_to_date`).
 

@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
   seconds: float
   metrics: tuple[Metric, ...] = ()
   records: Sequence[list[dict[str, Any]]] = ()
-  num_train: np.ndarray | None = None
+  num_train: Sequence[int] = ()
 
   @property
   def headlines(self) -> tuple[tuple[str, str], ...]:
@@ -326,9 +326,9 @@ def _rank(
   }
 
 
-def _num_train(simulation: Simulation) -> np.ndarray:
+def _num_train(simulation: Simulation) -> list[int]:
   """[users] training items of the test split's users."""
-  return simulation.num_train[simulation.targets('test')[0]]
+  return simulation.num_train[simulation.targets('test')[0]].tolist()
 
 
 def _stacked(ranks: Sequence[Ranks]) -> Ranks:

@@ -170,7 +170,8 @@ def best(
 def until(
   records: Iterable[Mapping[str, Any]], protocol: str, metric: str, value: float
 ) -> Reached | None:
-  """When a validation metric reached a value; None if it never did.
+  """When a validation metric reached a value; None if it never did, or if what
+  it cost was not recorded.
 
   Args:
     records: lines of `metrics.jsonl`, from round 1 on.
@@ -179,6 +180,8 @@ def until(
   """
   total = NOTHING
   for record in records:
+    if 'communication' not in record:
+      return None
     total += Traffic(**record['communication'])
     if record.get('val', {}).get(protocol, {}).get(metric, -1.0) >= value:
       return Reached(record['round'], total)
