@@ -80,7 +80,8 @@ def banner(simulation: Simulation) -> str:
   """How the model works, in this configuration."""
   config = simulation.config
   c, s = config.client, config.server
-  size = round_lib.cohort_size(config, simulation.dataset.num_clients)
+  taking_part = int(simulation.data.takes_part.sum())
+  size = round_lib.cohort_size(config, taking_part)
   steps = windows.num_steps(simulation.num_train, config).mean()
   contrastive = (
     config.loss.contrastive.name
@@ -104,10 +105,21 @@ def banner(simulation: Simulation) -> str:
       f'  server     {_averaged(s)}{s.server_optimizer} '
       f'{s.server_learning_rate:g}'
       f'{_decay(s.server_schedule)}, '
-      f'{size} of {simulation.dataset.num_clients} clients a round, '
+      f'{size} of {taking_part} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
+      *_new_clients(simulation),
     ]
   )
+
+
+def _new_clients(simulation: Simulation) -> list[str]:
+  count = simulation.dataset.num_clients - int(simulation.data.takes_part.sum())
+  if not count:
+    return []
+  return [
+    f'  new        {count} further clients are in no cohort, and ranked at the '
+    'end'
+  ]
 
 
 def _hands() -> str:
