@@ -69,11 +69,11 @@ def main() -> None:
     else:
       run = RunFolder(workdir)
       _check_free(run)
-      train_run(
-        run,
-        app.config_from_flags(run.flags() if run.holds_run() else None),
-        stop,
-      )
+      before = None
+      if run.holds_run():
+        run.check_format()  # its settings may be gone since
+        before = run.flags()
+      train_run(run, app.config_from_flags(before), stop)
   except Stopped:
     print(
       'stopped; continue with python -m experiments.train --resume '
