@@ -278,101 +278,51 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
   return checks + of_experts
 
 
+class _Met(NamedTuple):
+  """What the candidates of one client meet in its memory; all [] arrays.
+
+  Attributes:
+    itself: how often a candidate of training or ranking meets its own entry.
+    later: entries met in training that were consumed later.
+    in_all: entries met in training.
+    known: whether the item before the test item is remembered when that is
+      asked about.
+  """
+
+  itself: jax.Array
+  later: jax.Array
+  in_all: jax.Array
+  known: jax.Array
+
+
 def memory_views(simulation: Simulation, state: FederationState) -> list[Check]:
   """What the experts meet in each client's memory; none without experts."""
   if state.memories is None:
     return []
-  config, model = simulation.compiled_config, simulation.model
-  stride = windows.window_stride(config.client, config.model.max_seq_len)
-  most = int(windows.num_windows(simulation.max_items, stride))
-  broadcast = state.server.broadcast(simulation.catalogue, config)
-  everything = view_lib.Asked(jnp.arange(model.num_rows))
-
-  def met(memory, asked, history):
-    """([R] entries, [R, J] bool which of them some expert shows)."""
-    view = view_lib.view(
-      model,
-      memory,
-      broadcast.catalogue,
-      broadcast.prototypes,
-      asked,
-      history,
-      config.memory,
+  config = simulation.compiled_config
+  met = _Met(
+    *map(
+      np.asarray,
+      jax.jit(
+        lambda clients: jax.lax.map(
+          lambda client: _met_by(simulation, state, client), clients
+        )
+      )(jnp.arange(simulation.dataset.num_clients)),
     )
-    entries = memory_lib.retrieve(memory, config.memory)
-    shown = jnp.zeros((len(entries), len(asked.item)), bool)
-    for one in view.values():
-      shown |= one.mask[: len(entries)]
-    return entries, shown
-
-  def look(client):
-    own = client_view(simulation.data, client, simulation.max_items)
-    memory = jax.tree.map(lambda x: x[client], state.memories)
-    index = jnp.arange(most)
-    batch = windows.cut_windows(
-      own,
-      index,
-      index < windows.num_windows(own.num_train, stride),
-      stride,
-      config.model.max_seq_len,
-    )
-    of_all = dataclasses.replace(
-      config, client=dataclasses.replace(config.client, batch_size=most)
-    )
-    negative = scoring.draw_negatives(
-      jax.random.fold_in(jax.random.key(int(Stream.AUDIT)), client), own, of_all
-    )
-    asked = view_lib.asked_in_training(batch, negative)
-    entries, shown = met(memory, asked, own.history)
-    first = jnp.min(
-      jnp.where(
-        own.history == entries[:, None],
-        jnp.arange(len(own.history)),
-        len(own.history),
-      ),
-      axis=1,
-    )
-    # Padding's targets count for nothing, whatever they meet.
-    counts = asked.item > 0
-    itself = jnp.sum(shown & counts & (entries[:, None] == asked.item))
-    later = jnp.sum(shown & counts & (first[:, None] >= asked.position))
-    now = own.num_train + ranking.SPLITS['test']
-    memory = view_lib.up_to_date(
-      memory,
-      own.history,
-      own.num_train,
-      now,
-      broadcast.catalogue,
-      config.memory,
-    )
-    entries, shown_then = met(memory, everything, own.history)
-    itself += jnp.sum(shown_then & (entries[:, None] == everything.item))
-    return (
-      itself,
-      later,
-      jnp.sum(shown & counts),
-      jnp.any(memory.item == own.history[now - 1]),
-    )
-
-  itself, later, met_in_all, known = map(
-    np.asarray,
-    jax.jit(lambda clients: jax.lax.map(look, clients))(
-      jnp.arange(simulation.dataset.num_clients)
-    ),
   )
-  known = known[simulation.dataset.tested]
+  known = met.known[simulation.dataset.tested]
   can_remember = not isinstance(config.memory, NoMemory)
   return [
     Check(
       "memory: a target's own entry",
-      not itself.any(),
-      f'candidates meet their own entry {itself.sum():,} times',
+      not met.itself.any(),
+      f'candidates meet their own entry {met.itself.sum():,} times',
     ),
     Check(
       'memory: what came later',
-      not later.any(),
-      f'of {met_in_all.sum():,} entries that the candidates of training meet, '
-      f'{later.sum():,} were consumed later',
+      not met.later.any(),
+      f'of {met.in_all.sum():,} entries that the candidates of training meet, '
+      f'{met.later.sum():,} were consumed later',
     ),
     Check(
       'memory: what came before',
@@ -383,6 +333,78 @@ def memory_views(simulation: Simulation, state: FederationState) -> list[Check]:
       else 'nothing is remembered, as the settings say',
     ),
   ]
+
+
+def _met_by(simulation, state, client) -> _Met:
+  """What one client's candidates meet: in all its windows as one step, and in
+  the ranking of its test item."""
+  config, catalogue = simulation.compiled_config, simulation.catalogue
+  own = client_view(simulation.data, client, simulation.max_items)
+  memory = jax.tree.map(lambda x: x[client], state.memories)
+  asked = _asked_in_training(simulation, client, own)
+  entries, shown = _shown(simulation, state, memory, asked, own.history)
+  shown &= asked.item > 0  # padding's targets count for nothing
+  first = jnp.min(
+    jnp.where(
+      own.history == entries[:, None],
+      jnp.arange(len(own.history)),
+      len(own.history),
+    ),
+    axis=1,
+  )
+  now = own.num_train + ranking.SPLITS['test']
+  memory = view_lib.up_to_date(
+    memory, own.history, own.num_train, now, catalogue, config.memory
+  )
+  everything = view_lib.Asked(jnp.arange(simulation.model.num_rows))
+  then, shown_then = _shown(simulation, state, memory, everything, own.history)
+  return _Met(
+    itself=jnp.sum(shown & (entries[:, None] == asked.item))
+    + jnp.sum(shown_then & (then[:, None] == everything.item)),
+    later=jnp.sum(shown & (first[:, None] >= asked.position)),
+    in_all=jnp.sum(shown),
+    known=jnp.any(memory.item == own.history[now - 1]),
+  )
+
+
+def _asked_in_training(simulation, client, own) -> view_lib.Asked:
+  """The candidates of all windows of a client."""
+  config = simulation.compiled_config
+  stride = windows.window_stride(config.client, config.model.max_seq_len)
+  most = int(windows.num_windows(simulation.max_items, stride))
+  index = jnp.arange(most)
+  batch = windows.cut_windows(
+    own,
+    index,
+    index < windows.num_windows(own.num_train, stride),
+    stride,
+    config.model.max_seq_len,
+  )
+  of_all = dataclasses.replace(
+    config, client=dataclasses.replace(config.client, batch_size=most)
+  )
+  negative = scoring.draw_negatives(
+    jax.random.fold_in(jax.random.key(int(Stream.AUDIT)), client), own, of_all
+  )
+  return view_lib.asked_in_training(batch, negative)
+
+
+def _shown(simulation, state, memory, asked, history):
+  """([R] entries, [R, J] bool which of them some expert shows)."""
+  view = view_lib.view(
+    simulation.model,
+    memory,
+    simulation.catalogue,
+    state.server.prototypes,
+    asked,
+    history,
+    simulation.compiled_config.memory,
+  )
+  entries = memory_lib.retrieve(memory, simulation.compiled_config.memory)
+  shown = jnp.zeros((len(entries), len(asked.item)), bool)
+  for one in view.values():
+    shown |= one.mask[: len(entries)]
+  return entries, shown
 
 
 def exchanged(dataset: Dataset, seed: int) -> Dataset:
