@@ -15,6 +15,7 @@ from fedmmr_jax.config import (
   Schedule,
 )
 from fedmmr_jax.data import features
+from fedmmr_jax.data.dataset import taking_part
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
@@ -80,8 +81,9 @@ def banner(simulation: Simulation) -> str:
   """How the model works, in this configuration."""
   config = simulation.config
   c, s = config.client, config.server
-  taking_part = int(simulation.data.takes_part.sum())
-  size = round_lib.cohort_size(config, taking_part)
+  clients = simulation.dataset.num_clients
+  trained = len(taking_part(clients, config.data.new_clients))
+  size = round_lib.cohort_size(config, trained)
   steps = windows.num_steps(simulation.num_train, config).mean()
   contrastive = (
     config.loss.contrastive.name
@@ -105,15 +107,14 @@ def banner(simulation: Simulation) -> str:
       f'  server     {_averaged(s)}{s.server_optimizer} '
       f'{s.server_learning_rate:g}'
       f'{_decay(s.server_schedule)}, '
-      f'{size} of {taking_part} clients a round, '
+      f'{size} of {trained} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
-      *_new_clients(simulation),
+      *_new_clients(clients - trained),
     ]
   )
 
 
-def _new_clients(simulation: Simulation) -> list[str]:
-  count = simulation.dataset.num_clients - int(simulation.data.takes_part.sum())
+def _new_clients(count: int) -> list[str]:
   if not count:
     return []
   return [

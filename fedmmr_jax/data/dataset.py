@@ -9,6 +9,7 @@ The rest is for training (`selection.py`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import zlib
 from typing import Any, Mapping, NamedTuple, Sequence
@@ -332,6 +333,24 @@ def draw_new_clients(num_clients: int, share: float) -> np.ndarray:
     num_clients, count, replace=False
   )
   return np.sort(chosen)
+
+
+@functools.cache  # each round asks
+def taking_part(num_clients: int, new_clients: float) -> np.ndarray:
+  """[n] the other clients, of which cohorts are drawn, ascending.
+
+  Args:
+    num_clients: K.
+    new_clients: share of them held out of every cohort.
+
+  Raises:
+    UserError: nobody is left to train.
+  """
+  found = np.delete(
+    np.arange(num_clients), draw_new_clients(num_clients, new_clients)
+  )
+  found.setflags(write=False)  # all who ask share it
+  return found
 
 
 def _distinct(dataset, count) -> tuple[np.ndarray, np.ndarray]:

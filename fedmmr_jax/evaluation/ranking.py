@@ -21,8 +21,8 @@ from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import (
   client_view,
   ClientData,
-  draw_new_clients,
   FederatedData,
+  taking_part,
 )
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
@@ -284,10 +284,7 @@ def rank_shard(
 def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
   """[n] clients that are ranked, of those that take part, ascending; the same
   in each round."""
-  takes_part = np.delete(
-    np.arange(num_clients),
-    draw_new_clients(num_clients, config.data.new_clients),
-  )
+  takes_part = taking_part(num_clients, config.data.new_clients)
   wanted = config.evaluation.eval_clients
   if not wanted or wanted >= len(takes_part):
     return takes_part

@@ -14,7 +14,7 @@ of the item table; it is asked once.
 import numpy as np
 
 from fedmmr_jax.config import ContentInit, RunConfig
-from fedmmr_jax.data.dataset import Dataset, draw_new_clients
+from fedmmr_jax.data.dataset import Dataset, taking_part
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.streams import generator, Stream
 
@@ -51,10 +51,7 @@ def asked(config: RunConfig, num_clients: int) -> np.ndarray:
 
 
 def _asked(rng, config, num_clients) -> np.ndarray:
-  takes_part = np.delete(
-    np.arange(num_clients),
-    draw_new_clients(num_clients, config.data.new_clients),
-  )
+  takes_part = taking_part(num_clients, config.data.new_clients)
   count = round(
     config.server.client_fraction
     * len(takes_part)

@@ -32,8 +32,8 @@ from fedmmr_jax.config import ContentInit, ContentPlusId, RunConfig
 from fedmmr_jax.data.dataset import (
   client_view,
   ClientData,
-  draw_new_clients,
   FederatedData,
+  taking_part,
 )
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
@@ -182,10 +182,7 @@ def sample_cohort(
   Returns:
     [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the last chunk.
   """
-  takes_part = np.delete(
-    np.arange(len(num_train)),
-    draw_new_clients(len(num_train), config.data.new_clients),
-  )
+  takes_part = taking_part(len(num_train), config.data.new_clients)
   size = cohort_size(config, len(takes_part))
   rng = generator(config.seed, Stream.COHORT, round_number)
   return chunked(
