@@ -204,7 +204,10 @@ def _history_lines(model: ModelConfig) -> list[str]:
 def _fusion_lines(simulation: Simulation) -> list[str]:
   model, config = simulation.model, simulation.config
   if model.is_backbone_only:
-    return ['fusion     none: no visual or semantic expert, ⟨s, e⟩']
+    why = 'none asked for'
+    if config.model.expert_forms:
+      why = 'the data set has features for none of them'
+    return [f'experts    none, {why}: the backbone alone, ⟨s, e⟩']
   experts = [m.name for m in model.modalities]
   parts = ' + '.join(f'w_{e[:3]}·LN({e})' for e in experts)
   memory = config.memory
@@ -221,7 +224,7 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
     )
     + (
       " and the candidate's own features"
-      if config.model.expert_input == 'candidate'
+      if getattr(config.model.expert_form, 'input', '') == 'candidate'
       else ''
     )
   ]

@@ -24,7 +24,6 @@ CONFIG = ModelConfig(
   num_blocks=2,
   num_heads=4,
   max_seq_len=10,
-  semantic_heads=8,
   router_hidden_dim=16,
   dropout=0.0,
 )

@@ -28,7 +28,7 @@ SMALL = [
   '--hidden_dim=16',
   '--num_blocks=1',
   '--num_heads=2',
-  '--semantic_heads=2',
+  '--expert_form=attention,heads=2',
   '--max_seq_len=20',
   '--objective=all_positions',
   '--negatives=shared',

@@ -109,7 +109,9 @@ def test_a_contrastive_loss_outside_is_explained():
   # 4 windows, one target each: guessing costs ln 4 = 1.39.
   high = judge(last=train(contrastive_loss=5.0))['contrastive loss']
   assert '4 positives of a step gives 1.39' in high['measured']
-  low = judge(last=train(contrastive_loss=0.5), expert_input='candidate')
+  low = judge(
+    last=train(contrastive_loss=0.5), expert_form='attention,input=candidate'
+  )
   assert 'both see the candidate' in low['contrastive loss']['measured']
 
 

@@ -18,7 +18,7 @@ TINY = (
   '--hidden_dim=16',
   '--num_blocks=1',
   '--num_heads=2',
-  '--semantic_heads=2',
+  '--expert_form=attention,heads=2',
   '--max_seq_len=5',
   '--batch_size=4',
   '--num_negatives=3',

@@ -121,8 +121,8 @@ def test_every_field_has_help(field):
   }
 
 
-def test_there_are_at_most_77_settings():
-  assert len(FIELDS) == 77
+def test_there_are_at_most_75_settings():
+  assert len(FIELDS) == 75
 
 
 def test_every_setting_that_matters_says_what_is_known_of_it():
@@ -270,7 +270,7 @@ def test_the_bounds_themselves_are_accepted(key):
   # Settings that others must fit come along at values that fit.
   for field in FIELDS:
     if key in field.metadata:
-      fitting = dict(num_heads=1, semantic_heads=1)
+      fitting = dict(num_heads=1, expert_form='attention,heads=1')
       config(**{**fitting, field.name: field.metadata[key]}).validate()
 
 
@@ -283,13 +283,24 @@ def test_nan_is_refused(field):
     config(**{field.name: math.nan}).validate()
 
 
-@pytest.mark.parametrize('heads', ['num_heads', 'semantic_heads'])
-def test_heads_must_divide_the_width(heads):
+@pytest.mark.parametrize(
+  'setting, heads, named',
+  [
+    ('num_heads', 3, '`num_heads=3`'),
+    ('expert_form', 'attention,heads=3', 'the heads of `expert_form='),
+  ],
+)
+def test_heads_must_divide_the_width(setting, heads, named):
   with pytest.raises(
-    UserError, match=f'^`hidden_dim=128` is not a multiple of `{heads}=3`'
+    UserError, match=f'^`hidden_dim=128` is not a multiple of {named}'
   ):
-    config(**{heads: 3}).validate()
-  config(**{heads: 3}, hidden_dim=24).validate()
+    config(**{setting: heads}).validate()
+  config(**{setting: heads}, hidden_dim=24).validate()
+
+
+def test_prototypes_need_experts_that_can_read_them():
+  with refused('global_memory', 'prototypes', 'needs .expert_form=attention'):
+    config(global_memory='prototypes', expert_form='similarity').validate()
 
 
 def test_retrieval_must_fit_the_memory():

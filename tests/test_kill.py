@@ -29,7 +29,7 @@ FLAGS = (
   '--hidden_dim=16',
   '--num_blocks=1',
   '--num_heads=2',
-  '--semantic_heads=2',
+  '--expert_form=attention,heads=2',
   '--max_seq_len=8',
   '--num_negatives=5',
   '--sampled_negatives=10',

@@ -250,7 +250,7 @@ def test_models_without_a_modality_have_no_parameters_for_it(dims):
   _, catalogue, apply, params = build(visual_dim=dims[0], text_dim=dims[1])
   assert ('visual_expert' in params) == bool(dims[0])
   assert ('semantic_expert' in params) == bool(dims[1])
-  assert ('router' in params) == any(dims)
+  assert 'router' not in params  # one expert leaves nothing to route
 
 
 def test_plain_backbone_scores_by_inner_product():
@@ -273,7 +273,9 @@ def test_row_zero_starts_at_zero():
 
 
 CANDIDATE = small.config(
-  dropout=0.0, expert_input='candidate', router_input='features'
+  dropout=0.0,
+  expert_form='attention,input=candidate,heads=2,projection_dim=8',
+  router_input='features',
 ).model
 VIEW = jnp.array([2, 4])
 
@@ -346,8 +348,8 @@ def test_expert_outputs_start_as_small_as_asked():
   'experts, groups',
   [
     ('both', {'visual_expert', 'semantic_expert', 'router'}),
-    ('visual', {'visual_expert', 'router'}),
-    ('semantic', {'semantic_expert', 'router'}),
+    ('visual', {'visual_expert'}),
+    ('semantic', {'semantic_expert'}),
     ('none', set()),
   ],
 )
@@ -423,3 +425,69 @@ def test_a_shorter_window_gives_what_the_padded_one_gives(positions):
     rtol=1e-5,
     atol=1e-6,
   )
+
+
+def similar(sharpness=float(np.log(3))):
+  """A similarity expert over two entries that are as unlike as can be."""
+  expert = experts.SimilarityExpert(
+    small.config(expert_form=f'similarity,sharpness={sharpness}').model
+  )
+  entries = experts.Entries(
+    jnp.array([[2.0, 0.0], [0.0, 0.5]]),
+    jnp.ones((2, 1), bool),
+    jnp.array([[4.0, 0.0, 8.0], [0.0, 4.0, 0.0]]),
+  )
+  params = expert.init(
+    jax.random.key(0), jnp.zeros((1, 3)), jnp.ones((1, 2)), entries, False
+  )
+
+  def read(feature, entries=entries):
+    embedding = jnp.zeros((len(feature), 3))
+    return expert.apply(params, embedding, feature, entries, False)
+
+  return read, entries, params['params']
+
+
+def test_similarity_reads_what_is_most_like_the_candidate_by_hand():
+  """Cosines of 1 and 0, times ln 3: three quarters and a quarter."""
+  read, entries, _ = similar()
+  expected = [[3.0, 1.0, 6.0], [1.0, 3.0, 2.0]]
+  features = jnp.array([[7.0, 0.0], [0.0, 0.1]])  # lengths do not matter
+  np.testing.assert_allclose(read(features), expected, rtol=1e-6)
+  only_first = entries._replace(mask=jnp.array([[True], [False]]))
+  np.testing.assert_allclose(
+    read(features, only_first), [[4.0, 0.0, 8.0]] * 2, rtol=1e-6
+  )
+
+
+def test_similarity_does_not_train_the_item_table():
+  read, entries, _ = similar()
+
+  def total(content):
+    return jnp.sum(read(jnp.ones((1, 2)), entries._replace(content=content)))
+
+  assert not jax.grad(total)(entries.content).any()
+
+
+def test_similarity_without_content_trains_a_projection():
+  form = small.config(expert_form='similarity', dropout=0.0).model
+  _, catalogue, apply, params = build(form)
+  for expert in ('visual_expert', 'semantic_expert'):
+    assert params[expert].keys() == {'metric', 'sharpness', 'value'}
+  with_content = dataclasses.replace(form, item_embedding='content_plus_id')
+  catalogue = catalogue._replace(content=jnp.ones((V, form.hidden_dim)))
+  model = feddmmr.FedDMMR(with_content, V, tuple(experts.of(with_content)))
+  params = model.init(jax.random.key(0), catalogue, method='initialise')
+  assert 'value' not in params['params']['visual_expert']
+
+
+def test_similarity_needs_the_candidates_feature():
+  model, catalogue, apply, _ = build(
+    small.config(expert_form='similarity', dropout=0.0).model
+  )
+  # 3 has no image, 5 no text.
+  got = seen(model, catalogue, apply, jnp.array([1, 3, 5]))
+  np.testing.assert_array_equal(
+    got.available, [[True, True], [False, True], [True, False]]
+  )
+  assert np.isfinite(got.auxiliary).all()

@@ -266,7 +266,7 @@ def test_nothing_can_be_learnt_where_all_is_noise(sees, similarity):
     similarity=similarity,
     item_embedding='content_plus_id',
     embedding_init_std=0.05,
-    visual_projection_dim=16,
+    expert_form='attention,projection_dim=16',
     freeze='embeddings,backbone',  # they would learn the clients by heart
     client_optimizer='sgd',
     client_learning_rate=0.01,

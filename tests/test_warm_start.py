@@ -180,7 +180,10 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
       'it has no backbone/block_1/.*stay as drawn',
     ),
     (dict(num_heads=4, load='backbone'), '`num_heads=2`, not 4'),
-    (dict(semantic_heads=4), 'experts cannot .*`semantic_heads=2`, not 4'),
+    (
+      dict(expert_form='attention,heads=4'),
+      'experts cannot .*heads=2,projection_dim=8`, not attention,heads=4',
+    ),
     (dict(item_embedding='content_plus_id'), '`item_embedding=id`, not'),
     (dict(experts='none', load='router'), 'has no router; it has embeddings'),
     (dict(fusion='gated', load='fusion'), '`fusion=residual`, not gated'),

@@ -92,7 +92,7 @@ def symmetric_infonce(
   Returns:
     [T] losses; meaningless (but finite) where `valid` is False.
   """
-  similarity = _unit(first) @ _unit(second).T  # [T, T]
+  similarity = layers.unit(first) @ layers.unit(second).T  # [T, T]
   temperature = jnp.broadcast_to(temperature, valid.shape)[:, None]
   matching = jnp.diagonal(similarity) / temperature[:, 0]
 
@@ -287,8 +287,3 @@ def hardest_share(
   return jax.lax.stop_gradient(
     jnp.where(total > 0, hardest / jnp.where(total > 0, total, 1.0), 0.0)
   )
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  """Rows of unit length; a zero row stays zero."""
-  return x * layers.inverse_norm(jnp.sum(x * x, axis=-1, keepdims=True))

@@ -1,9 +1,16 @@
 """The heterogeneous experts: each represents a candidate by attending over the
 client's own memory in one modality (FedDMMR, "Multimodal experts").
 
-With `expert_input=candidate` the projected feature of the candidate itself is
-added to the expert's reading of the memory; otherwise it only determines the
-attention weights.
+Two forms (`expert_form`):
+
+* `similarity`: attention is by the similarity of features, and what is read are
+  the embeddings of the entries' content. So from round 1 on ⟨expert, e⟩ says
+  how like the candidate the entries nearest to it are, which a model of light
+  users has no time to learn, and there are few parameters to train;
+* `attention`, the original's: everything is learned from random projections.
+  With `input=candidate` the projected feature of the candidate itself is added
+  to the expert's reading of the memory; otherwise it only determines the
+  attention weights.
 
 No expert sees the sequence, so an expert runs once per candidate, not once per
 (sequence, candidate) pair. Projections are applied to the R memory rows before
@@ -11,14 +18,14 @@ these meet the J candidates. This is exact, because a projection commutes with
 the attention average.
 """
 
-from typing import Any, Mapping, NamedTuple
+from typing import Any, cast, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fedmmr_jax import parts
-from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.config import AttentionForm, ModelConfig, SimilarityForm
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.models import layers
 
@@ -33,10 +40,13 @@ class Entries(NamedTuple):
       [R + P, F].
     mask: [R, 1] or [R, J] bool, which of them each candidate may meet; none at
       empty slots and items without such a feature.
+    content: [R, D] float32, what their content adds to their items' embeddings
+      (`content_plus_id`); None if it adds nothing.
   """
 
   features: jax.Array
   mask: jax.Array
+  content: jax.Array | None = None
 
 
 MemoryView = Mapping[str, Entries]  # by the name of the expert
@@ -47,8 +57,8 @@ class Expert(nn.Module):
 
   Attributes:
     config: widths, dropout, variants.
-    features: class attribute, the name of its feature matrix; '' means the
-      expert's own name.
+    features: class attribute, the name of its feature matrix; '' means the one
+      of the expert's name.
     needs_feature: class attribute, whether the candidate's own feature is the
       query, so that the expert has no input if that is missing.
   """
@@ -59,7 +69,9 @@ class Expert(nn.Module):
 
   @property
   def sees_candidate(self) -> bool:
-    return self.config.expert_input == 'candidate'
+    """Whether the candidate's own feature is part of the output."""
+    form = self.config.expert_form
+    return isinstance(form, AttentionForm) and form.input == 'candidate'
 
   def __call__(
     self,
@@ -81,6 +93,35 @@ class Expert(nn.Module):
     raise NotImplementedError
 
 
+class SimilarityExpert(Expert):
+  """Reads the content of the entries most like the candidate in one modality.
+
+  Where the item table holds no content, a trained projection of the entries'
+  features takes its place.
+  """
+
+  @nn.compact
+  def __call__(self, embedding, feature, entries, train):
+    form = cast(SimilarityForm, self.config.expert_form)
+    width = feature.shape[-1]
+    metric = self.param(
+      'metric', lambda key, shape: jnp.eye(*shape), (width,) * 2
+    )
+    sharpness = self.param(
+      'sharpness', nn.initializers.constant(form.sharpness), ()
+    )
+    # R memory rows meet the metric, not J candidates.
+    asked = layers.unit(entries.features) @ metric
+    logits = sharpness * (asked @ layers.unit(feature).T)
+    attention = layers.masked_softmax(logits, entries.mask, axis=0)
+    if entries.content is None:
+      read = layers.dense(self.config.hidden_dim, 'value')(entries.features)
+    else:
+      # As the item table has it: the contrastive loss shall not train that.
+      read = jax.lax.stop_gradient(entries.content)
+    return attention.T @ read
+
+
 class VisualExpert(Expert):
   """Single-head attention of the candidate's feature over those in the memory.
 
@@ -93,7 +134,8 @@ class VisualExpert(Expert):
   def __call__(self, embedding, feature, entries, train):
     width = feature.shape[-1]
     hidden_dim = self.config.hidden_dim
-    projection_dim = min(self.config.visual_projection_dim, width)
+    form = cast(AttentionForm, self.config.expert_form)
+    projection_dim = min(form.projection_dim, width)
     key = layers.dense(projection_dim, 'key')(entries.features)
     query = layers.Affine(width, projection_dim, name='query')()
     # (c W + b) kᵀ = c (W kᵀ) + b kᵀ: one [R, F] matrix for all candidates.
@@ -113,12 +155,12 @@ class VisualExpert(Expert):
 class SemanticExpert(Expert):
   """Multi-head cross-attention of a candidate's embedding over memory text."""
 
-  features = TEXT
   needs_feature = False
 
   @nn.compact
   def __call__(self, embedding, feature, entries, train):
-    dim, num_heads = self.config.hidden_dim, self.config.semantic_heads
+    form = cast(AttentionForm, self.config.expert_form)
+    dim, num_heads = self.config.hidden_dim, form.heads
     head_dim = dim // num_heads
     key = layers.dense(dim, 'key')(entries.features)
     value = layers.dense(dim, 'value')(entries.features)
@@ -156,10 +198,8 @@ class SemanticExpert(Expert):
     return nn.Dropout(dropout)(x, deterministic=not train)
 
 
-EXPERTS: Mapping[str, type[Expert]] = {
-  'visual': VisualExpert,
-  'semantic': SemanticExpert,
-}
+# Expert -> its feature matrix, where that has another name.
+_FEATURES = {'semantic': TEXT}
 
 
 class Modality(NamedTuple):
@@ -191,11 +231,14 @@ def of(config: ModelConfig) -> tuple[Modality, ...]:
   [('visual', 'visual'), ('semantic', 'text'), ('audio', 'audio')]
   """
   found = []
-  for name, form in config.expert_forms.items():
-    expert: Any = EXPERTS.get(name, VisualExpert)
-    if form:
-      expert = parts.find(form, {}, 'expert')
+  for name, own in config.expert_forms.items():
+    expert: Any = SimilarityExpert
+    if isinstance(config.expert_form, AttentionForm):
+      expert = SemanticExpert if name == 'semantic' else VisualExpert
+    if own:
+      expert = parts.find(own, {}, 'expert')
       if not (isinstance(expert, type) and issubclass(expert, Expert)):
-        raise UserError(f'{form} is no subclass of fedmmr_jax.Expert')
-    found.append(Modality(name, expert.features or name, expert))
+        raise UserError(f'{own} is no subclass of fedmmr_jax.Expert')
+    matrix = expert.features or _FEATURES.get(name, name)
+    found.append(Modality(name, matrix, expert))
   return tuple(found)

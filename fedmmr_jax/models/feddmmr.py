@@ -153,10 +153,11 @@ class FedDMMR(nn.Module):
         f'{modality.name}_norm',
         layers.layer_norm(scale=c.expert_init_scale),
       )
-    if not self.is_backbone_only:
+    if len(self.modalities) > 1:
       self.router = ItemRouter(
         c.router_hidden_dim, len(self.modalities), c.dropout
       )
+    if not self.is_backbone_only:
       self.sequence_norm = layers.layer_norm()
       if isinstance(c.fusion, Gated):
         self.fusion_gate = self.param(
@@ -259,7 +260,10 @@ class FedDMMR(nn.Module):
     outputs = {}
     for number, (name, matrix, _) in enumerate(self.modalities):
       output = getattr(self, f'{name}_expert')(
-        embedding, catalogue.features[matrix][items], memory[name], train
+        embedding,
+        catalogue.features[matrix][items],
+        self._with_content(memory[name]),
+        train,
       )
       auxiliary += weights[:, number, None] * getattr(self, f'{name}_norm')(
         output
@@ -268,6 +272,12 @@ class FedDMMR(nn.Module):
     if isinstance(self.config.fusion, Gated):  # the original's form
       auxiliary *= self.fusion_gate
     return Candidates(embedding, auxiliary, outputs, weights, available)
+
+  def _with_content(self, entries: Entries) -> Entries:
+    """Entries whose content is in the space of item embeddings."""
+    if not isinstance(self.config.item_embedding, ContentPlusId):
+      return entries._replace(content=None)
+    return entries._replace(content=entries.content @ self.content_projection)
 
   def route(self, items: jax.Array, catalogue: Catalogue) -> jax.Array:
     """Router weights of J items for a client whose memory has entries for every
@@ -287,7 +297,9 @@ class FedDMMR(nn.Module):
   def _weights(
     self, items, embedding, catalogue, available, train
   ) -> jax.Array:
-    """[J, E] router weights."""
+    """[J, E] router weights; with one expert there is nothing to route."""
+    if len(self.modalities) == 1:
+      return available.astype(embedding.dtype)
     # Masking before the softmax renormalises over the experts that remain.
     return layers.masked_softmax(
       self.router(self._router_input(items, embedding, catalogue), train),
@@ -303,9 +315,9 @@ class FedDMMR(nn.Module):
 
   def _available(self, items, catalogue, memory) -> jax.Array:
     """[J, E] bool: has the expert input for this candidate?"""
-    own = self.config.expert_input == 'candidate'  # suffices
 
     def has(name, matrix, expert):
+      own = getattr(self, f'{name}_expert').sees_candidate  # suffices
       feature = catalogue.has[matrix][items]
       entries = jnp.any(memory[name].mask, axis=0)  # [J] or [1]
       if expert.needs_feature:
@@ -357,7 +369,7 @@ class FedDMMR(nn.Module):
         mask = jnp.concatenate(
           [mask, jnp.broadcast_to(exist, (len(exist), mask.shape[1]))]
         )
-      view[name] = Entries(features, mask)
+      view[name] = Entries(features, mask, catalogue.content[items])
     return view
 
   @nn.nowrap  # needs no parameters: call it on the model itself

@@ -97,6 +97,11 @@ def inverse_norm(squared: jax.Array) -> jax.Array:
   )
 
 
+def unit(x: jax.Array) -> jax.Array:
+  """[..., D] rows of length 1; a zero row stays zero."""
+  return x * inverse_norm(jnp.sum(x * x, axis=-1, keepdims=True))
+
+
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
   """[N, D] -> [H, N, D / H]."""
   return x.reshape(x.shape[0], num_heads, -1).swapaxes(0, 1)

@@ -22,6 +22,7 @@ from fedmmr_jax.config import (
   GROUPS,
   MEMORIES,
   RunConfig,
+  SimilarityForm,
   TwoTierMemory,
 )
 from fedmmr_jax.data.dataset import Dataset
@@ -265,13 +266,7 @@ def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
 _MEANING = {
   'embeddings': ('dataset', 'cold_items'),
   'backbone': ('num_heads',),
-  'experts': (
-    'semantic_heads',
-    'feature_scaling',
-    'expert_input',
-    'fusion',
-    'similarity',
-  ),
+  'experts': ('expert_form', 'feature_scaling', 'fusion', 'similarity'),
   # Its outputs are in the order of the experts.
   'router': ('experts', 'router_input', 'feature_scaling'),
   'fusion': ('fusion',),
@@ -343,6 +338,10 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
     memory += f',long_term_capacity={config.memory.long_term_capacity}'
   return config.as_flat_dict() | {
     'experts': ','.join(config.model.expert_forms),
+    # How sharp it started, training has changed.
+    'expert_form': config.model.expert_form.name
+    if isinstance(config.model.expert_form, SimilarityForm)
+    else str(config.model.expert_form),
     'fusion': config.model.fusion.name,
     'memory': memory,
   }
