@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.config import (
+  GONE,
   help_of,
   Part,
   RENAMED,
@@ -89,18 +90,20 @@ def define_config_flags(values: flags.FlagValues = flags.FLAGS) -> None:
       )
     else:
       _DEFINE[type(default)](field.name, default, help_text, flag_values=values)
-  for old in RENAMED:  # known, and not in the help
+  for old in (*RENAMED, *GONE):  # known, and not in the help
     values[old] = flags.Flag(_Renamed(old), None, old, None, '')
 
 
 class _Renamed(flags.ArgumentParser):
-  """Refuses a flag that is called otherwise now, and says how."""
+  """Refuses a flag that is gone or called otherwise now, and says so."""
 
   def __init__(self, name: str):
     super().__init__()
     self._name = name
 
   def parse(self, argument: str) -> str:
+    if self._name in GONE:
+      raise ValueError(f'this is gone: {GONE[self._name]}')
     now = renamed(self._name, argument)
     if now:
       raise ValueError('this is now ' + ' or '.join(f'--{x}' for x in now))

@@ -120,6 +120,15 @@ class ContentPlusId(ContentInit):
   )
 
 
+def _scale(default: float) -> float:
+  return _field(
+    default,
+    'initial scale of the LayerNorm behind each expert: how much of the fused '
+    'vector is theirs at the start',
+    minimum=0.0,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionForm(Part):
   """The original's experts: all they do is learned."""
@@ -135,6 +144,7 @@ class AttentionForm(Part):
   projection_dim: int = _field(
     128, 'width of queries and keys of the visual expert', minimum=1
   )
+  scale: float = _scale(1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +158,7 @@ class SimilarityForm(Part):
     'entry counts than the others',
     minimum=0.0,
   )
+  scale: float = _scale(0.3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -633,20 +644,6 @@ class ModelConfig(_Settings):
     'rounds, full NDCG@10: 0.0392 against 0.0330; '
     'docs/results.md',
   )
-  router_input: str = _field(
-    'embedding',
-    "what the router looks at; embedding: the item's (the "
-    'original); features: its image and text too',
-    choices=('embedding', 'features'),
-    evidence=NOT_MEASURED,
-  )
-  expert_init_scale: float = _field(
-    1.0,
-    'initial scale of the LayerNorm behind each expert: how much of the '
-    'fused vector is theirs at the start',
-    minimum=0.0,
-    evidence=NOT_MEASURED,
-  )
   similarity: str = _field(
     'cosine',
     "how the fused vector meets an item's embedding; cosine: √D "
@@ -1130,6 +1127,8 @@ class RunConfig(_Settings):
     known = {field.name: (group, field) for group, field, _ in _FIELDS}
     groups: dict[str, dict[str, Any]] = {}
     for name, value in _translated(values).items():
+      if name in GONE:
+        raise UserError(f'`{name}` is gone: {GONE[name]}')
       if name not in known:
         raise UserError(f'unknown setting {name!r}')
       group, field = known[name]
@@ -1186,6 +1185,10 @@ RENAMED: dict[str, tuple[str, ...]] = {
   'semantic_heads': ('expert_form=attention,heads={}',),
   'visual_projection_dim': ('expert_form=attention,projection_dim={}',),
   'expert_input': ('expert_form=attention,input={}',),
+  'expert_init_scale': (
+    'expert_form=attention,scale={}',
+    'expert_form=similarity,scale={}',
+  ),
   'gating_init': ('fusion=gated,init={}',),
   'drift': ('contrastive={}',),
   'contrastive_weight': ('contrastive=instance_weight,weight={}',),
@@ -1211,6 +1214,11 @@ RENAMED: dict[str, tuple[str, ...]] = {
   ),
   'server_beta2': ('server_optimizer=fedadam,beta2={}',),
   'server_epsilon': ('server_optimizer=fedadam,epsilon={}',),
+}
+# What is gone, and why nothing takes its place.
+GONE = {
+  'router_input': "the router reads the item's embedding, which holds content",
+  'warm_memory': 'a memory that is asked always holds the latest items',
 }
 # Values that are called otherwise.
 _RENAMED_VALUES = {

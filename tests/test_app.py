@@ -8,6 +8,8 @@ import pytest
 from absl import flags
 
 from experiments import app
+from fedmmr_jax.config import GONE, RunConfig
+from fedmmr_jax.errors import UserError
 from tests.test_cli import ROOT
 
 
@@ -97,6 +99,17 @@ def test_a_flag_of_before_says_what_it_is_called_now(flag, now):
   with pytest.raises(flags.IllegalFlagValueError) as caught:
     values(['train', flag])
   assert str(caught.value).endswith(f': this is now {now}')
+
+
+@pytest.mark.parametrize('name', GONE)
+def test_what_is_gone_says_why(name):
+  values = flags.FlagValues()
+  app.define_config_flags(values)
+  why = f'is gone: {GONE[name]}'
+  with pytest.raises(flags.IllegalFlagValueError, match=f'this {why}'):
+    values(['train', f'--{name}=1'])
+  with pytest.raises(UserError, match=f'^`{name}` {why}'):
+    RunConfig().changed({name: 1})
 
 
 def test_a_later_flag_replaces_the_whole_part():

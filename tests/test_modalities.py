@@ -29,7 +29,6 @@ def with_audio() -> fm.Dataset:
 
 
 def simulation(**changes) -> fm.Simulation:
-  changes = dict(router_input='features') | changes
   return fm.Simulation.of(small.config(**changes), with_audio())
 
 
@@ -78,8 +77,6 @@ def test_experts_that_are_none_are_refused(text, message):
 def test_a_third_expert_is_trained_routed_to_and_reported(text):
   sim = simulation(experts=text)
   assert params_of(sim)['router']['logits']['bias'].shape == (3,)
-  # The router sees the embedding and each expert's features.
-  assert params_of(sim)['router']['input']['kernel'].shape[0] == 16 + 12 + 17
   before = jax.tree.map(np.asarray, params_of(sim))
   (step,) = sim.rounds(count=1)
   weights = [step.metrics[f'w_{name}'] for name in THREE.split(',')]

@@ -151,7 +151,7 @@ class FedDMMR(nn.Module):
       setattr(
         self,
         f'{modality.name}_norm',
-        layers.layer_norm(scale=c.expert_init_scale),
+        layers.layer_norm(scale=c.expert_form.scale),
       )
     if len(self.modalities) > 1:
       self.router = ItemRouter(
@@ -256,7 +256,7 @@ class FedDMMR(nn.Module):
       return Candidates(embedding, auxiliary, {}, weights, weights > 0)
 
     available = self._available(items, catalogue, memory)
-    weights = self._weights(items, embedding, catalogue, available, train)
+    weights = self._weights(embedding, available, train)
     outputs = {}
     for number, (name, matrix, _) in enumerate(self.modalities):
       output = getattr(self, f'{name}_expert')(
@@ -287,31 +287,17 @@ class FedDMMR(nn.Module):
       for name, matrix, _ in self.modalities
     }
     return self._weights(
-      items,
       self.embed(items, catalogue),
-      catalogue,
       self._available(items, catalogue, full),
       train=False,
     )
 
-  def _weights(
-    self, items, embedding, catalogue, available, train
-  ) -> jax.Array:
+  def _weights(self, embedding, available, train) -> jax.Array:
     """[J, E] router weights; with one expert there is nothing to route."""
     if len(self.modalities) == 1:
       return available.astype(embedding.dtype)
     # Masking before the softmax renormalises over the experts that remain.
-    return layers.masked_softmax(
-      self.router(self._router_input(items, embedding, catalogue), train),
-      available,
-    )
-
-  def _router_input(self, items, embedding, catalogue) -> jax.Array:
-    """[J, D], or [J, D + Σ F] with `router_input=features`."""
-    if self.config.router_input == 'embedding':
-      return embedding
-    features = (catalogue.features[m.features][items] for m in self.modalities)
-    return jnp.concatenate([embedding, *features], axis=-1)
+    return layers.masked_softmax(self.router(embedding, train), available)
 
   def _available(self, items, catalogue, memory) -> jax.Array:
     """[J, E] bool: has the expert input for this candidate?"""

@@ -17,8 +17,7 @@ class ItemRouter(nn.Module):
   @nn.compact
   def __call__(self, candidate: jax.Array, train: bool) -> jax.Array:
     """Args:
-      candidate: [J, D] float32 item embeddings; with `router_input=features`
-        [J, D + Σ F], followed by the features of each expert.
+      candidate: [J, D] float32 item embeddings.
       train: whether dropout acts.
 
     Returns:

@@ -7,6 +7,7 @@ users are matched by their ids in the source. The server optimizer starts from
 its initial state.
 """
 
+import dataclasses
 import pathlib
 from functools import partial
 from typing import Any, Callable, NamedTuple, Sequence
@@ -268,7 +269,7 @@ _MEANING = {
   'backbone': ('num_heads',),
   'experts': ('expert_form', 'feature_scaling', 'fusion', 'similarity'),
   # Its outputs are in the order of the experts.
-  'router': ('experts', 'router_input', 'feature_scaling'),
+  'router': ('experts',),
   'fusion': ('fusion',),
   MEMORIES: ('memory',),
 }
@@ -321,7 +322,6 @@ def _check_group(
       or config.data.dataset == 'synthetic'
     ),
     'experts': True,
-    'router': config.model.router_input == 'features',
     MEMORIES: True,
   }
   if not same_data and on_features.get(group):
@@ -336,12 +336,13 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
   memory = f'{config.memory.name},capacity={config.memory.capacity}'
   if isinstance(config.memory, TwoTierMemory):
     memory += f',long_term_capacity={config.memory.long_term_capacity}'
+  form = config.model.expert_form
   return config.as_flat_dict() | {
     'experts': ','.join(config.model.expert_forms),
-    # How sharp it started, training has changed.
-    'expert_form': config.model.expert_form.name
-    if isinstance(config.model.expert_form, SimilarityForm)
-    else str(config.model.expert_form),
+    # What its parameters started from, training has changed.
+    'expert_form': form.name
+    if isinstance(form, SimilarityForm)
+    else str(dataclasses.replace(form, scale=1.0)),
     'fusion': config.model.fusion.name,
     'memory': memory,
   }
