@@ -48,14 +48,18 @@ _PLACES = {
   'metrics_of': 'evaluation.ranking',
   'MimeLite': 'client.drift',
   'paired_bootstrap': 'evaluation.bootstrap',
+  'People': 'evaluation.recommendation',
   'preset': 'presets',
   'Ranks': 'evaluation.ranking',
+  'reasons': 'evaluation.recommendation',
+  'recommend': 'evaluation.recommendation',
   'Round': 'simulation',
   'RunConfig': 'config',
   'RunFolder': 'runs.run_folder',
   'Scaffold': 'client.drift',
   'ServerOptimizer': 'client.drift',
   'set_workers': 'federation.devices',
+  'similar_items': 'evaluation.recommendation',
   'Simulation': 'simulation',
   'train': 'runs.training',
   'UserError': 'errors',
@@ -82,6 +86,12 @@ if TYPE_CHECKING:  # for type checkers and the pages of the reference
   from fedmmr_jax.errors import UserError
   from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
   from fedmmr_jax.evaluation.ranking import metrics_of, Ranks
+  from fedmmr_jax.evaluation.recommendation import (
+    People,
+    reasons,
+    recommend,
+    similar_items,
+  )
   from fedmmr_jax.federation.aggregators import (
     add_weighted,
     Aggregator,

@@ -470,9 +470,23 @@ def test_benchmark(ml_1m):
   )
   assert [r['cohort'] for r in result['cohort']] == [2]
   assert [r['items'] for r in result['catalogue']] == [40]
-  out, _ = run('benchmark', *flags, '--parts=round')
-  assert 'local training' in out and 'items' in out
-  assert 'seconds a round' not in out
+  # The same as tables, and of one part alone: not measured again.
+  show = 'import json, sys; from experiments import benchmark as b;'
+  show += 'told = json.load(sys.stdin); print(b._tables(told));'
+  show += 'print("ALONE"); [told.pop(p, 0) for p in b._PARTS.default[1:]];'
+  show += 'print(b._tables(told))'
+  shown = subprocess.run(
+    [sys.executable, '-c', show],
+    input=json.dumps(result),
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=True,
+  ).stdout
+  everything, alone = shown.split('ALONE')
+  assert 'seconds a round' in everything
+  assert 'local training' in alone and 'items' in alone
+  assert 'seconds a round' not in alone
   assert "--cohorts: 'ten' is not a positive number" in refused(
     *flags, '--cohorts=10,ten', binary='benchmark'
   )

@@ -129,7 +129,10 @@ def format_of(name: str) -> Format:
 
 
 def find(
-  dataset: str, data_dir: str, names: ColumnNames = ColumnNames()
+  dataset: str,
+  data_dir: str,
+  names: ColumnNames = ColumnNames(),
+  setting: str = 'data_dir',
 ) -> Source:
   """The interaction file, and its format.
 
@@ -138,6 +141,7 @@ def find(
       'my_package.module:Thing'.
     data_dir: the file, or the folder that holds it.
     names: of the columns, where flags give them.
+    setting: where `data_dir` comes from, for errors.
 
   Raises:
     UserError: no such file, several, or one of no known format.
@@ -149,7 +153,7 @@ def find(
     path = _find_in(path, dataset)
   elif not path.exists():
     raise UserError(
-      f'`data_dir={data_dir}`: no such file or folder; name the folder of '
+      f'`{setting}={data_dir}`: no such file or folder; name the folder of '
       'the data set, or its interaction file'
     )
   if dataset != AUTO:

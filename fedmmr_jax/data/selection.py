@@ -117,6 +117,25 @@ def select(
   )
 
 
+def sequences(
+  interactions: Interactions, rows: np.ndarray
+) -> list[tuple[int | str, np.ndarray]]:
+  """(a user's id, rows of the user's items in time order) of all users.
+
+  Args:
+    interactions: of the file.
+    rows: [number of item ids] row of each item in a catalogue, 0 = none: its
+      interactions are left out.
+  """
+  table = _in_order(interactions)
+  sizes = np.bincount(table.users, minlength=len(interactions.user_ids))
+  split = np.split(rows[table.items], np.cumsum(sizes)[:-1])
+  return [
+    (user, items[items > 0])
+    for user, items in zip(interactions.user_ids.tolist(), split)
+  ]
+
+
 class _Sizes(NamedTuple):
   """[U] of each user: interactions in use, and how many of them are held
   out."""

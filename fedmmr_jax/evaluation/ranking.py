@@ -30,7 +30,7 @@ from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.server import ServerState
 from fedmmr_jax.metrics import Metric
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
-from fedmmr_jax.models.profile import last
+from fedmmr_jax.models.profile import last, States
 from fedmmr_jax.streams import generator, Stream
 
 # How many items after a client's last training item the target lies.
@@ -71,19 +71,9 @@ def score_catalogue(
   """
   apply: Callable[..., Any] = partial(model.apply, {'params': broadcast.params})
   profile = None
-  if config.model.profile and earlier is not None:
-    profile = profile_lib.mean(
-      model, broadcast.params, earlier, broadcast.catalogue
-    )
-  state = last(
-    apply(
-      window,
-      broadcast.catalogue,
-      last_only=True,
-      profile=profile,
-      method='encode',
-    )
-  )
+  if earlier is not None:
+    profile = profile_of(model, config, broadcast, earlier)
+  state = encode_last(model, broadcast, window, profile)
   num_blocks = -(-model.num_rows // config.evaluation.items_per_eval_block)
   block_size = -(-model.num_rows // num_blocks)  # equal, but for the last
 
@@ -104,6 +94,33 @@ def score_catalogue(
 
   scores = jax.lax.map(score_block, jnp.arange(num_blocks))
   return scores.reshape(-1)[: model.num_rows]
+
+
+def profile_of(
+  model: FedDMMR, config: RunConfig, broadcast: Broadcast, earlier: jax.Array
+) -> jax.Array | None:
+  """[D] profile of the items before a window; None without profiles."""
+  if not config.model.profile:
+    return None
+  return profile_lib.mean(model, broadcast.params, earlier, broadcast.catalogue)
+
+
+def encode_last(
+  model: FedDMMR,
+  broadcast: Broadcast,
+  window: jax.Array,
+  profile: jax.Array | None,
+) -> jax.Array | States:
+  """State behind a window [L], ready for `FedDMMR.score`."""
+  states: Any = model.apply(
+    {'params': broadcast.params},
+    window,
+    broadcast.catalogue,
+    last_only=True,
+    profile=profile,
+    method='encode',
+  )
+  return last(states)
 
 
 @partial(devices.jit, static_argnames=('model', 'config'))
@@ -146,16 +163,42 @@ def score_next(
 ) -> jax.Array:
   """[V] scores of all items for what follows the first `now` ([] int32) items
   of a history; the other arguments are those of `score_client`."""
+  question = question_of(
+    config, broadcast.catalogue, history, now, num_train, memory
+  )
+  return score_catalogue(model, config, broadcast, *question)
+
+
+class Question(NamedTuple):
+  """What a client's recommendations are computed from.
+
+  Attributes:
+    window: [L] int32 its last items, left-padded with 0.
+    memory: its memory, up to date; None in a model without experts.
+    earlier: [H] int32 what lies before the window, 0 elsewhere.
+  """
+
+  window: jax.Array
+  memory: Memory | None
+  earlier: jax.Array
+
+
+def question_of(
+  config: RunConfig,
+  catalogue: Catalogue,
+  history: jax.Array,
+  now: jax.Array,
+  num_train: jax.Array,
+  memory: Memory | None,
+) -> Question:
+  """The question what follows the first `now` items of a history."""
   length = config.model.max_seq_len
   position = now + jnp.arange(-length, 0)
   if memory is not None:
     memory = view_lib.up_to_date(
-      memory, history, num_train, now, broadcast.catalogue, config.memory
+      memory, history, num_train, now, catalogue, config.memory
     )
-  return score_catalogue(
-    model,
-    config,
-    broadcast,
+  return Question(
     jnp.where(position >= 0, history[position], 0),
     memory,
     jnp.where(jnp.arange(len(history)) < now - length, history, 0),

@@ -252,6 +252,11 @@ def write(results: UserResults, path: pathlib.Path) -> None:
       },
     }
   )
+  write_table(table, path)
+
+
+def write_table(table: pa.Table, path: pathlib.Path) -> None:
+  """Writes a table as Parquet or CSV by the ending, see `check_path`."""
   if path.suffix == '.csv':
     arrow_csv.write_csv(table, path)
   else:
