@@ -631,9 +631,11 @@ class ModelConfig(_Settings):
     'semantic (both) as far as there are features for them; any other name, as '
     'in visual,semantic,audio, reads audio_features.npy of the data folder '
     '(docs/extending.md); none: the plain backbone',
-    evidence='both against none on MovieLens-1M, full NDCG@10: +0.0061 '
-    '[+0.0009, +0.0113] with sees=stored after 95 rounds, +0.0001 [-0.0045, '
-    '+0.0047] with sees=past after 40; docs/results.md',
+    evidence='both against none after 95 rounds, full NDCG@10: MovieLens-1M, '
+    '1,000 users, +0.0026 [-0.0040, +0.0093], Amazon Beauty +0.0027 [0.0000, '
+    '+0.0054], '
+    'MicroLens-50k -0.0017 [-0.0042, +0.0009]; '
+    'docs/results.md',
   )
   expert_form: AttentionForm | SimilarityForm = _choice(
     (AttentionForm, SimilarityForm),
@@ -641,8 +643,7 @@ class ModelConfig(_Settings):
     'all of it is learned (the original); similarity: it starts as the '
     'similarity of the candidate to the entries nearest to it',
     evidence='similarity against experts=none on Amazon Beauty after 30 '
-    'rounds, full NDCG@10: 0.0392 against 0.0330; '
-    'docs/results.md',
+    'rounds, full NDCG@10: 0.0392 against 0.0330; docs/results.md',
   )
   similarity: str = _field(
     'cosine',
