@@ -146,12 +146,18 @@ class AttentionForm(Part):
   )
   scale: float = _scale(1.0)
 
+  @property
+  def sees_candidate(self) -> bool:
+    """Whether the candidate's own feature is part of an expert's output."""
+    return self.input == 'candidate'
+
 
 @dataclasses.dataclass(frozen=True)
 class SimilarityForm(Part):
   """Experts that start as the similarity to the nearest entries."""
 
   name = 'similarity'
+  sees_candidate: ClassVar[bool] = False  # it only decides what is read
   sharpness: float = _field(
     8.0,
     'initial factor of the cosines in the softmax: how much more the nearest '
@@ -631,11 +637,9 @@ class ModelConfig(_Settings):
     'semantic (both) as far as there are features for them; any other name, as '
     'in visual,semantic,audio, reads audio_features.npy of the data folder '
     '(docs/extending.md); none: the plain backbone',
-    evidence='both against none after 95 rounds, full NDCG@10: MovieLens-1M, '
-    '1,000 users, +0.0026 [-0.0040, +0.0093], Amazon Beauty +0.0027 [0.0000, '
-    '+0.0054], '
-    'MicroLens-50k -0.0017 [-0.0042, +0.0009]; '
-    'docs/results.md',
+    evidence='both against none after 95 rounds, one seed, full NDCG@10: '
+    'MovieLens-1M, 1,000 users, +0.0026 [-0.0040, +0.0093], Amazon Beauty '
+    '+0.0027 [0.0000, +0.0054]; docs/results.md',
   )
   expert_form: AttentionForm | SimilarityForm = _choice(
     (AttentionForm, SimilarityForm),
