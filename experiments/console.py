@@ -224,7 +224,7 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
     )
     + (
       " and the candidate's own features"
-      if getattr(config.model.expert_form, 'input', '') == 'candidate'
+      if config.model.expert_form.sees_candidate
       else ''
     )
   ]

@@ -278,10 +278,14 @@ def _new_people(
       f"           {len(unknown)} of {len(rows)} items are not in the run's "
       f'catalogue; their {lost} interactions are left out ({_some(unknown)})'
     )
-  by_user = selection.sequences(interactions, rows)
-  users = [user for user, history in by_user if len(history)]
-  lost_users = [user for user, history in by_user if not len(history)]
-  if not users:
+  known: dict[Any, np.ndarray] = {}
+  lost_users = []
+  for user, history in selection.sequences(interactions, rows):
+    if len(history):
+      known[user] = history
+    else:
+      lost_users.append(user)
+  if not known:
     raise UserError(
       f"{source.path}: the run's catalogue has none of its items; are the ids "
       'those of the data set that the run was trained on?'
@@ -291,8 +295,8 @@ def _new_people(
       f'           {len(lost_users)} users have no item that the run knows '
       f'and get no list ({_some(lost_users)})'
     )
-  histories = [history for _, history in by_user if len(history)]
-  return np.array(users), People.of_histories(simulation, histories)
+  histories = list(known.values())
+  return np.array(list(known)), People.of_histories(simulation, histories)
 
 
 def _told(found: Reasons, user: int, place: int, catalogue: _Catalogue) -> str:

@@ -70,8 +70,7 @@ class Expert(nn.Module):
   @property
   def sees_candidate(self) -> bool:
     """Whether the candidate's own feature is part of the output."""
-    form = self.config.expert_form
-    return isinstance(form, AttentionForm) and form.input == 'candidate'
+    return self.config.expert_form.sees_candidate
 
   def __call__(
     self,

@@ -104,7 +104,7 @@ def _contrastive(last, config: RunConfig) -> Point:
   elif value < low:
     why = '; the experts tell which output belongs to the same item' + (
       ': both see the candidate itself'
-      if getattr(config.model.expert_form, 'input', '') == 'candidate'
+      if config.model.expert_form.sees_candidate
       else ''
     )
   return _point(name, target, f'{value:.2f}{why}', low <= value <= high)
