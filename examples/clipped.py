@@ -27,7 +27,7 @@ class Clipped(fm.FedAvg):
 
 
 def main():
-  config = fm.preset('synthetic', num_rounds=2, synthetic_users=60)
+  config = fm.preset('synthetic', num_rounds=2, dataset='synthetic,users=60')
   simulation = fm.Simulation.of(
     config, fm.load(config), aggregator=Clipped(max_norm=0.5)
   )

@@ -26,7 +26,7 @@ class Biased:
 
 
 def main():
-  config = fm.preset('synthetic', num_rounds=2, synthetic_users=60)
+  config = fm.preset('synthetic', num_rounds=2, dataset='synthetic,users=60')
   simulation = fm.Simulation.of(
     config, fm.load(config), metrics=[Biased(), Biased(0.5)]
   )

@@ -18,7 +18,7 @@ def by_slice(ranks: fm.Ranks, labels: np.ndarray) -> dict:
 
 
 def main():
-  config = fm.preset('synthetic', num_rounds=2, synthetic_users=60)
+  config = fm.preset('synthetic', num_rounds=2, dataset='synthetic,users=60')
   simulation = fm.Simulation.of(config, fm.load(config))
   *_, last = simulation.rounds()
   _, ranks = simulation.evaluate(last.state, 'val')

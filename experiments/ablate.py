@@ -485,10 +485,10 @@ def _configured(base: RunConfig, variant: Variant) -> RunConfig:
   for flag in variant.flags:
     name = RENAMED[flag][0].partition('=')[0] if flag in RENAMED else flag
     # The data is loaded once, and differences are paired over users.
-    if (
-      name in dataclasses.asdict(base.data)
-      and name != 'feature_scaling'
-      or (name in ('seed', 'eval_clients', 'metrics'))
+    if name in dataclasses.asdict(base.data) or name in (
+      'seed',
+      'eval_clients',
+      'metrics',
     ):
       raise UserError(
         f'{place}: --{name} is the same for all variants; give '

@@ -232,7 +232,7 @@ def _saving(config: RunConfig, dataset: Dataset) -> Figures:
   waited = []
   with tempfile.TemporaryDirectory() as folder:
     rounds = Rounds(folder, create=True)
-    with Saver(rounds, config.checkpoints) as saver:
+    with Saver(rounds, config.keep) as saver:
       for block in range(2 * _REPEATS.value):
         saved = bool(block % 2)
         for number in range(_ROUNDS_OF_BLOCK):

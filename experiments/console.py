@@ -86,7 +86,7 @@ def banner(simulation: Simulation) -> str:
   size = round_lib.cohort_size(config, trained)
   steps = windows.num_steps(simulation.num_train, config).mean()
   contrastive = (
-    config.loss.contrastive.name
+    config.contrastive.name
     if simulation.model.has_pairs
     else 'none, it needs two experts'
   )
@@ -98,7 +98,7 @@ def banner(simulation: Simulation) -> str:
       *(f'  {line}' for line in _history_lines(config.model)),
       *(f'  {line}' for line in _fusion_lines(simulation)),
       f'  loss       cross-entropy against {c.num_negatives} negatives '
-      f'({c.negatives}), {c.objective}{_emphasis(config.loss)}; '
+      f'({c.negatives}), {c.objective.name}{_emphasis(c.objective)}; '
       f'contrastive: {contrastive}',
       f'  client     {_stepping(c)}, '
       f'epochs {c.local_epochs}, batch {c.batch_size} '
@@ -158,7 +158,7 @@ def warm_start_report(start: WarmStart, frozen: Sequence[str]) -> str:
 
 def _stepping(config) -> str:
   """How a client takes its steps."""
-  optimizer = config.client_optimizer
+  optimizer = str(config.client_optimizer)
   if config.drift_control == 'mime_lite':
     optimizer = 'the server optimizer (MimeLite)'
   elif config.drift_control != 'none':
@@ -169,9 +169,9 @@ def _stepping(config) -> str:
   )
 
 
-def _emphasis(loss) -> str:
+def _emphasis(objective) -> str:
   """How much more late targets count, if they do."""
-  e = loss.late_emphasis
+  e = objective.late_emphasis
   return f', weighed {1 - e:.3g} (first) to {1 + e:.3g} (last)' if e else ''
 
 
@@ -212,7 +212,9 @@ def _fusion_lines(simulation: Simulation) -> list[str]:
   parts = ' + '.join(f'w_{e[:3]}·LN({e})' for e in experts)
   memory = config.memory
   score = (
-    ', scored by inner product' if config.model.similarity == 'dot' else ''
+    ', scored by inner product'
+    if config.model.fusion.similarity == 'dot'
+    else ''
   )
   lines = [
     f'experts    {", ".join(experts)}, over '

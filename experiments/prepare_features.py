@@ -31,14 +31,7 @@ from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
 
 # Of the data set, what says how its files are read.
-_READING = (
-  'dataset',
-  'data_dir',
-  'user_column',
-  'item_column',
-  'time_column',
-  'item_file',
-)
+_READING = ('dataset', 'data_dir', 'item_file')
 _LOCAL = 'name a local folder that holds a sentence-transformers model'
 # They decide on the numbers too.
 _PACKAGES = {TEXT: ('sentence-transformers', 'transformers', 'torch')}
@@ -87,7 +80,8 @@ for _, _field, _default in walk_fields(RunConfig()):
     flags.DEFINE_string(
       'dataset',
       AUTO,
-      'format of the files in --data_dir; auto: tell it by the file',
+      'format of the files in --data_dir, as in training; auto: tell it by the '
+      'file',
     )
   elif _field.name in _READING:
     flags.DEFINE_string(

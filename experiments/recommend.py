@@ -22,7 +22,6 @@ from absl import flags
 
 from experiments import app, console
 from fedmmr_jax.data import formats, selection, text_files
-from fedmmr_jax.data.formats import ColumnNames
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import recommendation, user_results
 from fedmmr_jax.evaluation.ranking import SPLITS
@@ -46,18 +45,10 @@ _HISTORIES = flags.DEFINE_string(
   'histories', '', 'file with histories of people that the run never saw'
 )
 _FORMAT = flags.DEFINE_string(
-  'histories_format', formats.AUTO, 'format of --histories, as --dataset'
+  'histories_format',
+  formats.AUTO,
+  'format of --histories, as --dataset in training: csv,user=who,item=what',
 )
-_COLUMNS = [
-  flags.DEFINE_string(
-    f'{what}_column', '', f"column of --histories' {told}, as in training"
-  )
-  for what, told in (
-    ('user', 'user ids'),
-    ('item', 'item ids'),
-    ('time', 'timestamps'),
-  )
-]
 _CANDIDATES = flags.DEFINE_string(
   'candidates', '', 'file with the ids of the only items to recommend'
 )
@@ -264,9 +255,8 @@ def _new_people(
   simulation: Simulation, catalogue: _Catalogue
 ) -> tuple[np.ndarray, People]:
   """The users of --histories, with the items that the run knows."""
-  names = ColumnNames(*(flag.value for flag in _COLUMNS))
-  source = formats.find(_FORMAT.value, _HISTORIES.value, names, 'histories')
-  interactions = formats.read(source, names)
+  source = formats.find(_FORMAT.value, _HISTORIES.value, 'histories')
+  interactions = formats.read(source)
   _note(f'read       {source}')
   rows = np.array(
     [catalogue.row(str(item)) or 0 for item in interactions.item_ids.tolist()]

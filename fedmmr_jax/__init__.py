@@ -1,7 +1,7 @@
 """Federated multimodal sequential recommendation, simulated in compiled JAX.
 
 >>> import fedmmr_jax as fm
->>> config = fm.preset('synthetic', num_rounds=2, synthetic_users=60)
+>>> config = fm.preset('synthetic', num_rounds=2, dataset='synthetic,users=60')
 >>> simulation = fm.Simulation.of(config, fm.load(config))
 >>> for step in simulation.rounds():
 ...   print(step.number, step.metrics['loss'] > 0)

@@ -19,6 +19,11 @@ from fedmmr_jax import parts
 from fedmmr_jax.errors import UserError
 
 SYNTHETIC = 'synthetic'
+COLUMNS = (
+  'user',
+  'item',
+  'time',
+)  # options of formats whose columns have names
 # Names of `load` and `freeze`; which parameters they mean:
 # models/feddmmr.py.
 GROUPS = ('embeddings', 'backbone', 'experts', 'router', 'fusion')
@@ -62,6 +67,15 @@ class Off(Part):
 
   def __bool__(self) -> Literal[False]:
     return False
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticData(Part):
+  """The embedded set (data/synthetic.py)."""
+
+  name = SYNTHETIC
+  users: int = _field(400, 'users', minimum=2)
+  items: int = _field(300, 'items', minimum=40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +134,19 @@ class ContentPlusId(ContentInit):
   )
 
 
-def _scale(default: float) -> float:
-  return _field(
-    default,
+@dataclasses.dataclass(frozen=True)
+class ExpertForm(Part):
+  """What an expert computes from the memory."""
+
+  features: str = _field(
+    'none',
+    'how the features that experts see are scaled; centred: minus their mean '
+    'over the catalogue, then of mean square length 1 (missing ones stay '
+    'zero); components: of these the first D principal components',
+    choices=('none', 'centred', 'components'),
+  )
+  scale: float = _field(
+    1.0,
     'initial scale of the LayerNorm behind each expert: how much of the fused '
     'vector is theirs at the start',
     minimum=0.0,
@@ -130,7 +154,7 @@ def _scale(default: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionForm(Part):
+class AttentionForm(ExpertForm):
   """The original's experts: all they do is learned."""
 
   name = 'attention'
@@ -144,7 +168,6 @@ class AttentionForm(Part):
   projection_dim: int = _field(
     128, 'width of queries and keys of the visual expert', minimum=1
   )
-  scale: float = _scale(1.0)
 
   @property
   def sees_candidate(self) -> bool:
@@ -153,7 +176,7 @@ class AttentionForm(Part):
 
 
 @dataclasses.dataclass(frozen=True)
-class SimilarityForm(Part):
+class SimilarityForm(ExpertForm):
   """Experts that start as the similarity to the nearest entries."""
 
   name = 'similarity'
@@ -164,7 +187,9 @@ class SimilarityForm(Part):
     'entry counts than the others',
     minimum=0.0,
   )
-  scale: float = _scale(0.3)
+  scale: float = dataclasses.field(
+    default=0.3, metadata=ExpertForm.__dataclass_fields__['scale'].metadata
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +203,39 @@ class HistoryProfile(Part):
 
 
 @dataclasses.dataclass(frozen=True)
-class Residual(Part):
+class ItemRouter(Part):
+  """Weights the experts of an item by its embedding."""
+
+  name = 'item'
+  hidden_dim: int = _field(
+    128, 'first hidden width; the second is half', minimum=2
+  )
+  load_balance: float = _field(
+    0.01, 'weight of the load balance loss', minimum=0.0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion(Part):
+  """How the experts' outputs join the backbone's."""
+
+  similarity: str = _field(
+    'cosine',
+    "how the fused vector meets an item's embedding; cosine: √D times their "
+    'cosine (the original); dot: their inner product, as it is without experts',
+    choices=('cosine', 'dot'),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual(Fusion):
   """Adds the experts with their full gradient."""
 
   name = 'residual'
 
 
 @dataclasses.dataclass(frozen=True)
-class Gated(Part):
+class Gated(Fusion):
   """Multiplies the experts by a learned scalar (the original, for ablation)."""
 
   name = 'gated'
@@ -351,6 +401,85 @@ class GlobalPrototypes(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class Objective(Part):
+  """Which items a window predicts."""
+
+  late_emphasis: float = _field(
+    0.0,
+    'e: the recommendation loss of a target counts 1 - e at the start of its '
+    "client's history, 1 + e at its end, in between in proportion",
+    minimum=0.0,
+    maximum=1.0,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class LastItem(Objective):
+  """The item after the window."""
+
+  name = 'last'
+
+
+@dataclasses.dataclass(frozen=True)
+class AllPositions(Objective):
+  """Every position predicts its next item."""
+
+  name = 'all_positions'
+
+
+@dataclasses.dataclass(frozen=True)
+class Negatives(Part):
+  """Which items a target is told from in training."""
+
+  leaky: bool = _field(
+    False,
+    'never the held-out items either, as the original does; measures what that '
+    'leak is worth',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnNegatives(Negatives):
+  """Each target draws its own."""
+
+  name = 'per_sample'
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedNegatives(Negatives):
+  """One draw serves all targets of a step."""
+
+  name = 'shared'
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientStep(Part):
+  """The local optimizer, fresh every round."""
+
+  weight_decay: float = _field(
+    0.0, 'L2 term added to the gradient', minimum=0.0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientAdam(ClientStep):
+  """Adam (the original)."""
+
+  name = 'adam'
+  weight_decay: float = dataclasses.field(
+    default=1e-5,
+    metadata=ClientStep.__dataclass_fields__['weight_decay'].metadata,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientSGD(ClientStep):
+  """Plain gradient steps."""
+
+  name = 'sgd'
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule(Part):
   """How a learning rate changes over the rounds."""
 
@@ -378,6 +507,22 @@ class Linear(Schedule):
   """The learning rate falls to 0 linearly."""
 
   name = 'linear'
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepSome(Part):
+  """The last rounds, every so many-th and the best stay on disk."""
+
+  name = 'some'
+  last: int = _field(5, 'how many of the last', minimum=1)
+  every: int = _field(10, 'and every m-th (0 = none)', minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepAll(Part):
+  """All rounds stay on disk."""
+
+  name = 'all'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,20 +617,15 @@ class DataConfig(_Settings):
 
   dataset: str = _field(
     SYNTHETIC,
-    'the embedded set, or the format of the files in `data_dir` '
-    '(data/formats.py), or a format of your own as my_package.module:Thing; '
-    'auto: tell it by the file',
+    'the embedded set (synthetic,users=400,items=300), or the format of the '
+    'files in `data_dir` (data/formats.py), or a format of your own as '
+    'my_package.module:Thing; auto: tell it by the file. Where columns or keys '
+    'have names, options say whose ids and times they hold, as in '
+    'csv,user=who,item=what,time=when; without, one of the usual names',
   )
   data_dir: str = _field(
     '', 'folder of the data set, or its interaction file (unused by synthetic)'
   )
-  user_column: str = _field(
-    '',
-    'column of the user ids, in formats with named columns; empty: one of '
-    'the usual names',
-  )
-  item_column: str = _field('', 'column of the item ids, likewise')
-  time_column: str = _field('', 'column of the timestamps, likewise')
   item_file: str = _field(
     '',
     "file with the items' titles and texts; empty: the one in `data_dir`, "
@@ -539,22 +679,23 @@ class DataConfig(_Settings):
     maximum=0.9,
     evidence=NOT_MEASURED,
   )
-  feature_scaling: str = _field(
-    'none',
-    'what the experts see; centred: features minus their mean over '
-    'the catalogue, then of mean square length 1 (missing ones stay zero); '
-    'components: of these the first D principal components',
-    choices=('none', 'centred', 'components'),
-    evidence='components against centred: 0.713 / 0.104 and 0.719 / 0.101 in '
-    'sampled HR@10 / full NDCG@10, within noise; docs/notebook.md',
-  )
-  synthetic_users: int = _field(400, 'users of the synthetic set', minimum=2)
-  synthetic_items: int = _field(300, 'items of the synthetic set', minimum=40)
   sampled_negatives: int = _field(
     100,
     'unseen items that each target is ranked against in the sampled protocol',
     minimum=1,
   )
+
+  @property
+  def synthetic(self) -> SyntheticData | None:
+    """The embedded set, if it is that.
+
+    Raises:
+      UserError: an option of it is wrong.
+    """
+    name, given = parts.split(self.dataset)
+    if name != SYNTHETIC:
+      return None
+    return parts.make(SyntheticData, given, f'`dataset={self.dataset}`')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -584,12 +725,6 @@ class ModelConfig(_Settings):
     minimum=1,
     evidence='200, one window a step instead of four: full NDCG@10 0.096 '
     'against 0.115 after 80 rounds; docs/notebook.md',
-  )
-  router_hidden_dim: int = _field(
-    128,
-    'first hidden width of the router; the second is half',
-    minimum=2,
-    evidence=NOT_MEASURED,
   )
   dropout: float = _field(
     0.2,
@@ -648,22 +783,22 @@ class ModelConfig(_Settings):
     'all of it is learned (the original); similarity: it starts as the '
     'similarity of the candidate to the entries nearest to it',
     evidence='similarity against experts=none on Amazon Beauty after 30 '
-    'rounds, full NDCG@10: 0.0392 against 0.0330; docs/results.md',
+    'rounds, full NDCG@10: 0.0392 against 0.0330; docs/results.md. '
+    'features=components against centred: 0.104 and 0.101, within noise; '
+    'docs/notebook.md',
   )
-  similarity: str = _field(
-    'cosine',
-    "how the fused vector meets an item's embedding; cosine: √D "
-    'times their cosine (the original); dot: their inner product, as it is '
-    'without experts',
-    choices=('cosine', 'dot'),
-    evidence='dot: full NDCG@10 +0.0013 [-0.0061, +0.0089], on the validation '
-    'item +0.0114 [+0.0033, +0.0195]; docs/results.md',
+  router: ItemRouter = _choice(
+    (ItemRouter,),
+    'what weighs the experts where there are several (models/router.py)',
+    evidence=NOT_MEASURED,
   )
   fusion: Residual | Gated = _choice(
     (Residual, Gated),
     'residual: adds the experts with full gradient; gated: '
     'multiplies them by a learned scalar (the original, for ablation)',
-    evidence='gated: full NDCG@10 +0.0029 [+0.0002, +0.0058]; docs/results.md',
+    evidence='gated: full NDCG@10 +0.0029 [+0.0002, +0.0058]; similarity=dot '
+    '+0.0013 [-0.0061, +0.0089], on the validation item +0.0114 [+0.0033, '
+    '+0.0195]; docs/results.md',
   )
 
   @property
@@ -689,32 +824,6 @@ class ModelConfig(_Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig(_Settings):
-  """The training objective (docs/model.md, Losses)."""
-
-  contrastive: Contrastive | Off = _choice(
-    (InstanceWeight, AdaptiveTemperature, Unweighted, Off),
-    'the contrastive loss between the two experts, and how surprise enters it; '
-    'none: there is no such loss',
-    evidence='full NDCG@10 0.063 with it, 0.064 without; adaptive_temperature '
-    'against instance_weight -0.0015 [-0.0036, +0.0005], unweighted -0.0004 '
-    '[-0.0022, +0.0014]; docs/results.md',
-  )
-  load_balance_weight: float = _field(
-    0.01, 'weight of the load balance loss', minimum=0.0, evidence=NOT_MEASURED
-  )
-  late_emphasis: float = _field(
-    0.0,
-    'e: the recommendation loss of a target counts 1 - e at the start of '
-    "its client's history, 1 + e at its end, in between in proportion",
-    minimum=0.0,
-    maximum=1.0,
-    evidence='0.8: full NDCG@10 0.137 against 0.134, within noise; '
-    'docs/results.md',
-  )
-
-
-@dataclasses.dataclass(frozen=True)
 class ClientConfig(_Settings):
   """Local training of one client."""
 
@@ -732,27 +841,20 @@ class ClientConfig(_Settings):
     evidence='4 against 1: full NDCG@10 0.117 and 0.111, within noise; '
     'docs/notebook.md',
   )
-  window_order: str = _field(
-    'shuffled',
-    'in which order a pass takes its windows; chronological: '
-    'the memory then holds what came before the window, as it does when '
-    'the client is asked for a recommendation',
-    choices=('shuffled', 'chronological'),
-    evidence=NOT_MEASURED,
-  )
-  objective: str = _field(
-    'last',
+  objective: Objective = _choice(
+    (LastItem, AllPositions),
     'last: a window predicts the item after it; all_positions: '
     'every position of a window predicts its next item',
-    choices=('last', 'all_positions'),
-    evidence=NOT_MEASURED,
+    evidence='late_emphasis=0.8: full NDCG@10 0.137 against 0.134, within '
+    'noise; docs/results.md. last against all_positions: not measured',
   )
-  negatives: str = _field(
-    'per_sample',
+  negatives: Negatives = _choice(
+    (OwnNegatives, SharedNegatives),
     'per_sample: each target draws its own negatives; shared: '
     'one draw serves all targets of a step',
-    choices=('per_sample', 'shared'),
-    evidence=NOT_MEASURED,
+    evidence='leaky: a federated run gains 0.002 of full NDCG@10, a client '
+    'that trains alone goes from 0.115 to 0.995 of sampled HR@10; '
+    'docs/results.md. shared against per_sample: not measured',
   )
   vocabulary: str = _field(
     'dense',
@@ -770,17 +872,9 @@ class ClientConfig(_Settings):
     evidence='400 against 100: full NDCG@10 0.075 and 0.068 after 40 rounds; '
     '800 against 400: nothing; docs/notebook.md',
   )
-  leaky_negatives: bool = _field(
-    False,
-    'never draw the held-out items as negatives either, as the '
-    'original does; measures what that leak is worth',
-    evidence='a federated run gains 0.002 of full NDCG@10, a client that '
-    'trains alone goes from 0.115 to 0.995 of sampled HR@10; docs/results.md',
-  )
-  client_optimizer: str = _field(
-    'adam',
+  client_optimizer: ClientStep = _choice(
+    (ClientAdam, ClientSGD),
     'local optimizer, fresh every round',
-    choices=('adam', 'sgd'),
     evidence='FedAvg over a local epoch of Adam stays at a sampled HR@10 of '
     '0.33 to 0.38, small SGD steps with Muon at the server reach 0.66; '
     'docs/results.md, docs/notebook.md',
@@ -791,12 +885,6 @@ class ClientConfig(_Settings):
     minimum=0.0,
     evidence='SGD at 0.001, 0.03 and 0.3: full NDCG@10 0.068, 0.065 and 0.037 '
     'after 40 rounds; docs/notebook.md',
-  )
-  weight_decay: float = _field(
-    1e-5,
-    'L2 term added to the local gradient',
-    minimum=0.0,
-    evidence=NOT_MEASURED,
   )
   max_local_steps: int = _field(
     0,
@@ -1000,14 +1088,6 @@ class StartConfig(_Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig(_Settings):
-  """Which rounds stay on disk; the best one always does."""
-
-  keep_last: int = _field(5, 'keep the last n rounds (0 = all)', minimum=0)
-  keep_every: int = _field(10, 'and every m-th (0 = none)', minimum=0)
-
-
-@dataclasses.dataclass(frozen=True)
 class RunConfig(_Settings):
   """Everything that determines a run's numbers."""
 
@@ -1016,7 +1096,6 @@ class RunConfig(_Settings):
   )
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
-  loss: LossConfig = LossConfig()
   memory: MemoryRule = _choice(
     (SurpriseMemory, RecentMemory, TwoTierMemory, NoMemory),
     'what a client remembers of its positives; surprise: the '
@@ -1033,11 +1112,23 @@ class RunConfig(_Settings):
     "clusters of all clients' memories (client/prototypes.py)",
     evidence=NOT_MEASURED,
   )
+  contrastive: Contrastive | Off = _choice(
+    (InstanceWeight, AdaptiveTemperature, Unweighted, Off),
+    'the contrastive loss between the two experts, and how surprise enters it; '
+    'none: there is no such loss',
+    evidence='full NDCG@10 0.063 with it, 0.064 without; adaptive_temperature '
+    'against instance_weight -0.0015 [-0.0036, +0.0005], unweighted -0.0004 '
+    '[-0.0022, +0.0014]; docs/results.md',
+  )
   client: ClientConfig = ClientConfig()
   server: ServerConfig = ServerConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   start: StartConfig = StartConfig()
-  checkpoints: CheckpointConfig = CheckpointConfig()
+  keep: KeepSome | KeepAll = _choice(
+    (KeepSome, KeepAll),
+    'which saved rounds stay on disk; some: the last and every so many-th, and '
+    'always the best',
+  )
 
   def validate(self) -> 'RunConfig':
     """Returns self; raises UserError naming the first field out of bounds."""
@@ -1075,7 +1166,7 @@ class RunConfig(_Settings):
       'mime_lite': 'makes the local steps with the server optimizer',
       'scaffold': 'takes its control variates from plain local steps',
     }.get(parts.split(self.client.drift_control)[0])
-    if why_sgd and self.client.client_optimizer != 'sgd':
+    if why_sgd and not isinstance(self.client.client_optimizer, ClientSGD):
       raise UserError(
         f'`drift_control={self.client.drift_control}` {why_sgd}; '
         'say `client_optimizer=sgd`'
@@ -1093,7 +1184,7 @@ class RunConfig(_Settings):
       raise UserError(f'`freeze={self.client.freeze}` leaves nothing to train')
     if isinstance(self.data.split_by, Timeline) and self.data.cold_items:
       raise UserError('`cold_items` needs `split_by=leave_one_out`')
-    if self.data.dataset != SYNTHETIC and not self.data.data_dir:
+    if not (self.data.synthetic or self.data.data_dir):
       raise UserError(
         f'`dataset={self.data.dataset}` needs `data_dir`, the folder that '
         'holds its files, or its interaction file'
@@ -1182,6 +1273,11 @@ def help_of(field: dataclasses.Field) -> str:
 # option differently, each.
 RENAMED: dict[str, tuple[str, ...]] = {
   'averaging': ('aggregator={}',),
+  'synthetic_users': ('dataset=synthetic,users={}',),
+  'synthetic_items': ('dataset=synthetic,items={}',),
+  'user_column': ('dataset=csv,user={}',),
+  'item_column': ('dataset=csv,item={}',),
+  'time_column': ('dataset=csv,time={}',),
   'test_from': ('split_by=timeline,test_from={}',),
   'collaborative_dim': ('item_embedding=content_plus_id,collaborative_dim={}',),
   'collaborative_rounds': (
@@ -1195,6 +1291,27 @@ RENAMED: dict[str, tuple[str, ...]] = {
     'expert_form=attention,scale={}',
     'expert_form=similarity,scale={}',
   ),
+  'feature_scaling': (
+    'expert_form=attention,features={}',
+    'expert_form=similarity,features={}',
+  ),
+  'router_hidden_dim': ('router=item,hidden_dim={}',),
+  'load_balance_weight': ('router=item,load_balance={}',),
+  'similarity': ('fusion=residual,similarity={}', 'fusion=gated,similarity={}'),
+  'late_emphasis': (
+    'objective=last,late_emphasis={}',
+    'objective=all_positions,late_emphasis={}',
+  ),
+  'leaky_negatives': (
+    'negatives=per_sample,leaky={}',
+    'negatives=shared,leaky={}',
+  ),
+  'weight_decay': (
+    'client_optimizer=adam,weight_decay={}',
+    'client_optimizer=sgd,weight_decay={}',
+  ),
+  'keep_last': ('keep=some,last={}',),
+  'keep_every': ('keep=some,every={}',),
   'gating_init': ('fusion=gated,init={}',),
   'drift': ('contrastive={}',),
   'contrastive_weight': ('contrastive=instance_weight,weight={}',),
@@ -1225,12 +1342,17 @@ RENAMED: dict[str, tuple[str, ...]] = {
 GONE = {
   'router_input': "the router reads the item's embedding, which holds content",
   'warm_memory': 'a memory that is asked always holds the latest items',
+  'window_order': 'windows are shuffled; `memory=…,sees=past` hides what came '
+  'later, whatever their order',
 }
+# What is gone, with the value that is what happens today.
+_AS_TODAY = {('window_order', 'shuffled')}
 # Values that are called otherwise.
 _RENAMED_VALUES = {
   ('drift', 'none'): 'contrastive=unweighted',
   ('contrastive_weight', '0'): 'contrastive=none',
   ('proximal_mu', '0'): 'drift_control=none',
+  ('keep_last', '0'): 'keep=all',
   ('global_memory', 'true'): 'global_memory=prototypes',
   ('global_memory', 'false'): 'global_memory=none',
 }
@@ -1257,7 +1379,11 @@ def _translated(values: Mapping[str, Any]) -> dict[str, Any]:
 
   What is the option of a part that is not chosen is left out: it did nothing.
   """
-  found = {name: x for name, x in values.items() if name not in RENAMED}
+  found = {
+    name: x
+    for name, x in values.items()
+    if name not in RENAMED and (name, x) not in _AS_TODAY
+  }
   options: dict[str, dict[str, str]] = {}
   for name in (*RENAMED, 'global_memory'):
     for line in renamed(name, values[name]) if name in values else ():
@@ -1273,7 +1399,11 @@ def _translated(values: Mapping[str, Any]) -> dict[str, Any]:
   for _, field, default in _FIELDS:
     if field.name in options:
       part, given = parts.split(str(found.get(field.name, default)))
-      known = parts.options(field.metadata['parts'].get(part))
+      if field.name == 'dataset':  # named parts of other modules
+        known = {'users', 'items'} if part == SYNTHETIC else set(COLUMNS)
+        options['dataset'] = {k: x for k, x in options['dataset'].items() if x}
+      else:
+        known = set(parts.options(field.metadata['parts'].get(part)))
       given |= {k: x for k, x in options[field.name].items() if k in known}
       found[field.name] = ','.join(
         [part, *(f'{option}={x}' for option, x in given.items())]

@@ -19,6 +19,7 @@ import optax.contrib
 
 from fedmmr_jax.config import (
   AdaptiveStep,
+  ClientAdam,
   ClientConfig,
   Cosine,
   Linear,
@@ -93,12 +94,12 @@ def client_optimizer(
 
   links = [
     optax.add_decayed_weights(
-      c.weight_decay, mask=trained if c.freeze else None
+      c.client_optimizer.weight_decay, mask=trained if c.freeze else None
     )
   ]
   if correction is not None:
     links.append(correction)
-  if c.client_optimizer == 'adam' and not makes_step:
+  if isinstance(c.client_optimizer, ClientAdam) and not makes_step:
     links.append(optax.scale_by_adam())
   return optax.chain(*links, optax.scale(-learning_rate))
 

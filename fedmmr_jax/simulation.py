@@ -16,10 +16,10 @@ from fedmmr_jax.client.drift import DriftControl
 from fedmmr_jax.client.update import ClientProgram
 from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
-  CheckpointConfig,
   ContentInit,
   DataConfig,
   EvaluationConfig,
+  KeepSome,
   ORIGINAL_EXPERTS,
   RunConfig,
   StartConfig,
@@ -162,7 +162,10 @@ class Simulation:
       items_per_eval_block=self.config.evaluation.items_per_eval_block
     )
     # The leak is in the data: what negatives avoid.
-    client = dataclasses.replace(self.config.client, leaky_negatives=False)
+    client = dataclasses.replace(
+      self.config.client,
+      negatives=dataclasses.replace(self.config.client.negatives, leaky=False),
+    )
     return dataclasses.replace(
       self.config,
       seed=0,
@@ -171,7 +174,7 @@ class Simulation:
       client=client,
       server=server,
       start=StartConfig(),
-      checkpoints=CheckpointConfig(),
+      keep=KeepSome(),
     )
 
   @functools.cached_property
@@ -667,9 +670,10 @@ def _modalities(
 
 def _scaled(features: np.ndarray, config: RunConfig) -> np.ndarray:
   """[V, F'] float32, what an expert sees of a feature matrix [V, F]."""
-  if config.data.feature_scaling == 'centred':
+  scaling = config.model.expert_form.features
+  if scaling == 'centred':
     return content_lib.centred(features)
-  if config.data.feature_scaling == 'components':
+  if scaling == 'components':
     return content_lib.components([features], config.model.hidden_dim)
   return features
 
@@ -704,7 +708,7 @@ def _to_device(
       dataset,
       num_negatives=config.client.num_negatives if trains else 0,
       sampled_negatives=config.data.sampled_negatives,
-      leaky_negatives=config.client.leaky_negatives,
+      leaky_negatives=config.client.negatives.leaky,
       seed=config.seed,
       new_clients=config.data.new_clients,
     )

@@ -24,7 +24,7 @@ CONFIG = ModelConfig(
   num_blocks=2,
   num_heads=4,
   max_seq_len=10,
-  router_hidden_dim=16,
+  router='item,hidden_dim=16',
   dropout=0.0,
 )
 

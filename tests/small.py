@@ -25,7 +25,7 @@ def config(**changes) -> RunConfig:
     num_blocks=1,
     num_heads=2,
     expert_form='attention,heads=2,projection_dim=8',
-    router_hidden_dim=8,
+    router='item,hidden_dim=8',
     max_seq_len=6,
     dropout=0.1,
     memory='surprise,capacity=8,retrieval_size=4',

@@ -87,7 +87,7 @@ def test_experts_that_see_the_answer_are_found():
 
 @pytest.mark.slow
 def test_the_leak_of_the_original_is_found():
-  checks = audit.all_checks(simulation(leaky_negatives=True))
+  checks = audit.all_checks(simulation(negatives='per_sample,leaky=true'))
   assert failed(checks) == {
     'training negatives',
     '2 rounds',
@@ -209,7 +209,7 @@ def test_the_canary_sings_with_the_leak_alone():
   assert clean.passed
   assert audit.hit_rate(figures.leaky) > audit.hit_rate(figures.clean) + 0.2
   leaky, _ = audit.canary(
-    simulation(sampled_negatives=25, leaky_negatives=True)
+    simulation(sampled_negatives=25, negatives='per_sample,leaky=true')
   )
   assert not leaky.passed
 
@@ -238,7 +238,7 @@ def test_from_the_shell(ml_1m):
     f'--data_dir={ml_1m}',
     '--rounds=1',
     '--experts=none',
-    '--leaky_negatives',
+    '--negatives=per_sample,leaky=true',
     '--json',
     status=1,
   )

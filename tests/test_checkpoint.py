@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax.config import CheckpointConfig
+from fedmmr_jax.config import KeepAll, KeepSome
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.runs import checksums
 from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
@@ -44,12 +44,12 @@ def checkpoint(**changes) -> Checkpoint:
   return Checkpoint(numbered(state), Progress.start().updated(3, 0.1))
 
 
-def save(folder, *numbers, best_round=0, saved=None, **keep) -> Rounds:
+def save(folder, *numbers, best_round=0, saved=None, keep=KeepSome()) -> Rounds:
   rounds = Rounds(folder, create=True)
   saved = saved or Checkpoint(
     checkpoint().state, Progress(jnp.int32(best_round), jnp.float32(0.5))
   )
-  with Saver(rounds, CheckpointConfig(**keep)) as saver:
+  with Saver(rounds, keep) as saver:
     for number in numbers:
       saver.save(number, saved, {'round': number, 'loss': None}, 1.5)
   return rounds
@@ -89,7 +89,7 @@ def test_what_is_saved_may_be_donated(tmp_path):
   spend = jax.jit(
     lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0
   )
-  with Saver(rounds, CheckpointConfig()) as saver:
+  with Saver(rounds, KeepSome()) as saver:
     saver.save(1, saved, {}, 0.0)
     jax.block_until_ready(spend(saved))
   small.assert_trees_equal(rounds.load(1, expected), expected)
@@ -99,13 +99,13 @@ def test_what_is_saved_may_be_donated(tmp_path):
 @pytest.mark.parametrize(
   'keep, expected',
   [
-    (dict(keep_last=0), [1, 2, 3, 4, 5, 6, 7]),
-    (dict(keep_last=2, keep_every=0), [1, 6, 7]),
-    (dict(keep_last=1, keep_every=3), [1, 3, 6, 7]),
+    (KeepAll(), [1, 2, 3, 4, 5, 6, 7]),
+    (KeepSome(2, 0), [1, 6, 7]),
+    (KeepSome(1, 3), [1, 3, 6, 7]),
   ],
 )
 def test_the_last_every_mth_and_the_best_stay(tmp_path, keep, expected):
-  rounds = save(tmp_path, *range(1, 8), best_round=1, **keep)
+  rounds = save(tmp_path, *range(1, 8), best_round=1, keep=keep)
   assert rounds.numbers() == expected
   assert sorted(p.name for p in rounds.folder.iterdir()) == sorted(
     map(str, expected)
@@ -114,12 +114,12 @@ def test_the_last_every_mth_and_the_best_stay(tmp_path, keep, expected):
 
 @pytest.mark.slow
 def test_the_best_of_a_round_to_go_on_from_stays_too(tmp_path):
-  keep = dict(keep_last=2, keep_every=0)
-  rounds = save(tmp_path, 1, 2, 3, 4, best_round=1, **keep)
-  assert save(tmp_path, 5, best_round=5, **keep).numbers() == [1, 4, 5]
+  keep = KeepSome(2, 0)
+  rounds = save(tmp_path, 1, 2, 3, 4, best_round=1, keep=keep)
+  assert save(tmp_path, 5, best_round=5, keep=keep).numbers() == [1, 4, 5]
   shutil.rmtree(rounds.path(5))  # moved away, because it was damaged
   assert rounds.best() == 1 in rounds.numbers()
-  save(tmp_path, 5, 6, best_round=5, **keep)
+  save(tmp_path, 5, 6, best_round=5, keep=keep)
   assert rounds.numbers() == [5, 6]
 
 
@@ -198,7 +198,7 @@ def test_a_failed_save_is_told_and_loses_nothing(tmp_path):
     UserError,
     match='rounds/2: cannot be saved .*; round 1 is whole, go on from it',
   ):
-    with Saver(rounds, CheckpointConfig()) as saver:
+    with Saver(rounds, KeepSome()) as saver:
       resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
       try:
         saver.save(2, saved, {}, 0.0)

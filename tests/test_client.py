@@ -65,11 +65,10 @@ def test_windows_never_reach_the_held_out_items():
 @pytest.mark.slow
 def test_a_step_weighs_its_targets_by_their_lateness():
   simulation = small.simulation(
-    objective='all_positions',
+    objective='all_positions,late_emphasis=0.8',
     negatives='shared',
     experts='none',
     batch_size=2,
-    late_emphasis=0.8,
   )
   params = simulation.init_state().server.params
   batch = windows.cut_windows(
@@ -102,32 +101,9 @@ def test_a_step_weighs_its_targets_by_their_lateness():
   np.testing.assert_allclose(total, np.mean(weighted), rtol=1e-5)
 
 
-def window_order(own, most, **changes):
-  config = small.config(**changes)
-  return client_lib._window_order(
-    config, jax.random.key(3), jnp.int32(own), most
-  ).tolist()
-
-
-def test_windows_come_shuffled_or_in_time_order():
-  shuffled = window_order(6, 9)
-  assert sorted(shuffled[:6]) == list(range(6)) != shuffled[:6]
-  # Window 0 is the latest.
-  assert window_order(6, 9, window_order='chronological')[:6] == [
-    5,
-    4,
-    3,
-    2,
-    1,
-    0,
-  ]
-
-
-def test_a_step_limit_takes_some_windows_in_time_order():
-  taken = window_order(
-    6, 9, window_order='chronological', max_local_steps=2, batch_size=2
-  )[:4]
-  assert taken == sorted(window_order(6, 9)[:4], reverse=True)
+def test_windows_come_shuffled():
+  order = client_lib._window_order(jax.random.key(3), jnp.int32(6), 9).tolist()
+  assert sorted(order[:6]) == list(range(6)) != order[:6]
 
 
 @pytest.mark.slow

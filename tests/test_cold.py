@@ -76,7 +76,11 @@ def test_nothing_held_out_is_refused():
 @pytest.mark.slow
 def test_cold_rows_are_never_trained_and_can_be_ranked(split):
   _, warm, cold, _ = split
-  config = small.config(num_negatives=10, client_fraction=1.0, weight_decay=0.0)
+  config = small.config(
+    num_negatives=10,
+    client_fraction=1.0,
+    client_optimizer='adam,weight_decay=0',
+  )
   simulation = simulation_lib.build(config, warm, cold)
   start = simulation.init_state()
   before = np.asarray(start.server.params['item_embedding']).copy()

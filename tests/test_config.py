@@ -15,6 +15,7 @@ from fedmmr_jax.config import (
   RENAMED,
   renamed,
   RunConfig,
+  SharedNegatives,
   TwoTierMemory,
   walk_fields,
 )
@@ -34,9 +35,6 @@ PLUMBING = {
   'seed',
   'dataset',
   'data_dir',
-  'user_column',
-  'item_column',
-  'time_column',
   'item_file',
   'k_core',
   'min_interactions',
@@ -44,8 +42,6 @@ PLUMBING = {
   'split_by',
   'visual_features',
   'text_features',
-  'synthetic_users',
-  'synthetic_items',
   'sampled_negatives',
   'eval_every',
   'eval_clients',
@@ -55,8 +51,7 @@ PLUMBING = {
   'items_per_eval_block',
   'pretrained_path',
   'load',
-  'keep_last',
-  'keep_every',
+  'keep',
 }
 
 
@@ -90,7 +85,7 @@ def example(name, kind):
       value = field.metadata['choices'][-1]
     else:
       value = '2000-01-01' if is_date else field.default / 2 or most
-    words.append(f'{option}={kind(value)}')
+    words.append(f'{option}={parts.written(kind(value))}')
   return ','.join(words)
 
 
@@ -121,8 +116,8 @@ def test_every_field_has_help(field):
   }
 
 
-def test_there_are_at_most_73_settings():
-  assert len(FIELDS) == 73
+def test_there_are_at_most_60_settings():
+  assert len(FIELDS) == 60
 
 
 def test_every_setting_that_matters_says_what_is_known_of_it():
@@ -156,12 +151,10 @@ def test_walk_names_the_group_of_each_field():
     '',
     'data',
     'model',
-    'loss',
     'client',
     'server',
     'evaluation',
     'start',
-    'checkpoints',
   }
 
 
@@ -241,7 +234,6 @@ def test_above_the_maximum(field):
   'name, value, side',
   [
     ('seed', -1, 'below'),
-    ('synthetic_items', 39, 'below'),
     ('num_blocks', 0, 'below'),
     ('dropout', 0.96, 'above'),
     ('num_negatives', 0, 'below'),
@@ -362,6 +354,7 @@ def test_options_are_bounded_and_explained(setting, name, kind):
     'recency_weight',
     'frequency_weight',
     'test_from',
+    'leaky',
   }
 
 
@@ -423,9 +416,9 @@ def test_a_later_part_replaces_the_whole_part():
 
 
 def test_text_is_taken_for_any_setting():
-  run = config(num_rounds='7', leaky_negatives='true', late_emphasis='1e-1')
-  assert (run.server.num_rounds, run.client.leaky_negatives) == (7, True)
-  assert run.loss.late_emphasis == 0.1
+  run = config(num_rounds='7', dropout='1e-1', negatives='shared,leaky=true')
+  assert (run.server.num_rounds, run.model.dropout) == (7, 0.1)
+  assert run.client.negatives == SharedNegatives(leaky=True)
   assert small.error_of(config, num_rounds='few') == (
     '`num_rounds=few` is not a whole number'
   )
@@ -434,6 +427,51 @@ def test_text_is_taken_for_any_setting():
 # The settings of a run made before parts had options, where they differed from
 # the defaults, and what they are now.
 OLD = [
+  (
+    {'synthetic_users': 30, 'synthetic_items': 50},
+    {'dataset': 'synthetic,users=30,items=50'},
+  ),
+  (
+    {
+      'dataset': 'csv',
+      'synthetic_users': 400,
+      'user_column': 'who',
+      'item_column': '',
+    },
+    {'dataset': 'csv,user=who'},
+  ),
+  (
+    {
+      'expert_form': 'similarity',
+      'feature_scaling': 'components',
+      'similarity': 'dot',
+      'router_hidden_dim': 32,
+      'load_balance_weight': 0.0,
+    },
+    {
+      'expert_form': 'similarity,features=components',
+      'fusion': 'residual,similarity=dot',
+      'router': 'item,hidden_dim=32,load_balance=0.0',
+    },
+  ),
+  (
+    {
+      'objective': 'all_positions',
+      'late_emphasis': 0.8,
+      'negatives': 'shared',
+      'leaky_negatives': True,
+      'client_optimizer': 'sgd',
+      'weight_decay': 0.1,
+    },
+    {
+      'objective': 'all_positions,late_emphasis=0.8',
+      'negatives': 'shared,leaky=true',
+      'client_optimizer': 'sgd,weight_decay=0.1',
+    },
+  ),
+  ({'keep_last': 0, 'keep_every': 10}, {'keep': 'all'}),
+  ({'keep_last': 2, 'keep_every': 0}, {'keep': 'some,last=2,every=0'}),
+  ({'window_order': 'shuffled'}, {}),
   ({'averaging': 'fednova'}, {'aggregator': 'fednova'}),
   (
     {'memory': 'two_tier', 'memory_capacity': 30, 'retrieval_size': 10},
@@ -526,4 +564,4 @@ def test_what_is_renamed_is_gone_and_its_new_name_is_right():
 def test_what_is_left_out_is_false():
   assert not config(profile='none').model.profile
   assert config(profile='history').model.profile
-  assert config(contrastive='none').loss.contrastive == Off()
+  assert config(contrastive='none').contrastive == Off()

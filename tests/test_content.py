@@ -109,7 +109,6 @@ def test_items_nobody_looked_at_move_with_their_content(vocabulary):
     num_negatives=2,
     batch_size=1,
     client_fraction=0.1,
-    weight_decay=0.0,
     client_optimizer='sgd',
   )
   simulation, before, old = embeddings(**changes)

@@ -335,7 +335,7 @@ def test_a_missing_matrix_that_was_asked_for_stops_the_load(movielens_folder):
     load_movielens(movielens_folder, text_features='absent.npy')
 
 
-SYNTHETIC = dict(synthetic_users=20, synthetic_items=40)
+SYNTHETIC = dict(dataset='synthetic,users=20,items=40')
 
 
 def test_the_synthetic_set_brings_its_own_features():
@@ -348,12 +348,12 @@ def test_the_synthetic_set_brings_its_own_features():
 
 
 def test_generated_features_are_those_of_the_catalogue_s_rows():
-  # One user consumes at most 30 of 60 items: many are not in the catalogue.
+  # A user consumes at most 30 items: many of 130 are not in the catalogue.
   dataset = load.load(
-    DataConfig(synthetic_users=1, synthetic_items=60), 0
+    DataConfig(dataset='synthetic,users=2,items=130'), 0
   ).dataset
-  _, matrices = synthetic.generate(1, 60, seed=0)
-  assert dataset.num_items <= 30
+  _, matrices = synthetic.generate(2, 130, seed=0)
+  assert dataset.num_items <= 60
   for kind, rows in dataset.features.items():
     np.testing.assert_array_equal(rows, matrices[kind][dataset.item_ids])
 

@@ -11,7 +11,6 @@ from pyarrow import parquet
 
 from fedmmr_jax.config import DataConfig
 from fedmmr_jax.data import formats, items, load
-from fedmmr_jax.data.formats import ColumnNames
 from tests import parity
 from tests.small import error_of
 
@@ -29,8 +28,8 @@ class Raw:
     self.times = found.times
 
 
-def read_ratings(name, folder, columns=ColumnNames()):
-  return Raw(formats.read(formats.find(name, str(folder), columns), columns))
+def read_ratings(name, folder):
+  return Raw(formats.read(formats.find(name, str(folder))))
 
 
 def read_titles(name, folder):
@@ -480,7 +479,7 @@ def test_parquet(time, tmp_path):
 
 def test_columns_can_be_named(tmp_path):
   (tmp_path / 'log.csv').write_text('who,user_id,what,when\na,x,5,3\nb,x,6,2\n')
-  raw = read_ratings('auto', tmp_path, ColumnNames('who', 'what', 'when'))
+  raw = read_ratings('auto,user=who,item=what,time=when', tmp_path)
   assert raw.users.tolist() == ['a', 'b'] and raw.items.tolist() == [5, 6]
   assert raw.times.tolist() == [3, 2]
 
@@ -495,14 +494,14 @@ def test_a_time_that_the_first_line_lacks_counts(tmp_path):
 def test_columns_of_a_format_without_names_are_refused(tmp_path):
   write(tmp_path, 'ratings.dat', rating_lines('ml-1m'))
   assert 'has no named columns' in error_of(
-    read_ratings, 'auto', tmp_path, ColumnNames('a')
+    read_ratings, 'auto,user=a', tmp_path
   )
 
 
 def test_one_column_for_two_things_is_refused(tmp_path):
   (tmp_path / 'log.csv').write_text('a,b\n1,2\n')
   assert 'must be different columns' in error_of(
-    read_ratings, 'auto', tmp_path, ColumnNames('a', 'a')
+    read_ratings, 'csv,user=a,item=a', tmp_path
   )
 
 
@@ -549,7 +548,7 @@ BROKEN = {
     'ratings.csv',
     'userId,rating,timestamp\n1,5,3\n',
     ', line 1: no column of the items among userId, rating, '
-    'timestamp; name it with `item_column`',
+    'timestamp; name it, as in `dataset=auto,item=…`',
     'auto',
   ),
   'header only': ('log.csv', 'user,item\n', ': no interaction in it', 'auto'),

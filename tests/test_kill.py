@@ -24,8 +24,7 @@ ROUNDS = 8 * KILLS
 KINDS = ('start', 'any', 'saving', 'deleting')
 # Retention is on, so that a kill may also meet the removal of a round.
 FLAGS = (
-  '--synthetic_users=40',
-  '--synthetic_items=60',
+  '--dataset=synthetic,users=40,items=60',
   '--hidden_dim=16',
   '--num_blocks=1',
   '--num_heads=2',
@@ -40,8 +39,7 @@ FLAGS = (
   '--client_optimizer=sgd',
   '--eval_every=2',
   '--patience=0',
-  '--keep_last=2',
-  '--keep_every=0',
+  '--keep=some,last=2,every=0',
   f'--num_rounds={ROUNDS}',
 )
 

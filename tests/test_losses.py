@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedmmr_jax.client import losses
-from fedmmr_jax.config import LossConfig
+from fedmmr_jax.config import InstanceWeight, RunConfig
+from tests import small
 
 LN2, LN3, LN4 = np.log([2, 3, 4])
 # ln(1 + 1/e): an InfoNCE of 2 whose match has similarity 1, the other 0.
@@ -176,7 +177,8 @@ def test_late_targets_count_more():
   rec, profile = jnp.array([1.0, 2.0, 5.0]), jnp.array([1.0, 0.0, 3.0])
   nothing, nobody = jnp.zeros((3, 2)), jnp.zeros(3, bool)
   terms = losses.combine(
-    LossConfig(),
+    InstanceWeight(),
+    0.01,
     rec,
     jnp.array([True, False, True]),
     [nothing, nothing],
@@ -192,12 +194,19 @@ def test_late_targets_count_more():
 
 
 def combined(
-  rec, visual, semantic, valid=None, has_both=None, load_balance=0.0, **config
+  rec,
+  visual,
+  semantic,
+  valid=None,
+  has_both=None,
+  load_balance=0.0,
+  contrastive='instance_weight',
 ):
   """`combine` of samples that count, unless said otherwise."""
   everyone = jnp.ones(len(rec), bool)
   return losses.combine(
-    LossConfig(**config),
+    small.config(contrastive=contrastive).contrastive,
+    0.01,
     jnp.asarray(rec, jnp.float32),
     everyone if valid is None else valid,
     [] if visual is None else [visual, semantic],
@@ -262,7 +271,7 @@ def test_hard_samples_count_more_only_with_instance_weights(drift, easy, hard):
 
 
 @pytest.mark.parametrize(
-  'drift', LossConfig.__dataclass_fields__['contrastive'].metadata['parts']
+  'drift', RunConfig.__dataclass_fields__['contrastive'].metadata['parts']
 )
 def test_surprise_sends_no_gradient_into_the_recommendation(drift):
   visual, semantic = views(1, 4)
@@ -410,7 +419,8 @@ def test_hard_samples_count_more_with_weights_and_less_with_temperature():
   share = {
     drift: float(
       losses.combine(
-        LossConfig(contrastive=drift),
+        small.config(contrastive=drift).contrastive,
+        0.01,
         rec,
         everyone,
         [visual, semantic],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmmr_jax.config import ModelConfig
+from fedmmr_jax.config import ModelConfig, Residual
 from fedmmr_jax.models import experts, feddmmr, layers
 from tests import small
 
@@ -88,7 +88,9 @@ def test_last_only_is_the_last_position():
 @pytest.mark.parametrize('similarity', ['cosine', 'dot'])
 def test_factored_scores_and_gradients_equal_the_naive_form(similarity):
   """score() against forming the fused [T, J, D] tensor."""
-  model, _, _, _ = build(dataclasses.replace(CONFIG, similarity=similarity))
+  model, _, _, _ = build(
+    dataclasses.replace(CONFIG, fusion=Residual(similarity=similarity))
+  )
   rng = np.random.default_rng(2)
 
   def draw(*shape):
@@ -361,7 +363,9 @@ def test_experts_that_are_left_out_have_no_parameters(experts, groups):
   'scaling, width', [('none', 12), ('centred', 12), ('components', 16)]
 )
 def test_scaled_features_keep_missing_rows_and_mean_nothing(scaling, width):
-  catalogue = small.simulation(feature_scaling=scaling).catalogue
+  catalogue = small.simulation(
+    expert_form=f'attention,heads=2,projection_dim=8,features={scaling}'
+  ).catalogue
   assert catalogue.features['visual'].shape[1] == width
   present = np.asarray(catalogue.has['visual'])
   assert not present[[0, 3, 7]].any() and present.sum() == len(present) - 3

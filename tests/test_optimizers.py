@@ -220,10 +220,7 @@ def rounds(simulation, count=2):
 
 
 SCAFFOLD = dict(
-  drift_control='scaffold',
-  client_optimizer='sgd',
-  client_learning_rate=0.05,
-  weight_decay=0.0,
+  drift_control='scaffold', client_optimizer='sgd', client_learning_rate=0.05
 )
 
 
@@ -305,7 +302,6 @@ def test_mime_lite_takes_the_mean_of_the_clients_and_learns_moments():
     server_optimizer='fedadam',
     server_learning_rate=1.0,
     client_learning_rate=0.01,
-    weight_decay=0.0,
   )
   state = rounds(simulation, 1)
   assert optax.tree.norm(state.server.opt_state.mu) > 0

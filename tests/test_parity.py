@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from fedmmr_jax.client import losses
-from fedmmr_jax.config import LossConfig
+from fedmmr_jax.config import InstanceWeight
 from fedmmr_jax.models import feddmmr
 from tests import parity
 
@@ -49,7 +49,8 @@ def loss(params, model, reference, catalogue):
   )
   everyone = jnp.ones(rec.shape, bool)
   terms = losses.combine(
-    LossConfig(),
+    InstanceWeight(),
+    0.01,
     rec,
     everyone,
     [output[:, 0] for output in candidates.outputs.values()],

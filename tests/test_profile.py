@@ -26,7 +26,6 @@ SETTINGS = dict(
   batch_size=2,
   client_optimizer='sgd',
   client_learning_rate=0.1,
-  weight_decay=0.0,
   embedding_init_std=0.3,
   dropout=0.0,
 )

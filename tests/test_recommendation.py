@@ -16,8 +16,7 @@ SETTINGS = dict(
   item_embedding='content_plus_id',
   profile='history',
   positions='relative',
-  expert_form='similarity',
-  feature_scaling='components',
+  expert_form='similarity,features=components',
 )
 
 

@@ -42,7 +42,7 @@ def start(workdir, *flags, slower: float = 0, **options):
   if slower:
     command = [sys.executable, '-c', SLOW, str(slower), *command[3:]]
   return subprocess.Popen(
-    [*command, '--num_rounds=4', '--keep_last=0', *flags],
+    [*command, '--num_rounds=4', '--keep=all', *flags],
     cwd=test_kill.ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

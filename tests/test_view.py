@@ -263,7 +263,7 @@ def test_nothing_can_be_learnt_where_all_is_noise(sees, similarity):
     num_negatives=15,
     batch_size=1,
     max_seq_len=12,
-    similarity=similarity,
+    fusion=f'residual,similarity={similarity}',
     item_embedding='content_plus_id',
     embedding_init_std=0.05,
     expert_form='attention,projection_dim=16',

@@ -177,12 +177,7 @@ def test_weighted_deltas_land_on_their_items():
 )
 def test_sgd_trains_the_same_on_touched_rows(changes):
   """Without weight decay, whatever bounds the rows."""
-  changes = dict(
-    client_optimizer='sgd',
-    client_learning_rate=0.1,
-    weight_decay=0.0,
-    **changes,
-  )
+  changes = dict(client_optimizer='sgd', client_learning_rate=0.1, **changes)
   simulation, local = rounds(vocabulary='local', **changes)
   _, dense = rounds(vocabulary='dense', **changes)
   moved = np.abs(
@@ -199,7 +194,7 @@ def test_sgd_trains_the_same_on_touched_rows(changes):
   'changes',
   [
     {'client_optimizer': 'adam'},
-    {'weight_decay': 0.1},
+    {'client_optimizer': 'sgd,weight_decay=0.1'},
     {'drift_control': 'fedprox,mu=0.1'},
   ],
   ids=str,

@@ -191,7 +191,10 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
       dict(experts='semantic,visual', load='router'),
       '`experts=visual,semantic`, not semantic,visual',
     ),
-    (dict(similarity='dot', load='experts'), '`similarity=cosine`, not dot'),
+    (
+      dict(fusion='residual,similarity=dot', load='experts'),
+      '`fusion=residual,similarity=cosine`, not residual,similarity=dot',
+    ),
     (dict(experts='none', load='all,router'), 'has no router; it has'),
     (
       dict(memory='recent,capacity=8,retrieval_size=4', load='memories'),
@@ -339,21 +342,20 @@ def test_flags_are_checked():
       negatives='shared',
       server_optimizer='fedmuon',
       server_learning_rate=0.01,
+      client_optimizer='adam,weight_decay=0.1',
     ),
     dict(
       server_optimizer='fedyogi',
       server_learning_rate=0.01,
-      client_optimizer='sgd',
+      client_optimizer='sgd,weight_decay=0.1',
       drift_control='fedprox,mu=0.1',
     ),
-    dict(drift_control='scaffold', client_optimizer='sgd'),
+    dict(drift_control='scaffold', client_optimizer='sgd,weight_decay=0.1'),
   ],
 )
 def test_frozen_groups_stay_bit_for_bit(changes):
   # A large decay would move what gets no gradient.
-  simulation = small.simulation(
-    freeze='embeddings,backbone', weight_decay=0.1, **changes
-  )
+  simulation = small.simulation(freeze='embeddings,backbone', **changes)
   state = simulation.init_state()
   before = small.copy(state.server.params)
   for number in (1, 2):
@@ -391,10 +393,9 @@ def test_what_a_path_freezes_stays_bit_for_bit_and_the_rest_moves(
   simulation = small.simulation(
     num_blocks=2,
     freeze=freeze,
-    weight_decay=0.1,
     server_optimizer='fedyogi',
     server_learning_rate=0.01,
-    client_optimizer='sgd',
+    client_optimizer='sgd,weight_decay=0.1',
     drift_control='scaffold',
   )
   state = simulation.init_state()

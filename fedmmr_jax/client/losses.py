@@ -10,7 +10,12 @@ from typing import NamedTuple, Sequence
 import jax
 import jax.numpy as jnp
 
-from fedmmr_jax.config import AdaptiveTemperature, InstanceWeight, LossConfig
+from fedmmr_jax.config import (
+  AdaptiveTemperature,
+  Contrastive,
+  InstanceWeight,
+  Off,
+)
 from fedmmr_jax.models import layers
 
 WEIGHT_BINS = 20  # of the histogram of instance weights
@@ -173,7 +178,8 @@ class LossTerms(NamedTuple):
 
 
 def combine(
-  config: LossConfig,
+  how: Contrastive | Off,
+  balance_weight: float,
   rec_per_sample: jax.Array,
   valid: jax.Array,
   views: Sequence[jax.Array],
@@ -186,7 +192,8 @@ def combine(
   """Total loss of a step from its parts.
 
   Args:
-    config: the contrastive loss and the weight of the load-balance loss.
+    how: the contrastive loss, if there is one.
+    balance_weight: μ, of the load-balance loss.
     rec_per_sample: [T] from `cross_entropy`.
     valid: [T] bool, False at padding.
     views: E times [T, D], each expert's representations of the positives; fewer
@@ -210,7 +217,7 @@ def combine(
   )
   if len(views) < 2:
     return without
-  how, balance = config.contrastive, config.load_balance_weight * load_balance
+  balance = balance_weight * load_balance
   if not how:
     return without._replace(total=total + balance, load_balance=load_balance)
 

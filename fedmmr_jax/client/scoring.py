@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fedmmr_jax.client import losses, negatives
 from fedmmr_jax.client.windows import Batch, targets_of_step
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.config import OwnNegatives, RunConfig
 from fedmmr_jax.data.dataset import ClientData
 from fedmmr_jax.models.experts import MemoryView
 from fedmmr_jax.models.feddmmr import Candidates, Catalogue, FedDMMR
@@ -47,7 +47,7 @@ def draw_negatives(
 ) -> jax.Array:
   """[T, N] negatives for each target, or [N] shared by all targets."""
   shape = (config.client.num_negatives,)
-  if config.client.negatives == 'per_sample':
+  if isinstance(config.client.negatives, OwnNegatives):
     shape = (targets_of_step(config), *shape)
   return negatives.sample(
     key, shape, client.avoided, client.num_avoided, client.num_drawable

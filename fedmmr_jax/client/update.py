@@ -122,19 +122,22 @@ def step_loss(
     paired = valid & (jnp.sum(target.available, axis=-1) > 1)
   rec = losses.cross_entropy(scores.positive, scores.rest)
   terms = losses.combine(
-    config.loss,
+    config.contrastive,
+    config.model.router.load_balance,
     rec,
     valid,
     [target.outputs[m.name] for m in model.modalities],
     target.available,
     balance,
-    losses.importance_of(batch.lateness.reshape(-1), config.loss.late_emphasis),
+    losses.importance_of(
+      batch.lateness.reshape(-1), config.client.objective.late_emphasis
+    ),
     scores.profile,
     config.model.profile.weight if config.model.profile else 0.0,
   )
   count = jnp.sum(valid)
   pairs = jnp.sum(paired)
-  contrasts = pairs * bool(config.loss.contrastive)
+  contrasts = pairs * bool(config.contrastive)
   usable = scores.counted & jnp.any(candidates.available, axis=-1)
   step_metrics = {
     metrics_lib.LOSS: metrics_lib.mean(terms.total, count),
@@ -227,9 +230,7 @@ def local_update(
   cut = _cutter(model, config, client, sent, vocabulary, broadcast.catalogue)
 
   def epoch(number, state):
-    order = _window_order(
-      config, _order_key(key, number), own_windows, most_windows
-    )
+    order = _window_order(_order_key(key, number), own_windows, most_windows)
 
     def step(i, state):
       rank = i * batch_size + jnp.arange(batch_size)
@@ -566,19 +567,9 @@ def empty_metrics(model: FedDMMR) -> dict[str, Mean]:
   } | {metrics_lib.WEIGHT_SHARES: metrics_lib.empty((losses.WEIGHT_BINS,))}
 
 
-def _window_order(
-  config: RunConfig, key, own_windows, most_windows: int
-) -> jax.Array:
+def _window_order(key, own_windows, most_windows: int) -> jax.Array:
   """[most_windows] int32 window numbers in training order; only the first
-  `own_windows`, or those within the step limit, count."""
+  `own_windows` count."""
   draws = jax.random.uniform(key, (most_windows,))
   number = jnp.arange(most_windows)
-  shuffled = jnp.argsort(jnp.where(number < own_windows, draws, jnp.inf))
-  if config.client.window_order == 'shuffled':
-    return shuffled
-  taken = number < own_windows
-  limit = config.client.max_local_steps
-  if limit:
-    taken &= number < limit * config.client.batch_size
-  # Window 0 is the latest.
-  return -jnp.sort(jnp.where(taken, -shuffled, 1))
+  return jnp.argsort(jnp.where(number < own_windows, draws, jnp.inf))

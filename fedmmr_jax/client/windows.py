@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedmmr_jax.config import ClientConfig, RunConfig
+from fedmmr_jax.config import AllPositions, ClientConfig, RunConfig
 from fedmmr_jax.data.dataset import ClientData
 
 
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 def window_stride(config: ClientConfig, max_seq_len: int) -> int:
   """Distance between window ends: each target belongs to one window."""
-  return max_seq_len if config.objective == 'all_positions' else 1
+  return max_seq_len if isinstance(config.objective, AllPositions) else 1
 
 
 def num_windows(num_train, stride: int):

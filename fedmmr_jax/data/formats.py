@@ -21,6 +21,7 @@ rating (implicit feedback).
 """
 
 import csv as csv_lib
+import dataclasses
 import json
 import pathlib
 import re
@@ -69,13 +70,12 @@ ALIASES = {
 _MOVIELENS = ('user id', 'item id', 'rating', 'timestamp')
 _BLOCK = 1 << 26  # bytes; a review must fit into a block
 _ASIN_LENGTH = 10
-# Formats whose columns have names.
-_NAMED = ('csv', 'ml-latest', 'recbole', 'parquet', 'amazon-reviews')
 
 
-class ColumnNames(NamedTuple):
-  """What `user_column`, `item_column`, `time_column` say; '' = one of
-  ALIASES."""
+@dataclasses.dataclass(frozen=True)
+class ColumnNames:
+  """Options of the formats whose columns have names: which column is whose.
+  '' = one of ALIASES."""
 
   user: str = ''
   item: str = ''
@@ -89,11 +89,13 @@ class Format(NamedTuple):
     description: what it is called in print.
     files: how its file is named in a folder, without `.gz`.
     read: (file, names of columns) -> interactions.
+    named: whether its columns have names.
   """
 
   description: str
   files: tuple[str, ...]
   read: Callable[[pathlib.Path, ColumnNames], Interactions]
+  named: bool = False
 
 
 class Source(NamedTuple):
@@ -103,11 +105,13 @@ class Source(NamedTuple):
     path: the file.
     format: its name, see `format_of`.
     detected: whether it was detected from the file, not given by a flag.
+    names: of its columns, where they are given.
   """
 
   path: pathlib.Path
   format: str
   detected: bool
+  names: ColumnNames = ColumnNames()
 
   @property
   def folder(self) -> pathlib.Path:
@@ -128,26 +132,29 @@ def format_of(name: str) -> Format:
   return parts.built(name, FORMATS, Format, 'data format')
 
 
-def find(
-  dataset: str,
-  data_dir: str,
-  names: ColumnNames = ColumnNames(),
-  setting: str = 'data_dir',
-) -> Source:
+def find(dataset: str, data_dir: str, setting: str = 'data_dir') -> Source:
   """The interaction file, and its format.
 
   Args:
     dataset: a key of FORMATS, 'auto', or a `Format` from outside as
-      'my_package.module:Thing'.
+      'my_package.module:Thing'; with names of columns as options, as in
+      'csv,user=who,item=what'.
     data_dir: the file, or the folder that holds it.
-    names: of the columns, where flags give them.
     setting: where `data_dir` comes from, for errors.
 
   Raises:
-    UserError: no such file, several, or one of no known format.
+    UserError: no such file, several, or one of no known format, or an option
+      that it does not have.
   """
-  if dataset != AUTO:
-    format_of(dataset)  # refused before anything is looked for
+  text = dataset
+  dataset, given = parts.split(text)
+  # Refused before anything is looked for.
+  named = dataset == AUTO or format_of(dataset).named
+  names = ColumnNames()
+  if given:
+    names = parts.make(
+      ColumnNames if named else None, given, f'`dataset={text}`'
+    )
   path = pathlib.Path(data_dir)
   if path.is_dir():
     path = _find_in(path, dataset)
@@ -157,23 +164,23 @@ def find(
       'the data set, or its interaction file'
     )
   if dataset != AUTO:
-    return Source(path, dataset, detected=False)
-  return Source(path, detect(path, names), detected=True)
+    return Source(path, dataset, False, names)
+  return Source(path, detect(path, names), True, names)
 
 
-def read(source: Source, names: ColumnNames = ColumnNames()) -> Interactions:
+def read(source: Source) -> Interactions:
   """Reads the interactions.
 
   Raises:
     UserError: what is malformed, with its line.
   """
   form = format_of(source.format)
-  if any(names) and source.format in FORMATS and source.format not in _NAMED:
+  if source.names != ColumnNames() and not form.named:
     raise UserError(
-      f'{source.path}: {form.description}, has no named '
-      'columns; leave `user_column`, `item_column` and `time_column` out'
+      f'{source.path}: {form.description}, has no named columns; '
+      '`dataset` cannot name any'
     )
-  return form.read(source.path, names)
+  return form.read(source.path, source.names)
 
 
 def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
@@ -218,8 +225,9 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
     ):
       return 'sequences'
   raise UserError(
-    f'{path}: cannot tell its format from {first[:60]!r}; say `dataset`, '
-    'or name its columns with `user_column` and `item_column`'
+    f'{path}: cannot tell its format from {first[:60]!r}; say which '
+    'it is with `dataset`, or name its columns, as in '
+    '`dataset=csv,user=who,item=what`'
   )
 
 
@@ -560,7 +568,7 @@ def _pick_all(
         + (asked or f'of the {what}s')
         + ' among '
         + ', '.join(fields)
-        + f'; name it with `{what}_column`'
+        + f'; name it, as in `dataset=auto,{what}=…`'
       )
   picked = tuple(
     _pick(fields, names, what) for what in ('user', 'item', 'time')
@@ -611,20 +619,27 @@ FORMATS: Mapping[str, Format] = {
     'MovieLens CSV',
     ('ratings.csv',),
     lambda path, names: _read_headed(path, names, whole=True),
+    named=True,
   ),
   'recbole': Format(
     'RecBole atomic file',
     ('*.inter',),
     lambda path, names: _read_headed(path, names, typed=True),
+    named=True,
   ),
-  'parquet': Format('Parquet', ('*.parquet',), _read_parquet),
+  'parquet': Format('Parquet', ('*.parquet',), _read_parquet, named=True),
   'amazon-reviews': Format(
-    'Amazon reviews, a JSON object a line', ('*.json', '*.jsonl'), _read_reviews
+    'Amazon reviews, a JSON object a line',
+    ('*.json', '*.jsonl'),
+    _read_reviews,
+    named=True,
   ),
   'amazon-ratings': Format(
     'Amazon ratings, CSV without a header', ('*.csv',), _read_amazon_ratings
   ),
-  'csv': Format('CSV with a header', ('*.csv', '*.tsv'), _read_headed),
+  'csv': Format(
+    'CSV with a header', ('*.csv', '*.tsv'), _read_headed, named=True
+  ),
   'sasrec': Format(
     'SASRec, "user item" lines in time order', ('*.txt',), _read_sasrec
   ),

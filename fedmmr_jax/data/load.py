@@ -10,7 +10,7 @@ from fedmmr_jax.config import (
   DataConfig,
   ORIGINAL_EXPERTS,
   RunConfig,
-  SYNTHETIC,
+  SyntheticData,
   Timeline,
 )
 from fedmmr_jax.data import cold as cold_lib
@@ -18,7 +18,7 @@ from fedmmr_jax.data import columns, features, formats, items, synthetic
 from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
-from fedmmr_jax.data.formats import ColumnNames, Source
+from fedmmr_jax.data.formats import Source
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.data.selection import Filters, select, Selected
 from fedmmr_jax.errors import UserError
@@ -60,7 +60,7 @@ def load(config: RunConfig | DataConfig, seed: int = 0) -> Loaded:
     config = config.data
   loaded = (
     _load_synthetic(config, seed)
-    if config.dataset == SYNTHETIC
+    if config.synthetic
     else _load_files(config, others)
   )
   if not config.cold_items:
@@ -80,19 +80,18 @@ def read_items(config: DataConfig) -> ItemTable:
   Raises:
     UserError: as `load`; the synthetic set has no files.
   """
-  if config.dataset == SYNTHETIC:
+  if config.synthetic:
     raise UserError('`dataset=synthetic` has no item files; name a data set')
   source = _source(config)
-  return items.table(
-    formats.read(source, _columns(config)), items.find(source, config.item_file)
-  )
+  return items.table(formats.read(source), items.find(source, config.item_file))
 
 
 def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
+  asked = cast(SyntheticData, config.synthetic)
   selected, generated = synthetic.generate(
-    config.synthetic_users, config.synthetic_items, seed, _filters(config)
+    asked.users, asked.items, seed, _filters(config)
   )
-  dataset, num_rows = selected.dataset, config.synthetic_items + 1
+  dataset, num_rows = selected.dataset, asked.items + 1
   matrices = {}
   reports = []
   for kind, matrix in generated.items():
@@ -132,7 +131,7 @@ def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
     for kind in others
   }
   item_file = items.find(source, config.item_file)
-  interactions = formats.read(source, _columns(config))
+  interactions = formats.read(source)
   table = items.table(interactions, item_file)
   selected = select(_name(source), interactions, _filters(config))
   dataset = selected.dataset
@@ -182,11 +181,7 @@ def _loaded(selected: Selected, matrices, reports, notes=()) -> Loaded:
 
 
 def _source(config: DataConfig) -> Source:
-  return formats.find(config.dataset, config.data_dir, _columns(config))
-
-
-def _columns(config: DataConfig) -> ColumnNames:
-  return ColumnNames(config.user_column, config.item_column, config.time_column)
+  return formats.find(config.dataset, config.data_dir)
 
 
 def _filters(config: DataConfig) -> Filters:

@@ -29,7 +29,7 @@ The checks, and how each is made:
       from what it consumed, so a score far above popularity means that it knows
       its target
 
-The canary reacts to `leaky_negatives`, where held-out items are never drawn as
+The canary reacts to leaky `negatives`, where held-out items are never drawn as
 negatives: they are then the only unseen items that are not pushed down. That is
 the original system's leak.
 """
@@ -46,7 +46,7 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import scoring, windows
 from fedmmr_jax.client import view as view_lib
-from fedmmr_jax.config import NoMemory, RunConfig
+from fedmmr_jax.config import NoMemory, RunConfig, SharedNegatives
 from fedmmr_jax.data.dataset import client_view, Dataset
 from fedmmr_jax.evaluation import popularity, ranking
 from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
@@ -113,7 +113,7 @@ def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
     config.client.num_negatives
     * (
       1
-      if config.client.negatives == 'shared'
+      if isinstance(config.client.negatives, SharedNegatives)
       else windows.targets_of_step(config)
     ),
     1,
@@ -575,7 +575,7 @@ def canary(simulation: Simulation) -> tuple[Check, Trained]:
       f'{by_popularity:.3f} already',
     ), trained
   own = (
-    trained.leaky if simulation.config.client.leaky_negatives else trained.clean
+    trained.leaky if simulation.config.client.negatives.leaky else trained.clean
   )
   lead = paired_bootstrap(
     *(
@@ -616,7 +616,8 @@ def _trained(simulation: Simulation, rounds: int) -> FederationState:
 def _with_leak(
   simulation: Simulation, config: RunConfig, leaky: bool
 ) -> Simulation:
+  negatives = dataclasses.replace(config.client.negatives, leaky=leaky)
   config = dataclasses.replace(
-    config, client=dataclasses.replace(config.client, leaky_negatives=leaky)
+    config, client=dataclasses.replace(config.client, negatives=negatives)
   )
   return simulation_lib.build(config, simulation.dataset, simulation.cold)

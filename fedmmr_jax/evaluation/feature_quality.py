@@ -422,7 +422,7 @@ def warnings(quality: Quality) -> list[str]:
     lines.append(
       f'{quality.kind}: {quality.spectrum.mean_share:.0%} of the '
       'square length is the same for all items; '
-      '`feature_scaling=centred` takes it away'
+      '`expert_form=…,features=centred` takes it away'
     )
   return lines
 

@@ -6,8 +6,8 @@
 
 over the experts m: visual, semantic, and any others that have features.
 
-With `--similarity=dot` the score is ⟨LN(s) + a, e_c⟩, so that the length of
-`e_c` matters, as it does without experts, where the score is ⟨s, e_c⟩.
+With `similarity=dot` of `--fusion` the score is ⟨LN(s) + a, e_c⟩, so that the
+length of `e_c` matters, as it does without experts, with the score ⟨s, e_c⟩.
 
 Everything here is written for one client and one window; callers vmap.
 `a` depends on the candidate and the memory, never on the window, so scoring T
@@ -155,7 +155,7 @@ class FedDMMR(nn.Module):
       )
     if len(self.modalities) > 1:
       self.router = ItemRouter(
-        c.router_hidden_dim, len(self.modalities), c.dropout
+        c.router.hidden_dim, len(self.modalities), c.dropout
       )
     if not self.is_backbone_only:
       self.sequence_norm = layers.layer_norm()
@@ -388,7 +388,7 @@ class FedDMMR(nn.Module):
     e, a = candidates.embedding, candidates.auxiliary
     if self.is_backbone_only:
       return e @ state
-    if self.config.similarity == 'dot':
+    if self.config.fusion.similarity == 'dot':
       return e @ state + jnp.sum(a * e, axis=-1)
     # Exact products: the expansion cancels, and a GPU would round to TF32.
     with jax.default_matmul_precision('highest'):

@@ -89,7 +89,7 @@ def _contrastive(last, config: RunConfig) -> Point:
   if value is None:
     why = (
       'no positive had both experts'
-      if config.loss.contrastive
+      if config.contrastive
       else 'no such loss in this run'
     )
     return _point(name, target, why, None)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from fedmmr_jax.config import CheckpointConfig
+from fedmmr_jax.config import KeepAll, KeepSome
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation.round import FederationState
@@ -224,19 +224,19 @@ class Saver:
 
   Args:
     rounds: where to write.
-    config: which rounds stay on disk.
+    keep: which rounds stay on disk.
   """
 
-  def __init__(self, rounds: Rounds, config: CheckpointConfig):
+  def __init__(self, rounds: Rounds, keep: KeepSome | KeepAll):
     self._rounds = rounds
-    self._config = config
+    self._keep = keep
     self._thread = concurrent.futures.ThreadPoolExecutor(
       1, 'save', initializer=_give_way
     )
     self._pending: concurrent.futures.Future[None] | None = None
     # Saved round -> the best by then, of those that stay as the last ones.
     self._best_of: dict[int, int] = {}
-    last = rounds.numbers()[-config.keep_last :] if config.keep_last else []
+    last = rounds.numbers()[-keep.last :] if isinstance(keep, KeepSome) else []
     for number in last:
       with contextlib.suppress(UserError):  # told when it is asked for
         self._best_of[number] = rounds.metadata(number)['best_round']
@@ -311,19 +311,19 @@ class Saver:
     except OSError as error:
       raise UserError(
         f'{self._rounds.folder}: an older round cannot be removed '
-        f'({_one_line(error)}); say `keep_last=0` to keep all'
+        f'({_one_line(error)}); say `keep=all`'
       ) from error
 
   def _remove_superseded(self) -> None:
     """Keeps the last rounds, the best round recorded in each of them (needed if
     a run resumes from there) and every m-th round."""
-    keep_last, keep_every = self._config.keep_last, self._config.keep_every
-    if not keep_last:
+    keep = self._keep
+    if not isinstance(keep, KeepSome):
       return
     saved = self._rounds.numbers()
-    best = {self._best_of.get(number) for number in saved[-keep_last:]}
-    for number in saved[:-keep_last]:
-      if number not in best and not (keep_every and number % keep_every == 0):
+    best = {self._best_of.get(number) for number in saved[-keep.last :]}
+    for number in saved[: -keep.last]:
+      if number not in best and not (keep.every and number % keep.every == 0):
         path = self._rounds.path(number)
         hidden = path.with_name(f'{_DELETING}{number}')
         path.rename(hidden)  # at once; removing takes a while

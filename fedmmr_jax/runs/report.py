@@ -126,7 +126,7 @@ def write(run: RunFolder) -> pathlib.Path:
   records, summary = run.records(), run.summary()
   flags = run.config().as_flat_dict()
   charts = draw_run(records)
-  contrastive = run.config().loss.contrastive
+  contrastive = run.config().contrastive
   if isinstance(contrastive, InstanceWeight):
     charts += draw_weights(records, contrastive.surprise_scale)
   path = run.path / REPORT

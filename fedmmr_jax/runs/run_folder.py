@@ -38,8 +38,7 @@ MAY_CHANGE = (
   'item_file',
   'visual_features',
   'text_features',
-  'keep_last',
-  'keep_every',
+  'keep',
 )
 
 

@@ -62,7 +62,7 @@ def train(
 
   saving_seconds = 0.0
   # Leaving it, by an exception too, waits for the last round to be on disk.
-  with Saver(rounds, config.checkpoints) as saver:
+  with Saver(rounds, config.keep) as saver:
     for done in _rounds_left(simulation, checkpoint, last_round, on_step):
       run.remove_results()  # of an earlier, shorter run
       checkpoint, record = validated(

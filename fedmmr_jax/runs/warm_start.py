@@ -267,7 +267,7 @@ def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
 _MEANING = {
   'embeddings': ('dataset', 'cold_items'),
   'backbone': ('num_heads',),
-  'experts': ('expert_form', 'feature_scaling', 'fusion', 'similarity'),
+  'experts': ('expert_form', 'fusion'),
   # Its outputs are in the order of the experts.
   'router': ('experts',),
   'fusion': ('fusion',),
@@ -319,7 +319,7 @@ def _check_group(
   on_features = {
     'embeddings': (
       isinstance(config.model.item_embedding, ContentPlusId)
-      or config.data.dataset == 'synthetic'
+      or config.data.synthetic is not None
     ),
     'experts': True,
     MEMORIES: True,
@@ -336,14 +336,14 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
   memory = f'{config.memory.name},capacity={config.memory.capacity}'
   if isinstance(config.memory, TwoTierMemory):
     memory += f',long_term_capacity={config.memory.long_term_capacity}'
-  form = config.model.expert_form
+  form, fusion = config.model.expert_form, config.model.fusion
   return config.as_flat_dict() | {
     'experts': ','.join(config.model.expert_forms),
     # What its parameters started from, training has changed.
-    'expert_form': form.name
+    'expert_form': f'{form.name},features={form.features}'
     if isinstance(form, SimilarityForm)
     else str(dataclasses.replace(form, scale=1.0)),
-    'fusion': config.model.fusion.name,
+    'fusion': f'{fusion.name},similarity={fusion.similarity}',
     'memory': memory,
   }
 
