@@ -191,7 +191,7 @@ def run(main: Callable[..., None], commands: bool = False) -> None:
   """
 
   def parse(argv):
-    rest = _parse(argv)
+    rest = _parse(argv, commands)
     if rest[1:] and not commands:
       _fail(f'unexpected argument {rest[1]!r}; flags start with --')
     return rest
@@ -233,9 +233,17 @@ def _with_flagfiles(argv: Sequence[str]) -> list[str]:
   return words
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], commands: bool) -> list[str]:
+  argv = [argv[0], *_with_flagfiles(argv[1:])]
   try:
-    rest = flags.FLAGS([argv[0], *_with_flagfiles(argv[1:])])
+    try:
+      rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+      # Ids may begin with a dash; behind a command's words one is no flag.
+      last = argv[-1]
+      if not (commands and last.lstrip('-') == error.flagname):
+        raise
+      rest = flags.FLAGS([*argv[:-1], '--', last])
   except flags.Error as error:
     # absl's message may go over several lines; the first says what is wrong.
     line = str(error).splitlines()[0].removeprefix('ERROR:: ')

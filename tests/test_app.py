@@ -155,3 +155,27 @@ def test_presets_are_found_from_anywhere(tmp_path, monkeypatch):
   assert app._with_flagfiles(['--flagfile=none.flags']) == [
     '--flagfile=none.flags'
   ]
+
+
+def test_an_id_may_begin_with_a_dash():
+  program = (
+    'from experiments import app\n'
+    "def main(*words): print('|'.join(words))\n"
+    'app.run(main, commands=True)\n'
+  )
+
+  def words(*given):
+    done = subprocess.run(
+      [sys.executable, '-c', program, *given],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    return done.stdout.strip() or done.stderr.strip()
+
+  for user in ('-1KKYzibGPyUX', '--0kuuLmu', '-5'):
+    assert words('recommend', 'best', user) == f'recommend|best|{user}'
+    assert words('--workers=1', 'recommend', user) == f'recommend|{user}'
+  assert 'Unknown command line flag' in words('--wrong=1', 'list')
+  assert 'Unknown command line flag' in words('list', '--wrong=1')

@@ -402,7 +402,7 @@ def test_bad_data_is_refused_and_nothing_is_written(ml_1m, tmp_path):
     *flags, '--visual_features=nowhere.npy'
   )
   # 27 items were consumed by somebody, 9 of them by each user.
-  assert 'only 18 unseen items; lower --num_negatives=19' in refused(
+  assert 'only 18 unseen items; lower --num_negatives=19 to 18' in refused(
     *flags, '--num_negatives=19'
   )
   assert not workdir.exists()

@@ -168,7 +168,7 @@ def test_too_many_negatives_name_the_user_and_the_flag(flag):
   with pytest.raises(
     UserError,
     match=rf'^toy: user 12 has only 14 unseen items; '
-    rf'lower `{flag}=15`$',
+    rf'lower `{flag}=15` to 14$',
   ):
     to_device(toy(SEQUENCES), **{flag: 15})
 

@@ -1,7 +1,8 @@
 """Columns of a file -> ids and times, the same for every format.
 
 Ids of all formats are read as text, each distinct one once. If all are whole
-numbers they become int64, otherwise they stay strings.
+numbers they become int64, otherwise they stay strings. `12.0` is 12: a missing
+value anywhere in a column makes spreadsheets and data frames write it so.
 """
 
 import datetime
@@ -16,6 +17,10 @@ MAX_ID = 2**31 - 1
 # Longer ones are no ids: a column was mistaken for another.
 MAX_ID_LENGTH = 200
 _WHOLE = re.compile(r'0|-?[1-9][0-9]{0,17}')
+_WHOLE_OR_FLOAT = re.compile(
+  r'0(\.0+)?|-?[1-9][0-9]{0,17}|-?[1-9][0-9]{0,14}\.0+'
+)
+_LARGEST_EXACT = 2**53  # of floats
 # Seconds reach year 5138 at 1e11; beyond, the unit is a thousandth, and so on.
 _FIRST_OF_NEXT_UNIT = 1e11
 # What programs write where there is nothing: one user or item made of many.
@@ -42,10 +47,9 @@ def unique_ids(texts: list[str], whole: bool) -> tuple[np.ndarray, np.ndarray]:
   if any(id_problem(text, whole) for text in texts):
     raise Doubt
   texts = [text.strip() for text in texts]
-  if whole or all(map(_WHOLE.fullmatch, texts)):
-    return np.unique(
-      np.array(list(map(int, texts)), np.int64), return_inverse=True
-    )
+  if whole or all(map(_WHOLE_OR_FLOAT.fullmatch, texts)):
+    numbers = [int(text.partition('.')[0]) for text in texts]
+    return np.unique(np.array(numbers, np.int64), return_inverse=True)
   return np.unique(np.array(texts, str), return_inverse=True)
 
 
@@ -68,6 +72,15 @@ def id_problem(text: str, whole: bool) -> str:
   return ''
 
 
+def odd_ids(ids: np.ndarray) -> list[str]:
+  """Those that are no whole numbers among ids that mostly are: because of them
+  all count as text."""
+  if ids.dtype.kind == 'i':
+    return []
+  odd = [text for text in ids.tolist() if not _WHOLE.fullmatch(text)]
+  return odd if len(odd) < len(ids) / 2 else []
+
+
 def ids_of(
   column: pa.ChunkedArray, whole: bool
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +97,16 @@ def ids_of(
     except pa.ArrowInvalid:  # beyond 63 bits
       raise Doubt from None
     ids, indices = np.unique(column.to_numpy(), return_inverse=True)
+    return indices.astype(np.int32), ids
+  if pa.types.is_floating(column.type):  # whole numbers beside missing ones
+    numbers = column.to_numpy()
+    if not (
+      np.isfinite(numbers).all()
+      and (numbers == np.trunc(numbers)).all()
+      and (np.abs(numbers) < _LARGEST_EXACT).all()
+    ):
+      raise Doubt
+    ids, indices = np.unique(numbers.astype(np.int64), return_inverse=True)
     return indices.astype(np.int32), ids
   if not pa.types.is_dictionary(column.type):
     column = column.dictionary_encode()
@@ -105,18 +128,43 @@ def seconds_of(column: pa.ChunkedArray) -> np.ndarray:
   if column.null_count or pa.types.is_boolean(column.type):
     raise Doubt
   try:
-    if pa.types.is_string(column.type) or pa.types.is_date(column.type):
+    if pa.types.is_dictionary(column.type):
+      column = column.cast(column.type.value_type)
+    if pa.types.is_large_string(column.type):
+      column = column.cast(pa.string())
+    if pa.types.is_string(column.type):
+      return _seconds_of_text(column)
+    if pa.types.is_date(column.type):
       column = column.cast(pa.timestamp('us'))
     if pa.types.is_timestamp(column.type):
-      return (
-        pc.cast(
-          pc.cast(column, pa.timestamp('us', column.type.tz)), pa.int64()
-        ).to_numpy()
-        / 1e6
-      )
+      return _seconds_of_timestamps(column)
     return in_seconds(column.cast(pa.float64()).to_numpy())
   except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
     raise Doubt from None
+
+
+def _seconds_of_text(column: pa.ChunkedArray) -> np.ndarray:
+  """Of ISO dates, or numbers."""
+  for kind in (pa.timestamp('us'), pa.timestamp('us', 'UTC'), pa.float64()):
+    try:
+      found = column.cast(kind)
+    except pa.ArrowInvalid:
+      continue
+    if pa.types.is_floating(kind):
+      return in_seconds(found.to_numpy())
+    return _seconds_of_timestamps(found)
+  try:  # several ways of writing, or one that Arrow does not know
+    return in_seconds(
+      np.array([parse_time(x) for x in column.to_pylist()], np.float64)
+    )
+  except ValueError:
+    raise Doubt from None
+
+
+def _seconds_of_timestamps(column: pa.ChunkedArray) -> np.ndarray:
+  # What lies below a microsecond orders nothing that people do.
+  in_us = pc.cast(column, pa.timestamp('us', column.type.tz), safe=False)
+  return pc.cast(in_us, pa.int64()).to_numpy() / 1e6
 
 
 def in_seconds(times: np.ndarray) -> np.ndarray:

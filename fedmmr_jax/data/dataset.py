@@ -405,15 +405,20 @@ def client_view(
 def _check_unseen(dataset, num_consumed, num_negatives, sampled_negatives):
   client = np.argmax(num_consumed)
   unseen = dataset.num_items - dataset.num_cold - num_consumed[client]
-  for setting, wanted in (
-    ('num_negatives', num_negatives),
-    ('sampled_negatives', sampled_negatives),
-  ):
-    if wanted > unseen:
-      raise UserError(
-        f'{dataset.name}: user {dataset.user_ids[client]} has only {unseen} '
-        f'unseen items; lower `{setting}={wanted}`'
-      )
+  wanted = {
+    'num_negatives': num_negatives,
+    'sampled_negatives': sampled_negatives,
+  }
+  too_many = [
+    f'`{setting}={number}`'
+    for setting, number in wanted.items()
+    if number > unseen
+  ]
+  if too_many:
+    raise UserError(
+      f'{dataset.name}: user {dataset.user_ids[client]} has only {unseen} '
+      f'unseen items; lower {" and ".join(too_many)} to {unseen}'
+    )
 
 
 def draw_popular(

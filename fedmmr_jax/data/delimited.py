@@ -3,7 +3,7 @@ by line, which is slow but names the bad line."""
 
 import csv
 import pathlib
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     numbers: which others must be numbers; all else is passed over.
     whole_ids: ids must be whole numbers from 1 (else any text will do).
     quoted: fields may stand in double quotes.
-    has_header: the first line holds the names.
+    header_lines: how many lines stand before the first interaction.
   """
 
   separator: str
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
   numbers: tuple[str, ...] = ()
   whole_ids: bool = False
   quoted: bool = False
-  has_header: bool = False
+  header_lines: int = 0
 
   @property
   def shape(self) -> str:
@@ -56,7 +56,13 @@ def read(path: pathlib.Path, layout: Layout) -> Interactions:
   """
   try:
     found = _read_fast(path, layout)
-  except (Doubt, pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError):
+  except (
+    Doubt,
+    pa.ArrowInvalid,
+    pa.ArrowNotImplementedError,
+    OSError,
+    *text_files.DAMAGED,
+  ):
     found = _read_carefully(path, layout)
   if not len(found.users):
     raise UserError(
@@ -83,7 +89,7 @@ def _read_fast(path, layout) -> Interactions:
     table = arrow_csv.read_csv(
       stream,
       read_options=arrow_csv.ReadOptions(
-        column_names=names, skip_rows=int(layout.has_header), block_size=_BLOCK
+        column_names=names, skip_rows=layout.header_lines, block_size=_BLOCK
       ),
       parse_options=arrow_csv.ParseOptions(
         delimiter=separator, quote_char='"' if layout.quoted else False
@@ -93,7 +99,7 @@ def _read_fast(path, layout) -> Interactions:
       ),
     )
   # Between two quotes that belong to different lines all would be one field.
-  rows = table.num_rows + layout.has_header
+  rows = table.num_rows + layout.header_lines
   if (
     layout.quoted
     and rows < text_files.count_ends(path)
@@ -114,23 +120,12 @@ def _read_carefully(path, layout) -> Interactions:
   place = {name: i for i, name in enumerate(layout.columns)}
   users, items = Numbering(), Numbering()
   user_column, item_column, times, numbers = [], [], [], []
-  first = layout.has_header
-  for number, line in text_files.lines(path):
-    if first:
-      first = False
-      continue
-    # Where ids are digits the encoding cannot matter: MovieLens' is latin-1.
-    fields = _fields(
-      text_files.decode(
-        line, path, number, 'latin-1' if layout.whole_ids else 'utf-8'
-      ),
-      layout,
-    )
+  for number, fields in _rows(path, layout):
     problem = _problem_of(fields, layout)
     if problem:
-      shown = line[:60].decode('utf-8', 'replace')
+      shown = ' ' if layout.separator == ' ' else layout.separator
       raise UserError(
-        f'{path}, line {number}: {problem} in {shown!r}; '
+        f'{path}, line {number}: {problem} in {shown.join(fields)[:60]!r}; '
         f'expected {layout.shape}'
       )
     user_column.append(users.of(fields[place[layout.user]]))
@@ -194,20 +189,56 @@ def from_numbered(
   )
 
 
-def _fields(line: str, layout: Layout) -> list[str]:
-  if layout.separator == ' ':
-    return line.split()
-  if layout.quoted:
+def _rows(
+  path: pathlib.Path, layout: Layout
+) -> Iterator[tuple[int, list[str]]]:
+  """Yields (number of its first line, fields); quoted fields may hold ends of
+  lines (RFC 4180).
+
+  Raises:
+    UserError: a quote is not closed.
+  """
+  # Where ids are digits the encoding cannot matter: MovieLens' is latin-1.
+  encoding = 'latin-1' if layout.whole_ids else 'utf-8'
+  at = begun = 0
+
+  def texts() -> Iterator[str]:
+    nonlocal at, begun
+    below = layout.header_lines
+    for at, line in text_files.lines(path):
+      if below:
+        below -= 1
+        text_files.decode(line, path, at, encoding)
+        continue
+      begun = begun or at
+      yield text_files.decode(line, path, at, encoding) + '\n'
+
+  if not layout.quoted or layout.separator == ' ':
+    for text in texts():
+      text = text.removesuffix('\n')
+      yield (
+        at,
+        text.split()
+        if layout.separator == ' '
+        else text.split(layout.separator),
+      )
+    return
+  rows = csv.reader(texts(), delimiter=layout.separator, strict=True)
+  while True:
+    begun = 0
     try:
-      return next(csv.reader([line], delimiter=layout.separator, strict=True))
-    except csv.Error:  # a quote that is not closed
-      return []
-  return line.split(layout.separator)
+      fields = next(rows)
+    except StopIteration:
+      return
+    except csv.Error:
+      raise UserError(
+        f'{path}, line {begun}: a quote is not closed, or a text stands '
+        f'behind one that is; expected {layout.shape}'
+      ) from None
+    yield begun, fields
 
 
 def _problem_of(fields: list[str], layout: Layout) -> str:
-  if not fields:
-    return 'a quote is not closed'
   if len(fields) != len(layout.columns):
     return f'{len(fields)} fields instead of {len(layout.columns)}'
   for name, field in zip(layout.columns, fields):

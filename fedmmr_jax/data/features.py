@@ -10,7 +10,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from fedmmr_jax.data import sidecar
+from fedmmr_jax.data import columns, sidecar
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
 
@@ -114,11 +114,28 @@ def load(
   if not isinstance(matrix, np.ndarray):
     raise UserError(f'{path}: an archive; save one matrix with numpy.save')
   described = sidecar.check(path, items)
+  if items is not None and not described:
+    _check_rows_are_known(path, items)
+    if len(matrix) == num_rows - 1 and items.starts_at_zero:
+      # One row for each item from 0 on, as in the sets of MMRec.
+      matrix = np.concatenate([np.zeros_like(matrix[:1]), matrix])
   report = check(matrix, kind, str(path), num_rows, item_ids)
   if described:
     model = pathlib.PurePath(described['model']).name
     report = report._replace(source=f'{path} ({model})')
   return matrix[item_ids].astype(np.float32), report
+
+
+def _check_rows_are_known(path: pathlib.Path, items: ItemTable) -> None:
+  """Refuses a matrix whose rows would be numbered by the order of texts, though
+  its author surely had numbers in mind."""
+  odd = columns.odd_ids(items.ids)
+  if odd:
+    raise UserError(
+      f'{path}: which row is whose? Its rows would be the items in the order '
+      f'of texts (10 before 9), because {len(odd)} of {len(items.ids)} ids are '
+      f'not whole numbers ({odd[0]!r}); mend these in the interactions'
+    )
 
 
 def of_mapping(

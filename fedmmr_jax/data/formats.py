@@ -22,10 +22,9 @@ rating (implicit feedback).
 
 import csv as csv_lib
 import dataclasses
-import json
 import pathlib
 import re
-from typing import Callable, cast, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, cast, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +47,7 @@ ALIASES = {
     'userid',
     'user',
     'uid',
+    'username',
     'reviewerid',
     'customer_id',
     'session_id',
@@ -67,15 +67,28 @@ ALIASES = {
   ),
   'time': ('timestamp', 'time', 'unixreviewtime', 'datetime', 'date', 'ts'),
 }
+NONE = 'none'
+# Words of a column's name by which it may hold times.
+_TIME_WORDS = set(
+  'time date datetime timestamp stamp at dt dat ts when day created modified '
+  'updated added published watched'.split()
+)
+# What Excel writes first: the separator of the lines below.
+_EXCEL = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
+# Names of files that somebody has split.
+_PART = re.compile(r'(^|[._-])(train|valid|validation|val|dev|test)([._-]|$)')
+_DATE = re.compile(r'[0-9]{4}-[0-9]{2}-[0-9]{2}([T ].*)?')
 _MOVIELENS = ('user id', 'item id', 'rating', 'timestamp')
 _BLOCK = 1 << 26  # bytes; a review must fit into a block
-_ASIN_LENGTH = 10
+# A column holds products if so many of its first values look like it.
+_MOST = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnNames:
   """Options of the formats whose columns have names: which column is whose.
-  '' = one of ALIASES."""
+  '' = one of ALIASES. In a file without a header they are positions, from 1.
+  `time=none`: the order of the file counts."""
 
   user: str = ''
   item: str = ''
@@ -189,9 +202,11 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
   Raises:
     UserError: none.
   """
-  if path.suffix == '.parquet':
+  if path.suffix.lower() == '.parquet':
     return 'parquet'
   lines = text_files.head(path)
+  if _EXCEL.fullmatch(lines[0].strip()) and len(lines) > 1:
+    return 'csv'
   first = lines[0]
   if first.lstrip().startswith('{'):
     return 'amazon-reviews'
@@ -203,6 +218,8 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
   fields = _split(first, separator)
   if any(':' in f for f in fields) and _pick(fields, ColumnNames(), 'user'):
     return 'recbole'
+  if _by_position(names, fields):
+    return 'csv'
   # One will do: the reader says which other is missing.
   if _pick(fields, names, 'user') or _pick(fields, names, 'item'):
     return (
@@ -226,8 +243,8 @@ def detect(path: pathlib.Path, names: ColumnNames = ColumnNames()) -> str:
       return 'sequences'
   raise UserError(
     f'{path}: cannot tell its format from {first[:60]!r}; say which '
-    'it is with `dataset`, or name its columns, as in '
-    '`dataset=csv,user=who,item=what`'
+    'it is with `dataset`, or its columns, as in '
+    '`dataset=csv,user=who,item=what` (or user=1,item=2, without a header)'
   )
 
 
@@ -238,8 +255,7 @@ def _find_in(folder: pathlib.Path, dataset: str) -> pathlib.Path:
   for pattern in patterns:
     matching = [
       path
-      for end in ('', '.gz')
-      for path in folder.glob(pattern + end)
+      for path in text_files.matching(folder, pattern)
       if not _is_about_items(path)
     ]
     if matching and '*' not in pattern:  # a name that says all
@@ -252,6 +268,13 @@ def _find_in(folder: pathlib.Path, dataset: str) -> pathlib.Path:
       + (f"{dataset}'s " if dataset != AUTO else 'one of ')
       + ', '.join(patterns)
       + ', or the file itself'
+    )
+  parts_of_it = [path.name for path in found if _PART.search(path.name.lower())]
+  if len(parts_of_it) > 1:
+    raise UserError(
+      f'{folder}: {", ".join(parts_of_it)} look like training, validation and '
+      'test of one set; splits are made here (`split_by`), so put them into '
+      'one file in the order of time, and name it with `data_dir`'
     )
   if len(found) > 1:
     raise UserError(
@@ -320,15 +343,22 @@ def _read_headed(
   path, names: ColumnNames, whole: bool = False, typed: bool = False
 ) -> Interactions:
   """CSV with a header; in RecBole's, each name has its type (`typed`)."""
-  header = text_files.head(path)[0]
-  separator = '\t' if typed else _separator(header)
+  start, *more = text_files.head(path)
+  header, separator = start, _separator(start)
+  told = _EXCEL.fullmatch(start.strip())
+  if told and more:
+    header, separator = more[0], told[1]
   fields = _split(header, separator)
   if typed:
     fields = [field.partition(':')[0] for field in fields]
+  if _by_position(names, fields):
+    return _read_headless(path, names, separator)
   if len(set(fields)) < len(fields):
     raise UserError(f'{path}, line 1: two columns of one name in {header!r}')
-  picked = _pick_all(fields, names, f'{path}, line 1')
-  return delimited.read(
+  rows = [_split(line, separator) for line in more]
+  examples = dict(zip(fields, zip(*(r for r in rows if len(r) == len(fields)))))
+  picked = _pick_all(fields, names, f'{path}, line 1', examples)
+  found = delimited.read(
     path,
     Layout(
       separator,
@@ -336,33 +366,79 @@ def _read_headed(
       *picked,
       whole_ids=whole,
       quoted=not typed,
-      has_header=True,
+      header_lines=1 + (start != header),
     ),
+  )
+  return found._replace(notes=_about_columns(picked))
+
+
+def _by_position(names: ColumnNames, fields: Sequence[str]) -> bool:
+  """Whether columns are named by their positions."""
+  if '0' in fields:  # the header of a frame whose columns have no names
+    return False
+  return all(re.fullmatch('[1-9][0-9]*', x) for x in (names.user, names.item))
+
+
+def _read_headless(
+  path, names: ColumnNames, separator: str, numbers: Sequence[str] = ()
+) -> Interactions:
+  """Lines without a header; columns are called by their positions."""
+  first = _split(text_files.head(path)[0], separator)
+  known = tuple(map(str, range(1, len(first) + 1)))
+  user, item, time = _pick_all(known, names, f'{path}, line 1')
+  has_header = bool(time) and not _is_time(first[int(time) - 1])
+  found = delimited.read(
+    path,
+    Layout(
+      separator,
+      known,
+      user,
+      item,
+      time,
+      numbers=tuple(numbers),
+      quoted=True,
+      header_lines=int(has_header),
+    ),
+  )
+  told = f'{user} = users, {item} = items' + (time and f', {time} = times')
+  start = 'a header' if has_header else 'an interaction'
+  return found._replace(
+    notes=(f'columns    {told}, by position; the first line is {start}',)
   )
 
 
 def _read_amazon_ratings(path, names) -> Interactions:
-  del names
+  if names.user or names.item:
+    return _read_headless(path, names, ',')
+  # Releases differ in which id comes first.
   lines = [_split(line, ',') for line in text_files.head(path)]
-  # Releases differ in which id comes first; a product's has 10 characters.
   first, second = (
-    sum(len(fields) > i and len(fields[i]) == _ASIN_LENGTH for fields in lines)
+    np.mean([len(fields) > i and _is_product(fields[i]) for fields in lines])
     for i in (0, 1)
   )
-  item_first = first > second
-  ids = ('item', 'user') if item_first else ('user', 'item')
-  return delimited.read(
-    path,
-    Layout(
-      ',',
-      (*ids, 'rating', 'timestamp'),
-      'user',
-      'item',
-      'timestamp',
-      numbers=('rating', 'timestamp'),
-      quoted=True,
-    ),
+  item_first = first >= _MOST > second
+  certain = item_first or second >= _MOST > first
+  user, item = ('2', '1') if item_first else ('1', '2')
+  found = _read_headless(path, ColumnNames(user, item, '4'), ',', ['3'])
+  why = (
+    f'{max(first, second):.0%} of the first items are numbers of products'
+    if certain
+    else 'no numbers of products tell them apart; if it is the other way '
+    f'round say `dataset=amazon-ratings,user={item},item={user},time=4`'
   )
+  return found._replace(
+    notes=(f'columns    {user} = users, {item} = items, 4 = times: {why}',)
+  )
+
+
+def _is_product(text: str) -> bool:
+  """Whether an id has the form of an ASIN: B and nine more, or an ISBN-10."""
+  if re.fullmatch(r'B[0-9A-Z]{9}', text):
+    return True
+  if not re.fullmatch(r'[0-9]{9}[0-9X]', text):
+    return False
+  digits = [10 if digit == 'X' else int(digit) for digit in text]
+  return sum(n * digit for n, digit in zip(range(10, 0, -1), digits)) % 11 == 0
 
 
 def _read_sequences(path, names) -> Interactions:
@@ -406,17 +482,18 @@ def _read_sequences(path, names) -> Interactions:
 
 def _read_reviews(path, names) -> Interactions:
   first, *more = text_files.head(path)
-  keys: dict[str, None] = {}
+  keys: dict[str, list] = {}
   try:
     for line in (first, *more):  # one may lack what others have
-      keys |= dict.fromkeys(_json_object(line))
+      for key, value in text_files.json_object(line).items():
+        keys.setdefault(key, []).append(value)
   except ValueError:
     pass  # the reader names it
   if not keys:
     raise UserError(
       f'{path}, line 1: not a JSON object: {first[:60]!r}'
     ) from None
-  user, item, time = _pick_all(list(keys), names, f'{path}, line 1')
+  user, item, time = _pick_all(list(keys), names, f'{path}, line 1', keys)
   try:
     schema = pa.schema(
       [
@@ -433,9 +510,16 @@ def _read_reviews(path, names) -> Interactions:
           explicit_schema=schema, unexpected_field_behavior='ignore'
         ),
       )
-    return _from_table(table, (user, item, time))
-  except (Doubt, pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError):
-    return _reviews_carefully(path, user, item, time)
+    found = _from_table(table, (user, item, time))
+  except (
+    Doubt,
+    pa.ArrowInvalid,
+    pa.ArrowNotImplementedError,
+    OSError,
+    *text_files.DAMAGED,
+  ):
+    found = _reviews_carefully(path, user, item, time)
+  return found._replace(notes=_about_columns((user, item, time)))
 
 
 def _reviews_carefully(path, user, item, time) -> Interactions:
@@ -451,7 +535,7 @@ def _reviews_carefully(path, user, item, time) -> Interactions:
 
     text = text_files.decode(line, path, number)
     try:
-      review = _json_object(text)
+      review = text_files.json_object(text)
     except ValueError:
       wrong('not a JSON object')
     for name in (user, item):
@@ -474,21 +558,16 @@ def _reviews_carefully(path, user, item, time) -> Interactions:
   )
 
 
-def _json_object(text: str) -> dict:
-  try:
-    found = json.loads(text)
-  except RecursionError:
-    raise ValueError(text) from None
-  if not isinstance(found, dict):
-    raise ValueError(text)
-  return found
-
-
 def _read_parquet(path, names) -> Interactions:
   try:
     with text_files.readable(path):
       file = arrow_parquet.ParquetFile(path)
-      picked = _pick_all(file.schema_arrow.names, names, str(path))
+      dates = {
+        field.name: ['2000-01-01']
+        for field in file.schema_arrow
+        if pa.types.is_timestamp(field.type) or pa.types.is_date(field.type)
+      }
+      picked = _pick_all(file.schema_arrow.names, names, str(path), dates)
       if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
         raise UserError(f'{path}: two columns of one name')
       table = file.read(columns=[name for name in picked if name])
@@ -510,24 +589,48 @@ def _read_parquet(path, names) -> Interactions:
       pa.types.is_integer(kind)
       or pa.types.is_string(kind)
       or pa.types.is_large_string(kind)
+      or pa.types.is_floating(kind)
     ):
       raise UserError(
         f'{path}: {name} is of type {kind}; ids are whole numbers or strings'
       )
   try:
-    return _from_table(table, picked)
+    found = _from_table(table, picked)
+    return found._replace(notes=_about_columns(picked))
   except Doubt:
-    raise UserError(
-      f'{path}: an id in {picked[0]} or {picked[1]} is empty or missing, '
-      f'longer than {columns_lib.MAX_ID_LENGTH} characters, beyond 63 bits or '
-      'holds a control character'
-      + (
-        f', or {picked[2]} is neither a finite number nor a date, or not in '
-        'the unit of most others'
-        if picked[2]
-        else ''
+    raise UserError(f'{path}, {_fault_of(table, picked)}') from None
+
+
+def _fault_of(table: pa.Table, picked: Sequence[str]) -> str:
+  """Row, column and value that a table cannot be read for."""
+  for name in picked[:2]:
+    floats = pa.types.is_floating(table.schema.field(name).type)
+    for row, value in enumerate(table[name].to_pylist()):
+      problem = (
+        'is not a whole number'
+        if floats and not float(value).is_integer()
+        else columns_lib.id_problem(str(value), whole=False)
       )
-    ) from None
+      if not isinstance(value, str) and abs(value) >= 2**63:
+        problem = 'is beyond 63 bits'
+      if problem:
+        return f'row {row}: {name} {problem}: {value!r}'
+  name = picked[2]
+  times = []
+  for row, value in enumerate(table[name].to_pylist()):
+    try:
+      times.append(columns_lib.parse_time(str(value)))
+    except ValueError:
+      return f'row {row}: {name} is neither a number nor a date: {value!r}'
+  odd = columns_lib.in_larger_unit(np.array(times, np.float64))
+  if odd is None:
+    return (
+      f'{name} is of type {table.schema.field(name).type}, which is no time'
+    )
+  return (
+    f'row {odd}: {name} {times[odd]:.0f} is not in the unit of most others; '
+    'write all in seconds since 1970'
+  )
 
 
 def _from_table(table: pa.Table, picked: Sequence[str]) -> Interactions:
@@ -553,14 +656,29 @@ def _pick(fields: Sequence[str], names: ColumnNames, what: str) -> str:
 
 
 def _pick_all(
-  fields: Sequence[str], names: ColumnNames, where: str
+  fields: Sequence[str],
+  names: ColumnNames,
+  where: str,
+  examples: Mapping[str, Sequence[Any]] = {},
 ) -> tuple[str, str, str]:
   """(user, item, time or '').
 
+  Args:
+    fields: names of all columns.
+    names: those that are given.
+    where: the file, for errors.
+    examples: some values of each column.
+
   Raises:
-    UserError: a column that a flag names, or one of ids, is missing.
+    UserError: a column that is named, or one of ids, is missing, or none has
+      a usual name of times while one looks as if it held them.
   """
-  for what in ('user', 'item', 'time'):
+  if names.time == NONE:
+    names = dataclasses.replace(names, time='')
+    wanted: tuple[str, ...] = ('user', 'item')
+  else:
+    wanted = ('user', 'item', 'time')
+  for what in wanted:
     asked = getattr(names, what)
     if not _pick(fields, names, what) and (asked or what != 'time'):
       raise UserError(
@@ -570,15 +688,47 @@ def _pick_all(
         + ', '.join(fields)
         + f'; name it, as in `dataset=auto,{what}=…`'
       )
-  picked = tuple(
-    _pick(fields, names, what) for what in ('user', 'item', 'time')
-  )
-  if len(set(picked)) < len(picked):
+  picked = tuple(_pick(fields, names, what) for what in wanted) + ('',)
+  if len(set(picked[:3])) < 3:
     raise UserError(
       f'{where}: users {picked[0]}, items {picked[1]} and times '
       f'{picked[2] or "-"} must be different columns'
     )
-  return cast(tuple[str, str, str], picked)
+  alike = [
+    field
+    for field in fields
+    if field not in picked and _may_be_time(field, examples.get(field, ()))
+  ]
+  if 'time' in wanted and not picked[2] and alike:
+    raise UserError(
+      f'{where}: no column has a usual name of times '
+      f'({", ".join(ALIASES["time"])}), but {" and ".join(alike)} may hold '
+      f'some; say `dataset=auto,time={alike[0]}`, or time=none if the order '
+      'of the file is the order in time'
+    )
+  return cast(tuple[str, str, str], picked[:3])
+
+
+def _about_columns(picked: Sequence[str]) -> tuple[str, ...]:
+  user, item, time = picked
+  when = f', {time} = times' if time else ''
+  return (f'columns    {user} = users, {item} = items{when}',)
+
+
+def _may_be_time(name: str, values: Sequence[Any]) -> bool:
+  """Whether a column may hold times, by the words of its name or by dates."""
+  words = re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', name.partition(':')[0])
+  if _TIME_WORDS & set(re.split(r'[^a-z0-9]+', words.lower())):
+    return True
+  return bool(values) and all(_DATE.fullmatch(str(x).strip()) for x in values)
+
+
+def _is_time(text: str) -> bool:
+  try:
+    columns_lib.parse_time(text)
+  except ValueError:
+    return False
+  return True
 
 
 def _separator(line: str) -> str:
@@ -635,7 +785,10 @@ FORMATS: Mapping[str, Format] = {
     named=True,
   ),
   'amazon-ratings': Format(
-    'Amazon ratings, CSV without a header', ('*.csv',), _read_amazon_ratings
+    'Amazon ratings, CSV without a header',
+    ('*.csv',),
+    _read_amazon_ratings,
+    named=True,
   ),
   'csv': Format(
     'CSV with a header', ('*.csv', '*.tsv'), _read_headed, named=True

@@ -16,6 +16,7 @@ class Interactions(NamedTuple):
     user_ids: the source's own ids, ascending: int64, or strings if not all are
       whole numbers.
     item_ids: likewise.
+    notes: what the reader took for granted, for people to check.
   """
 
   users: np.ndarray
@@ -23,6 +24,7 @@ class Interactions(NamedTuple):
   times: np.ndarray | None
   user_ids: np.ndarray
   item_ids: np.ndarray
+  notes: tuple[str, ...] = ()
 
   @classmethod
   def of(

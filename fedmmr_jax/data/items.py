@@ -2,7 +2,8 @@
 
 The item files recognised in a folder:
 
-    `movies.dat`: MovieLens 1M, `MovieID::Title::Genre|Genre`, latin-1
+    `movies.dat`: MovieLens 1M (latin-1) and 10M (UTF-8),
+      `MovieID::Title::Genre|Genre`
     `u.item`: MovieLens 100K, `|`-separated, latin-1, genres as 0 and 1
     `movies.csv`, `items.csv`, `items.tsv`: CSV with a header, UTF-8; newer
       MovieLens sets have `movies.csv`
@@ -14,10 +15,10 @@ The item files recognised in a folder:
 All but Parquet may be gzipped.
 """
 
-import ast
 import csv
-import json
+import html
 import pathlib
+import re
 from typing import Any, Iterator, NamedTuple
 
 import numpy as np
@@ -53,6 +54,9 @@ _TITLE = (
   'headline',
 )
 _GENRES = ('genres', 'genre', 'class', 'category', 'categories', 'tags')
+# What MovieLens calls no genre; to a text model it would be one.
+_NO_GENRE = '(no genres listed)'
+_TAG = re.compile(r'</?[a-zA-Z][^<>]*>|<!--.*?-->', re.DOTALL)
 csv.field_size_limit(1 << 24)  # descriptions may be long
 _ABSTRACT = ('abstract', 'description', 'overview', 'summary', 'text')
 # u.item: what the 0 and 1 behind the fifth field stand for (u.genre).
@@ -126,11 +130,18 @@ class ItemTable(NamedTuple):
     return np.array_equal(self.rows, self.ids)
 
   @property
+  def starts_at_zero(self) -> bool:
+    """Is row i + 1 item i?"""
+    return self.ids.dtype.kind == 'i' and np.array_equal(
+      self.rows, self.ids + 1
+    )
+
+  @property
   def numbering(self) -> str:
     """The row of each item in a feature matrix."""
     if self.numbering_is_plain:
       return 'row i of a feature matrix is item i'
-    if self.ids.dtype.kind == 'i' and np.array_equal(self.rows, self.ids + 1):
+    if self.starts_at_zero:
       return 'items start at 0: row i + 1 of a feature matrix is item i'
     return (
       f'items are numbered in the order of their ids, {self.ids[0]} = 1 '
@@ -158,8 +169,7 @@ def find(source: Source, item_file: str) -> pathlib.Path | None:
     dict.fromkeys(
       path
       for pattern in FILES
-      for end in ('', '.gz')
-      for path in sorted(source.folder.glob(pattern + end))
+      for path in text_files.matching(source.folder, pattern)
     )
   )
   if len(found) > 1:
@@ -215,29 +225,31 @@ def read(path: pathlib.Path) -> list[tuple[str, Item]]:
   Raises:
     UserError: a malformed line (named).
   """
-  name = path.name.removesuffix('.gz')
+  name = text_files.plain_name(path).lower()
   if name.endswith('.parquet'):
     return _read_parquet(path)
   if not any(True for _ in text_files.lines(path)):
     return []
   if name == 'u.item':
-    return list(_read_latin(path, '|'))
+    return list(_read_movielens(path, '|'))
   first = text_files.head(path)[0]
   if '::' in first or name.endswith('.dat'):
-    return list(_read_latin(path, '::'))
+    return list(_read_movielens(path, '::'))
   if first.lstrip().startswith('{'):
     return list(_read_json(path))
   return list(_read_headed(path))
 
 
-def _read_latin(path, separator: str) -> Iterator[tuple[str, Item]]:
+def _read_movielens(path, separator: str) -> Iterator[tuple[str, Item]]:
+  # 10M is UTF-8, the earlier ones are latin-1, whose letters are no UTF-8.
+  encoding = 'utf-8' if text_files.is_utf8(path) else 'latin-1'
   for number, line in text_files.lines(path):
-    fields = text_files.decode(line, path, number, 'latin-1').split(separator)
+    fields = text_files.decode(line, path, number, encoding).split(separator)
     if len(fields) < 3 or not (fields[0].isascii() and fields[0].isdigit()):
       raise UserError(
         f'{path}, line {number}: expected '
         f'"MovieID{separator}Title{separator}…", found '
-        f'{line[:60].decode("latin-1")!r}'
+        f'{line[:60].decode(encoding)!r}'
       )
     if separator == '|':  # title, date, date, link, then a flag a genre
       genres = [
@@ -254,7 +266,9 @@ def _read_headed(path) -> Iterator[tuple[str, Item]]:
   """CSV, or RecBole's tabs with a type behind each name."""
   separator = max(',;\t', key=text_files.head(path)[0].count)
   rows = _rows(
-    path, separator, quoted=not path.name.removesuffix('.gz').endswith('.item')
+    path,
+    separator,
+    quoted=not text_files.plain_name(path).lower().endswith('.item'),
   )
   _, header = next(rows)
   header = [field.partition(':')[0].strip().lower() for field in header]
@@ -273,7 +287,13 @@ def _rows(
   path, separator: str, quoted: bool
 ) -> Iterator[tuple[int, list[str]]]:
   """Yields (number of its last line, fields); quoted ones may hold ends of
-  lines, as descriptions do."""
+  lines, as descriptions do.
+
+  Between tabs, quotes that do not pair are part of the text: nothing there
+  needs any (the titles of MIND: `"Best" of …`).
+  """
+  if quoted and separator == '\t' and not _is_csv(path, separator):
+    quoted = False
   at = 0
 
   def texts():
@@ -294,16 +314,26 @@ def _rows(
       yield at, text.rstrip('\n').split(separator)
 
 
+def _is_csv(path, separator: str) -> bool:
+  """Whether every quote is one of CSV, and every line has as many fields."""
+  texts = (
+    line.decode('utf-8', 'replace') + '\n' for _, line in text_files.lines(path)
+  )
+  try:
+    rows = csv.reader(texts, delimiter=separator, strict=True)
+    return len({len(row) for row in rows}) <= 1
+  except csv.Error:
+    return False
+
+
 def _read_json(path) -> Iterator[tuple[str, Item]]:
   for number, line in text_files.lines(path):
     text = text_files.decode(line, path, number)
     try:
-      try:
-        values = json.loads(text)
-      except ValueError:  # the metadata of 2014 are Python literals
-        values = ast.literal_eval(text)
-      values = {str(k).lower(): v for k, v in dict(values).items()}
-    except (ValueError, SyntaxError, TypeError, RecursionError):
+      values = {
+        str(k).lower(): v for k, v in text_files.json_object(text).items()
+      }
+    except ValueError:
       raise UserError(
         f'{path}, line {number}: not a JSON object: {text[:60]!r}'
       ) from None
@@ -357,17 +387,27 @@ def _item(values: dict[str, Any], picked: dict[str, str]) -> Item:
   if isinstance(abstract, list):
     abstract = ' '.join(map(str, abstract))
   return Item(
-    str(of('title')).strip(),
+    _plain(str(of('title'))),
     tuple(_as_list(of('genres'))),
-    str(abstract).strip(),
+    _plain(str(abstract)),
   )
+
+
+def _plain(text: str) -> str:
+  """A text without HTML, which shops' titles and descriptions hold."""
+  if '&' in text or '<' in text:
+    text = html.unescape(_TAG.sub(' ', text))
+    text = ' '.join(text.split())
+  return text.strip()
 
 
 def _as_list(value: Any) -> list[str]:
   """Genres as a list, a list of lists (Amazon), or text with | or commas."""
   if isinstance(value, (list, tuple)):
     return list(dict.fromkeys(x for v in value for x in _as_list(v)))
-  text = str(value)
+  text = html.unescape(str(value))
+  if text.strip().lower() == _NO_GENRE:
+    return []
   separator = '|' if '|' in text else ','
   return [part.strip() for part in text.split(separator) if part.strip()]
 

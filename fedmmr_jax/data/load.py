@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import cast, NamedTuple, Sequence
+from typing import cast, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.data.formats import Source
+from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.data.selection import Filters, select, Selected
 from fedmmr_jax.errors import UserError
@@ -158,6 +159,8 @@ def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
       f'           {len(interactions.users)} interactions of '
       f'{len(interactions.user_ids)} users and {len(interactions.item_ids)} '
       'items' + (f', items described in {item_file}' if item_file else ''),
+      *interactions.notes,
+      *_about_ids(interactions),
       *([] if table.numbering_is_plain else [f'items      {table.numbering}']),
       *(
         [
@@ -167,8 +170,47 @@ def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
         if table.retold
         else []
       ),
+      *_about_matrices(config, source.folder, paths),
     ),
   )
+
+
+def _about_ids(interactions: Interactions) -> list[str]:
+  """Ids that make text of all others, though those are whole numbers."""
+  notes = []
+  for what, ids in (
+    ('users', interactions.user_ids),
+    ('items', interactions.item_ids),
+  ):
+    odd = columns.odd_ids(ids)
+    if odd:
+      notes.append(
+        f'{what}      {len(odd)} of {len(ids)} ids are not whole numbers '
+        f'({", ".join(map(repr, odd[:3]))}): all are read as texts'
+      )
+  return notes
+
+
+def _about_matrices(
+  config: DataConfig,
+  folder: pathlib.Path,
+  paths: Mapping[str, pathlib.Path | None],
+) -> list[str]:
+  """Matrices beside the interactions that nobody asked for."""
+  if features.NONE in (config.visual_features, config.text_features):
+    return []
+  used = {path.resolve() for path in paths.values() if path}
+  unused = [
+    path.name
+    for path in sorted(folder.glob('*.npy'))
+    if path.resolve() not in used
+  ]
+  if not unused:
+    return []
+  return [
+    f'features   {", ".join(unused)} beside it: not used; name what is of the '
+    'items with `visual_features` or `text_features`'
+  ]
 
 
 def _loaded(selected: Selected, matrices, reports, notes=()) -> Loaded:

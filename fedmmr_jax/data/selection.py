@@ -82,7 +82,7 @@ def select(
       'interactions have none; say `split_by=leave_one_out`'
     )
   table = _in_order(interactions)
-  notes = _about_times(table)
+  notes = [*_about_times(table), *_about_repeats(table)]
   size = len(interactions.user_ids)
   kept = _filtered(table, interactions, filters)
   sizes = kept.sizes(size, filters)
@@ -110,6 +110,14 @@ def select(
       'one from it on; choose a date within ' + _span(table.times)
     )
   kept = kept.where(kept.positions(size) < sizes.used[kept.users])
+  kept, sated = _without_sated(kept, size)
+  if sated.any():
+    notes.append(
+      f'users      {sated.sum()} have consumed every item '
+      f'({interactions.user_ids[sated][0]}): nothing is left to rank for '
+      'them, so they are left out'
+    )
+  sizes = _Sizes(np.where(sated, 0, sizes.used), sizes.held_out)
   if filters.test_from is not None:
     notes.append(_about_split(table, filters, sizes))
   return Selected(
@@ -191,7 +199,7 @@ def _filtered(
   table: _Table, interactions: Interactions, filters: Filters
 ) -> _Table:
   """Takes away what is too rare until nothing is."""
-  num_users, num_items = map(len, interactions[3:])
+  num_users, num_items = map(len, interactions[3:5])
   needed = max(filters.min_interactions, filters.k_core)
   while True:
     sizes = table.sizes(num_users, filters)
@@ -205,6 +213,23 @@ def _filtered(
     if keep.all():
       return table
     table = table.where(keep)
+
+
+def _without_sated(table: _Table, num_users: int) -> tuple[_Table, np.ndarray]:
+  """Takes away users who have consumed every item there is; [num_users] bool,
+  who they are. Where all have, they stay: what needs unseen items says so."""
+  sated, before = np.zeros(num_users, bool), table
+  while True:
+    if not len(table.users):
+      return before, np.zeros(num_users, bool)
+    items, place = np.unique(table.items, return_inverse=True)
+    pairs = np.unique(table.users.astype(np.int64) * len(items) + place)
+    tried = np.bincount(pairs // len(items), minlength=num_users)
+    now = tried == len(items)
+    if not now.any():
+      return table, sated
+    sated |= now
+    table = table.where(~now[table.users])
 
 
 def _most_active(used: np.ndarray, count: int) -> np.ndarray:
@@ -251,6 +276,32 @@ def _about_times(table: _Table) -> list[str]:
     f'time       {tied.mean():.1%} of the interactions bear the time of '
     "the user's one before; they keep the order of the file"
   ]
+
+
+def _about_repeats(table: _Table) -> list[str]:
+  notes: list[str] = []
+  if not len(table.users):
+    return notes
+  if table.times is not None:
+    again = (np.diff(table.users) == 0) & (np.diff(table.times) == 0)
+    tied = np.append(again, False) | np.insert(again, 0, False)
+    lines = np.stack(
+      [table.users[tied], table.items[tied], table.times[tied]], axis=1
+    )
+    copies = len(lines) - len(np.unique(lines, axis=0))
+    if copies:
+      notes.append(
+        f'duplicates {copies} interactions are there more than once, with the '
+        'same time; all are kept'
+      )
+  pairs = table.users.astype(np.int64) * (int(table.items.max()) + 1)
+  repeated = len(pairs) - len(np.unique(pairs + table.items))
+  if repeated:
+    notes.append(
+      f'repeats    {repeated / len(pairs):.1%} of the interactions are with an '
+      'item that the user had before'
+    )
+  return notes
 
 
 def _about_core(filters: Filters, before: _Table, kept: _Table) -> str:

@@ -1,45 +1,174 @@
-"""Text files, plain or gzipped: their first lines, all lines, decoding."""
+"""Text files, plain or compressed: their first lines, all lines, decoding."""
 
+import ast
+import bz2
 import codecs
+import fnmatch
+import functools
 import gzip
+import io
+import json
+import lzma
 import pathlib
+import zipfile
 import zlib
-from typing import BinaryIO, Iterator
+from typing import Any, BinaryIO, IO, Iterator
 
 import pyarrow as pa
 
 from fedmmr_jax.errors import UserError
 
-_GZIP = b'\x1f\x8b'
+# How a compressed file begins, and the ends of names that promise one.
+_MAGIC = {
+  b'\x1f\x8b': 'gzip',
+  b'BZh': 'bz2',
+  b'\xfd7zXZ': 'xz',
+  b'\x28\xb5\x2f\xfd': 'zstd',
+  b'PK\x03\x04': 'zip',
+}
+ENDS = ('', '.gz', '.bz2', '.xz', '.zst', '.zip')
+# What reading a compressed file raises if it is cut off or damaged.
+DAMAGED = (
+  EOFError,
+  zlib.error,
+  gzip.BadGzipFile,
+  lzma.LZMAError,
+  zipfile.BadZipFile,
+)
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Of what strangers send: a line, a Python literal; what a small file may unpack
+# to, logs shrink some tenfold.
+MAX_LINE = 1 << 26  # bytes
+MAX_LITERAL = 1 << 20  # characters
+_MAX_EXPANSION, _ALWAYS_ALLOWED = 500, 1 << 30
 _HEAD = 1 << 16  # bytes looked at to tell a format
 
 
-def is_gzip(path: pathlib.Path) -> bool:
-  """Whatever its name says."""
-  with path.open('rb') as file:
-    return file.read(2) == _GZIP
+def plain_name(path: pathlib.Path) -> str:
+  """A file's name without the end that says it is compressed."""
+  end = path.suffix.lower()
+  return path.name[: -len(end)] if end and end in ENDS else path.name
+
+
+def matching(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+  """Files of a folder by a pattern, whatever the case, compressed ones too;
+  sorted by name, plain ones first."""
+  found = [
+    path
+    for path in sorted(folder.iterdir())
+    if any(
+      fnmatch.fnmatchcase(path.name.lower(), pattern.lower() + end)
+      for end in ENDS
+    )
+  ]
+  return sorted(found, key=lambda path: plain_name(path) != path.name)
 
 
 def open_binary(path: pathlib.Path) -> BinaryIO:
-  """The uncompressed bytes."""
-  return gzip.open(path) if is_gzip(path) else path.open('rb')
+  """The uncompressed bytes.
+
+  Raises:
+    UserError: they are no text in UTF-8 or latin-1, or the file is an archive
+      of several.
+  """
+  file = io.BufferedReader(_uncompressed(path), 1 << 18)
+  start = file.peek(4)[:4]
+  if start.startswith(_UTF_16):
+    raise UserError(
+      f'{path}: in UTF-16, as some programs of Windows write; re-encode it '
+      'with iconv -f utf-16 -t utf8'
+    )
+  if b'\0' in start:
+    raise UserError(f'{path}: not a text file')
+  return file
+
+
+def _uncompressed(path: pathlib.Path) -> io.RawIOBase:
+  with path.open('rb') as raw:
+    start = raw.read(8)
+  kind = next((k for m, k in _MAGIC.items() if start.startswith(m)), '')
+  if not kind:
+    return path.open('rb', buffering=0)
+  opened: Any
+  if kind == 'zip':
+    opened = _member(path)
+  elif kind == 'zstd':
+    opened = pa.input_stream(str(path), compression='zstd')
+  else:
+    opened = {'gzip': gzip, 'bz2': bz2, 'xz': lzma}[kind].open(path)
+  return _Bounded(opened, path)
+
+
+def _member(path: pathlib.Path) -> IO[bytes]:
+  """The only file in an archive."""
+  archive = zipfile.ZipFile(path)
+  names = [
+    name
+    for name in archive.namelist()
+    if not name.endswith('/') and not name.startswith('__MACOSX/')
+  ]
+  if len(names) != 1:
+    raise UserError(
+      f'{path}: a zip archive of {len(names)} files; unpack it, and name the '
+      'folder or the file'
+    )
+  if archive.getinfo(names[0]).flag_bits & 1:
+    raise UserError(f'{path}: an archive with a password; unpack it')
+  return archive.open(names[0])
+
+
+class _Bounded(io.RawIOBase):
+  """What a compressed file unpacks to, up to a bound."""
+
+  def __init__(self, file: Any, path: pathlib.Path):
+    self._file, self._path, self._count = file, path, 0
+    self._most = max(_ALWAYS_ALLOWED, _MAX_EXPANSION * path.stat().st_size)
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    found = self._file.read(len(buffer))
+    buffer[: len(found)] = found
+    self._count += len(found)
+    if self._count > self._most:
+      raise UserError(
+        f'{self._path}: unpacks to more than {_MAX_EXPANSION} times its size; '
+        'if that is right, unpack it yourself'
+      )
+    return len(found)
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
+    super().close()
 
 
 def open_arrow(path: pathlib.Path) -> pa.NativeFile:
   """The uncompressed bytes, for Arrow's readers."""
-  return pa.input_stream(
-    str(path), compression='gzip' if is_gzip(path) else None
-  )
+  file = open_binary(path)
+  if isinstance(file.raw, io.FileIO):  # type: ignore[attr-defined]
+    file.close()
+    return pa.OSFile(str(path))
+  return pa.PythonFile(file, mode='r')
 
 
 def lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
   """Yields (number from 1, line without its end) for lines that are not blank.
 
   Raises:
-    UserError: the file cannot be read, or is cut off.
+    UserError: the file cannot be read, or is cut off, or a line is longer than
+      MAX_LINE.
   """
   with readable(path), open_binary(path) as file:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(
+      iter(functools.partial(file.readline, MAX_LINE), b''), 1
+    ):
+      if len(line) == MAX_LINE:
+        raise UserError(
+          f'{path}, line {number}: longer than {MAX_LINE >> 20} MiB; is it a '
+          'text file?'
+        )
       if line.strip():
         yield number, line.rstrip(b'\r\n')
 
@@ -92,6 +221,41 @@ def decode(
     ) from None
 
 
+def is_utf8(path: pathlib.Path) -> bool:
+  """Whether all of a file is."""
+  decoder = codecs.getincrementaldecoder('utf-8')()
+  with readable(path), open_binary(path) as file:
+    try:
+      for chunk in iter(lambda: file.read(1 << 22), b''):
+        decoder.decode(chunk)
+      decoder.decode(b'', final=True)
+    except UnicodeDecodeError:
+      return False
+  return True
+
+
+def json_object(text: str) -> dict:
+  """A line's JSON object, or the Python literal that older sets have instead
+  (the Amazon metadata of 2014, the Steam reviews).
+
+  Raises:
+    ValueError: it is neither, or a literal of more than MAX_LITERAL characters,
+      which would take much memory to read.
+  """
+  try:
+    try:
+      found = json.loads(text)
+    except ValueError:
+      if len(text) > MAX_LITERAL:
+        raise
+      found = ast.literal_eval(text)
+  except (SyntaxError, TypeError, MemoryError, RecursionError):
+    raise ValueError(text) from None
+  if not isinstance(found, dict):
+    raise ValueError(text)
+  return found
+
+
 class readable:
   """Turns errors while reading a file into a UserError."""
 
@@ -103,7 +267,7 @@ class readable:
 
   def __exit__(self, kind, error, trace):
     del kind, trace
-    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+    if isinstance(error, DAMAGED):
       raise UserError(
         f'{self._path}: the compressed file is cut off or damaged; fetch it '
         'again'
