@@ -4,6 +4,7 @@ from typing import Any, Sequence
 
 import jax
 
+from experiments import app
 from fedmmr_jax import metrics
 from fedmmr_jax.client import windows
 from fedmmr_jax.config import (
@@ -52,7 +53,7 @@ def data_report(loaded: Loaded) -> str:
   dataset = loaded.dataset
   lengths = dataset.lengths
   lines = [
-    *loaded.notes,
+    *map(app.as_flags, loaded.notes),
     f'{dataset.name}: {dataset.num_clients} clients, {dataset.num_items} '
     f'items, {len(dataset.items)} interactions '
     f'({lengths.min()} to {lengths.max()} a client)',

@@ -60,16 +60,17 @@ def test_whole_floats_are_whole_numbers(tmp_path):
   assert read(tmp_path / 'log.parquet').item_ids.tolist() == [2, 12]
 
 
-def some_text_ids(folder):
+def some_text_ids(folder, end=''):
   """12 items of whole numbers but one, and a matrix whose row i says i."""
-  names = [*map(str, range(1, 12)), '012']
+  names = [*(f'{i}{end}' for i in range(1, 12)), '012']
   lines = (f'{u},{i},{n}' for u in range(1, 6) for n, i in enumerate(names))
-  written(folder / 'log.csv', log(*lines, '6,1,1', '6,2,2', '6,3,3'))
+  written(folder / 'log.csv', log(*lines))
   return DataConfig(dataset='auto', data_dir=str(folder))
 
 
-def test_one_id_that_makes_text_of_all_is_named(tmp_path):
-  loaded = load.load(some_text_ids(tmp_path), 0)
+@pytest.mark.parametrize('end', ['', '.0'])
+def test_one_id_that_makes_text_of_all_is_named(tmp_path, end):
+  loaded = load.load(some_text_ids(tmp_path, end), 0)
   assert (
     "items      1 of 12 ids are not whole numbers ('012'): all are read as "
     'texts' in loaded.notes
@@ -147,6 +148,16 @@ def test_what_parquet_cannot_be_read_for_is_named(tmp_path):
     parquet.write_table(pa.table(table), path)
     with pytest.raises(UserError, match=message):
       read(path)
+
+
+def test_a_few_times_in_another_unit_are_counted(tmp_path):
+  lines = [f'1,{i},{10**9 + i}' for i in range(5)]
+  written(tmp_path / 'log.csv', log(*lines, '2,1,7', '2,2,8', '2,3,9'))
+  config = DataConfig(dataset='auto', data_dir=str(tmp_path))
+  notes = load.load(config, 0).notes
+  assert any(note.startswith('time       3 interactions lie') for note in notes)
+  written(tmp_path / 'log.csv', log(*(f'1,{i},{i}' for i in range(5))))
+  assert not any(n.startswith('time') for n in load.load(config, 0).notes)
 
 
 # Columns without names.

@@ -16,10 +16,7 @@ import pyarrow.compute as pc
 MAX_ID = 2**31 - 1
 # Longer ones are no ids: a column was mistaken for another.
 MAX_ID_LENGTH = 200
-_WHOLE = re.compile(r'0|-?[1-9][0-9]{0,17}')
-_WHOLE_OR_FLOAT = re.compile(
-  r'0(\.0+)?|-?[1-9][0-9]{0,17}|-?[1-9][0-9]{0,14}\.0+'
-)
+_WHOLE = re.compile(r'0(\.0+)?|-?[1-9][0-9]{0,17}|-?[1-9][0-9]{0,14}\.0+')
 _LARGEST_EXACT = 2**53  # of floats
 # Seconds reach year 5138 at 1e11; beyond, the unit is a thousandth, and so on.
 _FIRST_OF_NEXT_UNIT = 1e11
@@ -47,7 +44,7 @@ def unique_ids(texts: list[str], whole: bool) -> tuple[np.ndarray, np.ndarray]:
   if any(id_problem(text, whole) for text in texts):
     raise Doubt
   texts = [text.strip() for text in texts]
-  if whole or all(map(_WHOLE_OR_FLOAT.fullmatch, texts)):
+  if whole or all(map(_WHOLE.fullmatch, texts)):
     numbers = [int(text.partition('.')[0]) for text in texts]
     return np.unique(np.array(numbers, np.int64), return_inverse=True)
   return np.unique(np.array(texts, str), return_inverse=True)

@@ -83,14 +83,14 @@ def read_items(config: DataConfig) -> ItemTable:
   """
   if config.synthetic:
     raise UserError('`dataset=synthetic` has no item files; name a data set')
-  source = _source(config)
+  source = source_of(config)
   return items.table(formats.read(source), items.find(source, config.item_file))
 
 
 def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
   asked = cast(SyntheticData, config.synthetic)
   selected, generated = synthetic.generate(
-    asked.users, asked.items, seed, _filters(config)
+    asked.users, asked.items, seed, filters_of(config)
   )
   dataset, num_rows = selected.dataset, asked.items + 1
   matrices = {}
@@ -120,7 +120,7 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
 
 
 def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
-  source = _source(config)
+  source = source_of(config)
   # Resolved first: a wrong path should not cost reading the interactions.
   paths = {
     kind: features.resolve(
@@ -134,7 +134,7 @@ def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
   item_file = items.find(source, config.item_file)
   interactions = formats.read(source)
   table = items.table(interactions, item_file)
-  selected = select(_name(source), interactions, _filters(config))
+  selected = select(_name(source), interactions, filters_of(config))
   dataset = selected.dataset
   rows = np.append(0, table.rows_of(dataset.item_ids[1:]))
   matrices = {}
@@ -222,11 +222,17 @@ def _loaded(selected: Selected, matrices, reports, notes=()) -> Loaded:
   )
 
 
-def _source(config: DataConfig) -> Source:
+def source_of(config: DataConfig) -> Source:
+  """The interaction file of a config, and its format; see `formats.find`."""
   return formats.find(config.dataset, config.data_dir)
 
 
-def _filters(config: DataConfig) -> Filters:
+def filters_of(config: DataConfig) -> Filters:
+  """Which users and items a config keeps.
+
+  Raises:
+    UserError: the date of a timeline is none.
+  """
   try:
     test_from = (
       columns.parse_time(config.split_by.test_from)

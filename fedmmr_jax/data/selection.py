@@ -18,6 +18,7 @@ client may be later than the test item of another.
 """
 
 import datetime
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ from fedmmr_jax.errors import UserError
 
 # One to train on, one to validate, one to test.
 MIN_INTERACTIONS = HELD_OUT + 1
+# What people log happened from then on, and not in the future.
+FIRST_YEAR, _DAY = 1990, 86_400
 
 
 class Filters(NamedTuple):
@@ -81,7 +84,7 @@ def select(
       f'{name}: `split_by=timeline` needs timestamps, and these '
       'interactions have none; say `split_by=leave_one_out`'
     )
-  table = _in_order(interactions)
+  table = in_order(interactions)
   notes = [*_about_times(table), *_about_repeats(table)]
   size = len(interactions.user_ids)
   kept = _filtered(table, interactions, filters)
@@ -135,7 +138,7 @@ def sequences(
     rows: [number of item ids] row of each item in a catalogue, 0 = none: its
       interactions are left out.
   """
-  table = _in_order(interactions)
+  table = in_order(interactions)
   sizes = np.bincount(table.users, minlength=len(interactions.user_ids))
   split = np.split(rows[table.items], np.cumsum(sizes)[:-1])
   return [
@@ -152,19 +155,43 @@ class _Sizes(NamedTuple):
   held_out: np.ndarray
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
   """Interactions ordered by user, then time."""
 
   users: np.ndarray
   items: np.ndarray
   times: np.ndarray | None
 
-  def where(self, keep: np.ndarray) -> '_Table':
-    return _Table(
+  def where(self, keep: np.ndarray) -> 'Table':
+    return Table(
       self.users[keep],
       self.items[keep],
       None if self.times is None else self.times[keep],
     )
+
+  def tied(self) -> np.ndarray:
+    """[n - 1] bool, who bears the time of the user's interaction before."""
+    if self.times is None:
+      return np.zeros(max(len(self.users) - 1, 0), bool)
+    return (np.diff(self.users) == 0) & (np.diff(self.times) == 0)
+
+  def duplicates(self) -> int:
+    """How many are there once more: same user, item and time."""
+    again = self.tied()
+    if not again.any() or self.times is None:
+      return 0
+    tied = np.append(again, False) | np.insert(again, 0, False)
+    lines = np.stack(
+      [self.users[tied], self.items[tied], self.times[tied]], axis=1
+    )
+    return len(lines) - len(np.unique(lines, axis=0))
+
+  def repeats(self) -> int:
+    """How many are with an item that their user had before."""
+    if not len(self.users):
+      return 0
+    pairs = self.users.astype(np.int64) * (int(self.items.max()) + 1)
+    return len(pairs) - len(np.unique(pairs + self.items))
 
   def positions(self, num_users: int) -> np.ndarray:
     """[n] how many of its user's lie before each."""
@@ -183,21 +210,22 @@ class _Table(NamedTuple):
     return _Sizes(before + has_test, HELD_OUT - 1 + has_test)
 
 
-def _in_order(interactions: Interactions) -> _Table:
+def in_order(interactions: Interactions) -> Table:
+  """By user, then time; equal times keep the order of the source."""
   users, items, times = interactions[:3]
   order = (
     np.argsort(users, kind='stable')
     if times is None
     else np.lexsort((times, users))
   )
-  return _Table(
+  return Table(
     users[order], items[order], None if times is None else times[order]
   )
 
 
 def _filtered(
-  table: _Table, interactions: Interactions, filters: Filters
-) -> _Table:
+  table: Table, interactions: Interactions, filters: Filters
+) -> Table:
   """Takes away what is too rare until nothing is."""
   num_users, num_items = map(len, interactions[3:5])
   needed = max(filters.min_interactions, filters.k_core)
@@ -215,7 +243,7 @@ def _filtered(
     table = table.where(keep)
 
 
-def _without_sated(table: _Table, num_users: int) -> tuple[_Table, np.ndarray]:
+def _without_sated(table: Table, num_users: int) -> tuple[Table, np.ndarray]:
   """Takes away users who have consumed every item there is; [num_users] bool,
   who they are. Where all have, they stay: what needs unseen items says so."""
   sated, before = np.zeros(num_users, bool), table
@@ -240,7 +268,7 @@ def _most_active(used: np.ndarray, count: int) -> np.ndarray:
 
 
 def _dataset(
-  name: str, kept: _Table, interactions: Interactions, sizes: _Sizes
+  name: str, kept: Table, interactions: Interactions, sizes: _Sizes
 ) -> Dataset:
   is_kept = np.bincount(kept.users, minlength=len(sizes.used)) > 0
   is_item = np.bincount(kept.items, minlength=len(interactions.item_ids)) > 0
@@ -257,6 +285,14 @@ def _dataset(
   )
 
 
+def odd_times(times: np.ndarray) -> int:
+  """How many of them, seconds since 1970, hardly are when somebody did
+  something."""
+  earliest = datetime.datetime(FIRST_YEAR, 1, 1, tzinfo=datetime.timezone.utc)
+  early = times < earliest.timestamp()
+  return int((early | (times > time.time() + _DAY)).sum())
+
+
 def _span(times: np.ndarray) -> str:
   return ' to '.join(
     datetime.datetime.fromtimestamp(t, datetime.timezone.utc).strftime(
@@ -266,45 +302,42 @@ def _span(times: np.ndarray) -> str:
   )
 
 
-def _about_times(table: _Table) -> list[str]:
+def _about_times(table: Table) -> list[str]:
   if table.times is None:
     return ['time       none in the file: its order counts']
-  tied = (np.diff(table.users) == 0) & (np.diff(table.times) == 0)
-  if not tied.any():
-    return []
-  return [
-    f'time       {tied.mean():.1%} of the interactions bear the time of '
-    "the user's one before; they keep the order of the file"
-  ]
-
-
-def _about_repeats(table: _Table) -> list[str]:
-  notes: list[str] = []
-  if not len(table.users):
-    return notes
-  if table.times is not None:
-    again = (np.diff(table.users) == 0) & (np.diff(table.times) == 0)
-    tied = np.append(again, False) | np.insert(again, 0, False)
-    lines = np.stack(
-      [table.users[tied], table.items[tied], table.times[tied]], axis=1
-    )
-    copies = len(lines) - len(np.unique(lines, axis=0))
-    if copies:
-      notes.append(
-        f'duplicates {copies} interactions are there more than once, with the '
-        'same time; all are kept'
-      )
-  pairs = table.users.astype(np.int64) * (int(table.items.max()) + 1)
-  repeated = len(pairs) - len(np.unique(pairs + table.items))
-  if repeated:
+  tied, odd = table.tied(), odd_times(table.times)
+  notes = []
+  # Where all are, they may be any numbers that rise.
+  if 0 < odd < len(table.times) / 2:
     notes.append(
-      f'repeats    {repeated / len(pairs):.1%} of the interactions are with an '
-      'item that the user had before'
+      f'time       {odd} interactions lie before {FIRST_YEAR} or in the '
+      'future: are their times in the unit of the others?'
+    )
+  if tied.any():
+    notes.append(
+      f'time       {tied.mean():.1%} of the interactions bear the time of '
+      "the user's one before; they keep the order of the file"
     )
   return notes
 
 
-def _about_core(filters: Filters, before: _Table, kept: _Table) -> str:
+def _about_repeats(table: Table) -> list[str]:
+  notes: list[str] = []
+  copies, repeated = table.duplicates(), table.repeats()
+  if copies:
+    notes.append(
+      f'duplicates {copies} interactions are there more than once, with the '
+      'same time; all are kept'
+    )
+  if repeated:
+    notes.append(
+      f'repeats    {repeated / len(table.users):.1%} of the interactions are '
+      'with an item that the user had before'
+    )
+  return notes
+
+
+def _about_core(filters: Filters, before: Table, kept: Table) -> str:
   def lost(name):
     return len(np.unique(getattr(before, name))) - len(
       np.unique(getattr(kept, name))
@@ -317,7 +350,7 @@ def _about_core(filters: Filters, before: _Table, kept: _Table) -> str:
   )
 
 
-def _about_split(before: _Table, filters: Filters, sizes: _Sizes) -> str:
+def _about_split(before: Table, filters: Filters, sizes: _Sizes) -> str:
   future = (before.times >= filters.test_from).sum()
   tested = ((sizes.held_out == HELD_OUT) & (sizes.used > 0)).sum()
   return (
