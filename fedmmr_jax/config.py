@@ -132,6 +132,13 @@ class ContentPlusId(ContentInit):
     minimum=0.0,
     maximum=0.95,
   )
+  shrinkage: float = _field(
+    0.0,
+    'm: where it is ranked, an item with n training interactions counts '
+    'n / (n + m) as itself and m / (n + m) as the items most like it in '
+    'features, so that a new one stands where they do (models/shrinkage.py)',
+    minimum=0.0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from typing import cast, Iterator, NamedTuple, Sequence
+from typing import Any, cast, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from fedmmr_jax import optimizers
 from fedmmr_jax.client import drift as drift_lib
 from fedmmr_jax.client.drift import DriftControl
 from fedmmr_jax.client.update import ClientProgram
+from fedmmr_jax.client.vocabulary import ITEM_TABLE
 from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
   ContentInit,
+  ContentPlusId,
   DataConfig,
   EvaluationConfig,
   KeepSome,
@@ -27,7 +29,7 @@ from fedmmr_jax.config import (
 )
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data.cold import ColdSplit
-from fedmmr_jax.data.dataset import Dataset, FederatedData
+from fedmmr_jax.data.dataset import Dataset, FederatedData, taking_part
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import local_only, popularity, ranking
@@ -42,11 +44,13 @@ from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.communication import Traffic
 from fedmmr_jax.federation.round import FederationState, RoundProgram
+from fedmmr_jax.federation.server import ServerState
 from fedmmr_jax.metrics import Metric
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models import experts as experts_lib
-from fedmmr_jax.models import groups
+from fedmmr_jax.models import groups, shrinkage
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
+from fedmmr_jax.models.shrinkage import Neighbours
 from fedmmr_jax.runs import warm_start as warm_start_lib
 from fedmmr_jax.runs.warm_start import WarmStart
 from fedmmr_jax.streams import generator, Stream
@@ -328,7 +332,7 @@ class Simulation:
       self.model,
       self.compiled_config,
       on.max_items,
-      state.server,
+      self.as_ranked(state.server),
       state.memories,
       on.split,
       on.clients,
@@ -337,6 +341,34 @@ class Simulation:
       on.data,
     )
     return ranking.metrics_of(ranks, self.metrics), ranks
+
+  def as_ranked(self, server: ServerState) -> ServerState:
+    """The server's state with which items are ranked and recommended: with
+    `shrinkage`, items that were trained little lean on those like them."""
+    if self._neighbours is None:
+      return server
+    table = _shrunk_table(
+      self.model, server.params, self.catalogue, self._neighbours
+    )
+    return server._replace(params={**server.params, ITEM_TABLE: table})
+
+  @functools.cached_property
+  def _neighbours(self) -> Neighbours | None:
+    start = self.config.model.item_embedding
+    if not (isinstance(start, ContentPlusId) and start.shrinkage):
+      return None
+    dataset = self.dataset
+    if not dataset.features:
+      return None
+    clients = taking_part(dataset.num_clients, self.config.data.new_clients)
+    trains = np.zeros(dataset.num_clients, bool)
+    trains[clients] = True
+    counted = dataset.is_train & np.repeat(trains, dataset.lengths)
+    return shrinkage.neighbours(
+      list(dataset.features.values()),
+      np.bincount(dataset.items[counted], minlength=dataset.num_rows),
+      start.shrinkage,
+    )
 
   def recommend(
     self, state: FederationState, client: int, count: int
@@ -357,7 +389,7 @@ class Simulation:
       ranking.score_client(
         self.model,
         self.compiled_config,
-        state.server,
+        self.as_ranked(state.server),
         padded,
         np.int32(len(history)),
         self.num_train[client].astype(np.int32),
@@ -570,6 +602,16 @@ class Simulation:
       if split == 'test'
       else clients
     )
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _shrunk_table(
+  model: FedDMMR, params: Any, catalogue: Catalogue, found: Neighbours
+) -> jax.Array:
+  embedded = model.apply(
+    {'params': params}, jnp.arange(model.num_rows), catalogue, method='embed'
+  )
+  return shrinkage.shrunk(params[ITEM_TABLE], cast(jax.Array, embedded), found)
 
 
 def build(

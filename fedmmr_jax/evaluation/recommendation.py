@@ -208,7 +208,7 @@ def similar_items(
   """
   model = simulation.model
   embedded = model.apply(
-    {'params': state.server.params},
+    {'params': simulation.as_ranked(state.server).params},
     jnp.arange(model.num_rows),
     simulation.catalogue,
     method='embed',
@@ -232,7 +232,7 @@ def _each(program, static, simulation, state, people: People, *more):
     program,
     (simulation.model, config, *static),
     devices.deal(chunks),
-    state.server,
+    simulation.as_ranked(state.server),
     state.memories,
     simulation.catalogue,
     people,

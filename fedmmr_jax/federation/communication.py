@@ -4,7 +4,8 @@ Counted is what this simulation's clients receive and return, four bytes a
 number, nothing compressed: the parameters, of the item table the rows that a
 client works on, each with its id (with `vocabulary=dense` the whole table),
 prototypes, and what drift control sends. Item features are public and do not
-count. The sketch of `collaborative_dim` counts as part of round 1.
+count. The sketch of `collaborative_dim` and the counts of `shrinkage`
+are part of round 1.
 """
 
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
@@ -13,7 +14,8 @@ import jax
 import numpy as np
 
 from fedmmr_jax.client.vocabulary import ITEM_TABLE
-from fedmmr_jax.config import ContentInit, RunConfig
+from fedmmr_jax.config import ContentInit, ContentPlusId, RunConfig
+from fedmmr_jax.data.dataset import taking_part
 from fedmmr_jax.federation import collaborative
 from fedmmr_jax.federation.round import FederationState, RoundProgram
 
@@ -76,23 +78,32 @@ def _size(tree: Any, item_rows: float) -> float:
 
 
 def of_sketch(config: RunConfig, num_train: np.ndarray) -> Traffic:
-  """Traffic before round 1. A client needs only the seed of the probe, and
-  returns a row for each of its items.
+  """Traffic before round 1. For the sketch a client needs only the seed of the
+  probe, and returns a row for each of its items; for `shrinkage` every client
+  sends each of its items' number and count.
 
   Args:
     config: settings.
     num_train: [K] training items of each client.
   """
   start = config.model.item_embedding
-  if not isinstance(start, ContentInit) or not start.collaborative_dim:
-    return NOTHING
-  clients = collaborative.asked(config, len(num_train))
-  rows = int(num_train[clients].sum())
-  return Traffic(
-    len(clients),
-    _BYTES * len(clients),
-    _BYTES * rows * (config.model.hidden_dim + 1),
-  )
+  found = NOTHING
+  if isinstance(start, ContentInit) and start.collaborative_dim:
+    clients = collaborative.asked(config, len(num_train))
+    rows = int(num_train[clients].sum())
+    found = Traffic(
+      len(clients),
+      _BYTES * len(clients),
+      _BYTES * rows * (config.model.hidden_dim + 1),
+    )
+  if isinstance(start, ContentPlusId) and start.shrinkage:
+    part = taking_part(len(num_train), config.data.new_clients)
+    found = Traffic(
+      found.visits + len(part),
+      found.bytes_down,
+      found.bytes_up + 2 * _BYTES * int(num_train[part].sum()),
+    )
+  return found
 
 
 class Reached(NamedTuple):
