@@ -185,6 +185,13 @@ def test_products_are_told_by_their_form(tmp_path):
     assert [str(i).zfill(10) for i in ids.tolist()] == [first]
 
 
+def test_a_broken_first_line_is_no_header(tmp_path):
+  path = written(tmp_path / 'x.csv', 'B000000001,A1,5,3x\nB000000001,A2,5,4\n')
+  assert ', line 1: 4 is neither a number' in error_of(
+    read, path, 'amazon-ratings'
+  )
+
+
 def test_columns_by_position(tmp_path):
   path = written(tmp_path / 'log.csv', '3;9;a\n1;8;a\n')
   found = read(path, 'csv,user=3,item=2,time=1')

@@ -380,13 +380,20 @@ def _by_position(names: ColumnNames, fields: Sequence[str]) -> bool:
 
 
 def _read_headless(
-  path, names: ColumnNames, separator: str, numbers: Sequence[str] = ()
+  path,
+  names: ColumnNames,
+  separator: str,
+  numbers: Sequence[str] = (),
+  may_have_header: bool = True,
 ) -> Interactions:
-  """Lines without a header; columns are called by their positions."""
+  """Lines whose columns are called by their positions. If the first one has no
+  time where the others have theirs, it may be a header."""
   first = _split(text_files.head(path)[0], separator)
   known = tuple(map(str, range(1, len(first) + 1)))
   user, item, time = _pick_all(known, names, f'{path}, line 1')
-  has_header = bool(time) and not _is_time(first[int(time) - 1])
+  has_header = (
+    may_have_header and bool(time) and not _is_time(first[int(time) - 1])
+  )
   found = delimited.read(
     path,
     Layout(
@@ -419,7 +426,8 @@ def _read_amazon_ratings(path, names) -> Interactions:
   item_first = first >= _MOST > second
   certain = item_first or second >= _MOST > first
   user, item = ('2', '1') if item_first else ('1', '2')
-  found = _read_headless(path, ColumnNames(user, item, '4'), ',', ['3'])
+  names = ColumnNames(user, item, '4')
+  found = _read_headless(path, names, ',', ['3'], may_have_header=False)
   why = (
     f'{max(first, second):.0%} of the first items are numbers of products'
     if certain
