@@ -3,6 +3,7 @@ random logs in random dialects, which are read right or refused."""
 
 import bz2
 import csv
+import dataclasses
 import datetime
 import gzip
 import io
@@ -85,6 +86,20 @@ def test_rows_in_the_order_of_texts_are_refused(tmp_path):
   np.save(tmp_path / 'text_features.npy', matrix)
   with pytest.raises(UserError, match="which row is whose.*'012'"):
     load.load(config, 0)
+  # In the order of texts, 1 comes after 012, and 10 before 2.
+  path = str(tmp_path / 'text_features.npy')
+  named = dataclasses.replace(config, text_features=path)
+  dataset = load.load(named, 0).dataset
+  assert dataset.item_ids.tolist()[1:4] == ['012', '1', '10']
+  assert dataset.features['text'][1:4, 0].tolist() == [2, 4, 6]
+
+
+def test_titles_of_items_written_as_floats(tmp_path):
+  lines = (f'{u}.0,{i}.0,{i}' for u in range(1, 4) for i in range(1, 6))
+  written(tmp_path / 'log.csv', log(*lines))
+  written(tmp_path / 'items.csv', 'item_id,title\n2.0,Two\n3,Three\n')
+  config = DataConfig(dataset='auto', data_dir=str(tmp_path))
+  assert load.load(config, 0).dataset.titles[2:4] == ('Two', 'Three')
 
 
 # Times.

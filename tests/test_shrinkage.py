@@ -81,6 +81,7 @@ def test_without_features_nothing_moves():
 CONTENT = 'content_plus_id,shrinkage=2'
 
 
+@pytest.mark.slow
 def test_ranking_uses_it_and_training_does_not():
   simulation = small.simulation(item_embedding=CONTENT)
   (step,) = simulation.rounds(count=1)

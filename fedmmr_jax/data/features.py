@@ -88,6 +88,7 @@ def load(
   num_rows: int,
   item_ids: np.ndarray,
   items: ItemTable | None = None,
+  found_by_itself: bool = False,
 ) -> tuple[np.ndarray, IntegrityReport]:
   """Reads and checks a matrix and picks the rows of the catalogue.
 
@@ -97,6 +98,8 @@ def load(
     num_rows: rows it must have: the largest item id of the source + 1.
     item_ids: [V] source id of each catalogue row, entry 0 = padding.
     items: those of the data set; None = a sidecar may name any others.
+    found_by_itself: nobody named the file: then it must be certain which row is
+      whose.
 
   Returns:
     [V, F] float32 features by catalogue row, and the report.
@@ -115,7 +118,8 @@ def load(
     raise UserError(f'{path}: an archive; save one matrix with numpy.save')
   described = sidecar.check(path, items)
   if items is not None and not described:
-    _check_rows_are_known(path, items)
+    if found_by_itself:
+      _check_rows_are_known(path, kind, items)
     if len(matrix) == num_rows - 1 and items.starts_at_zero:
       # One row for each item from 0 on, as in the sets of MMRec.
       matrix = np.concatenate([np.zeros_like(matrix[:1]), matrix])
@@ -126,7 +130,9 @@ def load(
   return matrix[item_ids].astype(np.float32), report
 
 
-def _check_rows_are_known(path: pathlib.Path, items: ItemTable) -> None:
+def _check_rows_are_known(
+  path: pathlib.Path, kind: str, items: ItemTable
+) -> None:
   """Refuses a matrix whose rows would be numbered by the order of texts, though
   its author surely had numbers in mind."""
   odd = columns.odd_ids(items.ids)
@@ -134,7 +140,8 @@ def _check_rows_are_known(path: pathlib.Path, items: ItemTable) -> None:
     raise UserError(
       f'{path}: which row is whose? Its rows would be the items in the order '
       f'of texts (10 before 9), because {len(odd)} of {len(items.ids)} ids are '
-      f'not whole numbers ({odd[0]!r}); mend these in the interactions'
+      f'not whole numbers ({odd[0]!r}); mend these in the interactions, or '
+      f'name the matrix with `{kind}_features` if that is their order'
     )
 
 

@@ -56,6 +56,7 @@ _TITLE = (
 _GENRES = ('genres', 'genre', 'class', 'category', 'categories', 'tags')
 # What MovieLens calls no genre; to a text model it would be one.
 _NO_GENRE = '(no genres listed)'
+_FRACTION = re.compile(r'\.0+$')
 _TAG = re.compile(r'</?[a-zA-Z][^<>]*>|<!--.*?-->', re.DOTALL)
 csv.field_size_limit(1 << 24)  # descriptions may be long
 _ABSTRACT = ('abstract', 'description', 'overview', 'summary', 'text')
@@ -194,7 +195,9 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   retold = len({i for i, item in lines if item != described[i]})
   ids = interactions.item_ids
   if ids.dtype.kind == 'i':
-    items = {int(i): item for i, item in items.items() if _is_whole(i)}
+    # As in the interactions, `12.0` is 12.
+    whole = ((_FRACTION.sub('', i), item) for i, item in items.items())
+    items = {int(i): item for i, item in whole if _is_whole(i)}
     ids = np.union1d(
       ids, np.array([i for i in items if 0 <= i <= LARGEST_ROW], np.int64)
     )

@@ -142,7 +142,13 @@ def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
   for kind, path in paths.items():
     if path is not None:
       matrices[kind], report = features.load(
-        path, kind, table.num_rows, rows, table
+        path,
+        kind,
+        table.num_rows,
+        rows,
+        table,
+        found_by_itself=getattr(config, f'{kind}_features', features.AUTO)
+        == features.AUTO,
       )
       reports.append(report)
   if table.titles:

@@ -18,6 +18,7 @@ The server has to know the counts n: a sum over clients, once, that may be
 private; the simulation takes it from the training items.
 """
 
+import functools
 from typing import NamedTuple, Sequence
 
 import jax
@@ -132,18 +133,26 @@ def _nearest(
 ) -> tuple[jax.Array, jax.Array]:
   """([V, k] int32, [V, k] float32) the known items of largest cosine to each,
   but itself, and the cosines."""
-  candidates, rows = jnp.asarray(joined[known]), jnp.asarray(known, jnp.int32)
+  padded = np.pad(joined, ((0, -len(joined) % _BLOCK), (0, 0)))
+  index, cosine = _nearest_by_block(
+    jnp.asarray(padded), jnp.asarray(known, jnp.int32), k
+  )
+  return index[: len(joined)], cosine[: len(joined)]
+
+
+@functools.partial(jax.jit, static_argnames='k')
+def _nearest_by_block(
+  joined: jax.Array, known: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+  candidates = joined[known]
 
   def block(start):
     at = start + jnp.arange(_BLOCK)
-    cosine = jnp.asarray(padded)[at] @ candidates.T
-    cosine = jnp.where(at[:, None] == rows, -jnp.inf, cosine)
+    cosine = joined[at] @ candidates.T
+    cosine = jnp.where(at[:, None] == known, -jnp.inf, cosine)
     best, place = jax.lax.top_k(cosine, k)
-    return rows[place], best
+    return known[place], best
 
-  padded = np.pad(joined, ((0, -len(joined) % _BLOCK), (0, 0)))
-  found = jax.jit(lambda starts: jax.lax.map(block, starts))(
-    jnp.arange(0, len(padded), _BLOCK)
-  )
-  index, cosine = (x.reshape(-1, k)[: len(joined)] for x in found)
+  found = jax.lax.map(block, jnp.arange(0, len(joined), _BLOCK))
+  index, cosine = (x.reshape(-1, k) for x in found)
   return index, cosine
