@@ -186,7 +186,10 @@ def test_an_item_that_would_stay_random_is_refused(tmp_path):
     ),
     (dict(item_embedding='content_plus_id'), '`item_embedding=id`, not'),
     (dict(experts='none', load='router'), 'has no router; it has embeddings'),
-    (dict(fusion='gated', load='fusion'), '`fusion=residual`, not gated'),
+    (
+      dict(fusion='gated', load='fusion'),
+      '`fusion=residual,similarity=cosine`, not gated,similarity=cosine',
+    ),
     (
       dict(experts='semantic,visual', load='router'),
       '`experts=visual,semantic`, not semantic,visual',
