@@ -48,6 +48,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return '\n'.join(lines)
 
 
+def short(title: str) -> str:
+  """A title for a table: 42 characters at most."""
+  return title if len(title) <= 42 else title[:41].rstrip() + '…'
+
+
 def data_report(loaded: Loaded) -> str:
   """Size of the data set, what was left out, integrity of the features."""
   dataset = loaded.dataset

@@ -34,14 +34,17 @@ _CLIENTS = flags.DEFINE_integer(
 app.define_config_flags()
 
 _SHOWN_ITEMS = 4  # of a sequence, its last ones
-_WIDTH = 42  # of a title
 _BLUE, _GREY, _GRID = '#0969da', '#59636e', '#d1d9e0'
 
 
 def main(*words: str) -> None:
   if _OUT.value:  # before any work
     figures.check_path(_OUT.value)
-  path = description.check(words)
+  if len(words) > 1:
+    raise UserError(
+      f'{" ".join(words)}: name one file, or the folder of the data set'
+    )
+  path = words[0] if words else ''
   named = {'data_dir': path, 'dataset': formats.AUTO} if path else {}
   run = app.config_from_flags(named)
   config = run.data
@@ -56,8 +59,7 @@ def main(*words: str) -> None:
   steps = description.filtered(
     source.path.name, interactions, load.filters_of(config)
   )
-  del interactions  # which `load` reads once more
-  loaded = load.load(run)
+  loaded = load.load(run, interactions=interactions)
   dataset = loaded.dataset
   held_out = description.held_out(dataset)
   first = description.first_sequences(dataset, _CLIENTS.value, _SHOWN_ITEMS)
@@ -157,15 +159,11 @@ def _sequences(first: Sequence[dict[str, Any]]) -> list[str]:
     lines += [
       '',
       f'user {one["user"]}, {one["length"]} interactions',
-      f'  trained on  {more}{" · ".join(map(_short, one["training"]))}',
-      f'  validation  {_short(one["validation"])}',
-      f'  test        {_short(one["test"] or "none")}',
+      f'  trained on  {more}{" · ".join(map(console.short, one["training"]))}',
+      f'  validation  {console.short(one["validation"])}',
+      f'  test        {console.short(one["test"] or "none")}',
     ]
   return lines
-
-
-def _short(title: str) -> str:
-  return title if len(title) <= _WIDTH else title[: _WIDTH - 1].rstrip() + '…'
 
 
 def as_json(found, steps, held_out, first, loaded) -> dict[str, Any]:

@@ -37,7 +37,6 @@ _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 app.define_config_flags()
 
 _SHOWN_ITEMS = 5  # by default
-_TITLE_WIDTH = 42
 _BLUE, _ORANGE, _GREY, _GRID = '#0969da', '#bc4c00', '#59636e', '#d1d9e0'
 
 
@@ -193,7 +192,7 @@ def _column(dataset, view) -> list[tuple[str, str]]:
   if not len(view.rows):
     return [('-', 'none: the item lacks the feature')]
   return [
-    (f'{cosine:.2f}', _short(feature_quality.title_of(dataset, row)))
+    (f'{cosine:.2f}', console.short(feature_quality.title_of(dataset, row)))
     for row, cosine in zip(view.rows.tolist(), view.cosines)
   ]
 
@@ -235,14 +234,6 @@ def _pairs(found) -> list[str]:
     ]
     if rows
     else []
-  )
-
-
-def _short(title: str) -> str:
-  return (
-    title
-    if len(title) <= _TITLE_WIDTH
-    else title[: _TITLE_WIDTH - 1].rstrip() + '…'
   )
 
 

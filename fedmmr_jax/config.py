@@ -19,11 +19,8 @@ from fedmmr_jax import parts
 from fedmmr_jax.errors import UserError
 
 SYNTHETIC = 'synthetic'
-COLUMNS = (
-  'user',
-  'item',
-  'time',
-)  # options of formats whose columns have names
+# Options of the formats whose columns have names.
+COLUMNS = ('user', 'item', 'time')
 # Names of `load` and `freeze`; which parameters they mean:
 # models/feddmmr.py.
 GROUPS = ('embeddings', 'backbone', 'experts', 'router', 'fusion')

@@ -361,12 +361,9 @@ class Simulation:
     if not dataset.features:
       return None
     clients = taking_part(dataset.num_clients, self.config.data.new_clients)
-    trains = np.zeros(dataset.num_clients, bool)
-    trains[clients] = True
-    counted = dataset.is_train & np.repeat(trains, dataset.lengths)
     return shrinkage.neighbours(
       list(dataset.features.values()),
-      np.bincount(dataset.items[counted], minlength=dataset.num_rows),
+      popularity.training_counts(dataset, clients),
       start.shrinkage,
     )
 

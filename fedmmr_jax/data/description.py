@@ -1,13 +1,12 @@
 """What is in a set of interactions, before anything is trained on it."""
 
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import Filters, in_order, odd_times, select
-from fedmmr_jax.errors import UserError
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)
 
@@ -199,16 +198,3 @@ def first_sequences(
 def _named(dataset: Dataset, row: int) -> str:
   title = dataset.titles[row] if dataset.titles else ''
   return title or f'item {dataset.item_ids[row]}'
-
-
-def check(paths: Sequence[str]) -> str:
-  """The only path given; '' for none.
-
-  Raises:
-    UserError: several.
-  """
-  if len(paths) > 1:
-    raise UserError(
-      f'{" ".join(paths)}: name one file, or the folder of the data set'
-    )
-  return paths[0] if paths else ''

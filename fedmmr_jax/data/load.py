@@ -43,13 +43,18 @@ class Loaded(NamedTuple):
   cold: ColdSplit | None = None
 
 
-def load(config: RunConfig | DataConfig, seed: int = 0) -> Loaded:
+def load(
+  config: RunConfig | DataConfig,
+  seed: int = 0,
+  interactions: Interactions | None = None,
+) -> Loaded:
   """Reads or generates the data set that a config names.
 
   Args:
     config: of a run, or its part that is about data; the features of a third
       expert are read where the run's config names it.
     seed: of what is generated or held out; a run has its own.
+    interactions: those of the config's file, where they are read already.
 
   Raises:
     UserError: anything missing, malformed or too small, with its place.
@@ -62,7 +67,7 @@ def load(config: RunConfig | DataConfig, seed: int = 0) -> Loaded:
   loaded = (
     _load_synthetic(config, seed)
     if config.synthetic
-    else _load_files(config, others)
+    else _load_files(config, others, interactions)
   )
   if not config.cold_items:
     return loaded
@@ -119,7 +124,9 @@ def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
   return _loaded(selected, matrices, reports)
 
 
-def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
+def _load_files(
+  config: DataConfig, others: Sequence[str], interactions: Interactions | None
+) -> Loaded:
   source = source_of(config)
   # Resolved first: a wrong path should not cost reading the interactions.
   paths = {
@@ -132,7 +139,8 @@ def _load_files(config: DataConfig, others: Sequence[str]) -> Loaded:
     for kind in others
   }
   item_file = items.find(source, config.item_file)
-  interactions = formats.read(source)
+  if interactions is None:
+    interactions = formats.read(source)
   table = items.table(interactions, item_file)
   selected = select(_name(source), interactions, filters_of(config))
   dataset = selected.dataset

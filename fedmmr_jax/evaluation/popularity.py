@@ -12,11 +12,15 @@ from fedmmr_jax.evaluation import ranking
 from fedmmr_jax.evaluation.ranking import Ranks
 
 
-def training_counts(dataset: Dataset) -> np.ndarray:
-  """[V] int: training interactions with each item."""
-  return np.bincount(
-    dataset.items[dataset.is_train], minlength=dataset.num_rows
-  )
+def training_counts(
+  dataset: Dataset, clients: np.ndarray | None = None
+) -> np.ndarray:
+  """[V] int: training interactions with each item, of all clients or some."""
+  counted = dataset.is_train
+  if clients is not None:
+    theirs = np.isin(np.arange(dataset.num_clients), clients)
+    counted &= np.repeat(theirs, dataset.lengths)
+  return np.bincount(dataset.items[counted], minlength=dataset.num_rows)
 
 
 def rank(
