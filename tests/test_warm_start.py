@@ -478,3 +478,16 @@ def test_a_killed_warm_start_resumes_without_its_source(tmp_path, pretrained):
   again = simulation_lib.build(config, small.dataset())
   training.train(again, run, lambda record: None)
   assert len(run.records()) == 2
+
+
+@pytest.mark.slow
+def test_embeddings_come_along_whatever_the_shrinkage(tmp_path):
+  # It acts where items are ranked, not on what was trained.
+  path = train(tmp_path / 'run', item_embedding='content_plus_id', num_rounds=1)
+  changes = dict(
+    load='embeddings', item_embedding='content_plus_id,shrinkage=1'
+  )
+  start(path, **changes).init_state()
+  changes['item_embedding'] = 'content_plus_id,collaborative_dim=2'
+  with pytest.raises(UserError, match='item_embedding=content_plus_id'):
+    start(path, **changes).init_state()

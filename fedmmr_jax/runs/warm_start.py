@@ -310,7 +310,13 @@ def _check_group(
     # Which items are cold, and were never trained, the seed says.
     if config.data.cold_items and config.seed != other.seed:
       refuse(f'its run had `seed={other.seed}`, and with it other cold items')
-    starts = config.model.item_embedding, other.model.item_embedding
+    starts = [
+      # It acts on what was trained, where that is ranked.
+      dataclasses.replace(start, shrinkage=0.0)
+      if isinstance(start, ContentPlusId)
+      else start
+      for start in (config.model.item_embedding, other.model.item_embedding)
+    ]
     added = any(isinstance(start, ContentPlusId) for start in starts)
     if added and starts[0] != starts[1]:
       refuse(f'its run had `item_embedding={starts[1]}`, not {starts[0]}')
