@@ -88,7 +88,7 @@ def banner(simulation: Simulation) -> str:
   config = simulation.config
   c, s = config.client, config.server
   clients = simulation.dataset.num_clients
-  trained = len(taking_part(clients, config.data.new_clients))
+  trained = len(taking_part(simulation.num_train, config.data.new_clients))
   size = round_lib.cohort_size(config, trained)
   steps = windows.num_steps(simulation.num_train, config).mean()
   contrastive = (

@@ -18,7 +18,7 @@ from absl import flags
 
 from experiments import app, console, figures
 from fedmmr_jax.config import SYNTHETIC
-from fedmmr_jax.data import description, formats, load
+from fedmmr_jax.data import description, formats, load, sources
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.description import Description, HeldOut
 from fedmmr_jax.errors import UserError
@@ -54,7 +54,7 @@ def main(*words: str) -> None:
       'data set'
     )
   source = load.source_of(config)
-  interactions = formats.read(source)
+  interactions = sources.read(source)
   found = description.describe(interactions)
   steps = description.filtered(
     source.path.name, interactions, load.filters_of(config)
@@ -160,10 +160,15 @@ def _sequences(first: Sequence[dict[str, Any]]) -> list[str]:
       '',
       f'user {one["user"]}, {one["length"]} interactions',
       f'  trained on  {more}{" · ".join(map(console.short, one["training"]))}',
-      f'  validation  {console.short(one["validation"])}',
-      f'  test        {console.short(one["test"] or "none")}',
+      f'  validation  {_some(one["validation"])}',
+      f'  test        {_some(one["test"])}',
     ]
   return lines
+
+
+def _some(items: Sequence[str]) -> str:
+  more = ' …' if len(items) > _SHOWN_ITEMS else ''
+  return ' · '.join(map(console.short, items[:_SHOWN_ITEMS])) + more or 'none'
 
 
 def as_json(found, steps, held_out, first, loaded) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from absl import flags
 
 from experiments import app, console
-from fedmmr_jax.data import formats, selection, text_files
+from fedmmr_jax.data import formats, selection, sources, text_files
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import recommendation, user_results
 from fedmmr_jax.evaluation.ranking import SPLITS
@@ -255,8 +255,8 @@ def _new_people(
   simulation: Simulation, catalogue: _Catalogue
 ) -> tuple[np.ndarray, People]:
   """The users of --histories, with the items that the run knows."""
-  source = formats.find(_FORMAT.value, _HISTORIES.value, 'histories')
-  interactions = formats.read(source)
+  source = sources.find(_FORMAT.value, _HISTORIES.value, 'histories')
+  interactions = sources.read(source)
   _note(f'read       {source}')
   rows = np.array(
     [catalogue.row(str(item)) or 0 for item in interactions.item_ids.tolist()]

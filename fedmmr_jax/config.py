@@ -94,6 +94,21 @@ class Timeline(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class Given(Part):
+  """The split that the data come with: files named train, validation (valid,
+  val, dev) and test, or a column that says it of each line."""
+
+  name = 'given'
+  history: str = _field(
+    'all',
+    "what a target is ranked after; all: everything before it, its client's "
+    'earlier targets too; train: the training items, at the test those for '
+    'validation too, so that HR@k is the recall of sets without an order',
+    choices=('all', 'train'),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class IdEmbedding(Part):
   """A random row for each item."""
 
@@ -623,9 +638,9 @@ class DataConfig(_Settings):
     SYNTHETIC,
     'the embedded set (synthetic,users=400,items=300), or the format of the '
     'files in `data_dir` (data/formats.py), or a format of your own as '
-    'my_package.module:Thing; auto: tell it by the file. Where columns or keys '
-    'have names, options say whose ids and times they hold, as in '
-    'csv,user=who,item=what,time=when; without, one of the usual names',
+    'my_package.module:Thing; auto: tell it by the file. Options say which '
+    'column is whose, as in csv,user=who,item=what,time=when, and which lines '
+    'count, as in auto,min_rating=4,repeats=drop (data/lines.py)',
   )
   data_dir: str = _field(
     '', 'folder of the data set, or its interaction file (unused by synthetic)'
@@ -652,10 +667,10 @@ class DataConfig(_Settings):
     minimum=0,
   )
   split_by: Part = _choice(
-    (LeaveOneOut, Timeline),
+    (LeaveOneOut, Timeline, Given),
     "what is held out of training; leave_one_out: each client's last two "
     'items; timeline: everything from a date on, and the last item before it '
-    'for validation',
+    'for validation; given: what files named so, or a column, say',
   )
   visual_features: str = _field(
     'auto',
@@ -1189,7 +1204,7 @@ class RunConfig(_Settings):
       )
     if set(self.client.frozen_groups) == set(GROUPS):
       raise UserError(f'`freeze={self.client.freeze}` leaves nothing to train')
-    if isinstance(self.data.split_by, Timeline) and self.data.cold_items:
+    if not isinstance(self.data.split_by, LeaveOneOut) and self.data.cold_items:
       raise UserError('`cold_items` needs `split_by=leave_one_out`')
     if not (self.data.synthetic or self.data.data_dir):
       raise UserError(

@@ -179,14 +179,19 @@ def finish(means: dict[str, Mean]) -> dict[str, float | list[float] | None]:
 
 
 def ranking(
-  ranks: np.ndarray | jax.Array, further: Sequence[Metric] = ()
+  ranks: np.ndarray | jax.Array,
+  further: Sequence[Metric] = (),
+  users: np.ndarray | None = None,
 ) -> dict[str, float]:
-  """HR, NDCG and MRR of one relevant item per user, and further metrics.
+  """HR, NDCG and MRR of targets ranked one by one, and further metrics.
 
   Args:
-    ranks: [K] int 0-based: how many candidates score at least as high as the
+    ranks: [n] int 0-based: how many candidates score at least as high as the
       target. A tie counts against the target.
     further: additional metrics.
+    users: [n] whose each target is, ascending: of a user with several, the mean
+      counts, so that HR@k is the share of a user's items among its first k.
+      None = each has one.
 
   Returns:
     'HR@n', 'NDCG@n' for n in CUTOFFS, 'MRR', and the additional metrics.
@@ -195,15 +200,30 @@ def ranking(
     UserError: see `ranking_of_each`.
   """
   return {
-    name: float(np.mean(values))
+    name: float(np.mean(of_users(values, users)))
     for name, values in ranking_of_each(ranks, further).items()
   }
+
+
+def of_users(values: np.ndarray, users: np.ndarray | None) -> np.ndarray:
+  """[m] mean of each user's values [n]; unchanged where each has one.
+
+  >>> of_users(np.array([1.0, 0.0, 1.0]), np.array([4, 4, 7])).tolist()
+  [0.5, 1.0]
+  """
+  if users is None or not len(users):
+    return values
+  new = np.append(True, users[1:] != users[:-1])
+  if new.all():
+    return values
+  whose = np.cumsum(new) - 1
+  return np.bincount(whose, values) / np.bincount(whose)
 
 
 def ranking_of_each(
   ranks: np.ndarray | jax.Array, further: Sequence[Metric] = ()
 ) -> dict[str, np.ndarray]:
-  """As `ranking`, but [K] float64 values, one per user.
+  """As `ranking`, but [n] float64 values, one per target.
 
   Raises:
     UserError: a further metric returns something else, or reuses a name.

@@ -21,6 +21,7 @@ from fedmmr_jax.config import (
   ContentPlusId,
   DataConfig,
   EvaluationConfig,
+  Given,
   KeepSome,
   ORIGINAL_EXPERTS,
   RunConfig,
@@ -33,7 +34,7 @@ from fedmmr_jax.data.dataset import Dataset, FederatedData, taking_part
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import local_only, popularity, ranking
-from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.evaluation.ranking import Ranks, Targets
 from fedmmr_jax.federation import (
   aggregators,
   collaborative,
@@ -63,13 +64,7 @@ class _Ranked(NamedTuple):
 
   dataset: Dataset
   data: FederatedData
-  clients: np.ndarray
-  split: str  # a key of `ranking.SPLITS`
-
-  @property
-  def max_items(self) -> int:
-    """H, the longest client's number of interactions."""
-    return int(self.dataset.lengths.max())
+  targets: Targets
 
 
 class Round(NamedTuple):
@@ -153,7 +148,7 @@ class Simulation:
   @functools.cached_property
   def max_items(self) -> int:
     """H, the longest client's number of interactions."""
-    return int(self.dataset.lengths.max())
+    return self.dataset.max_items
 
   @property
   def compiled_config(self) -> RunConfig:
@@ -326,21 +321,21 @@ class Simulation:
       UserError: a score is NaN or infinite.
     """
     on = self._ranked(split)
+    targets = on.targets
     if clients is not None:
-      on = on._replace(clients=clients)
+      targets = targets.of_clients(clients)
     ranks = ranking.evaluate(
       self.model,
       self.compiled_config,
-      on.max_items,
+      on.dataset.max_items,
       self.as_ranked(state.server),
       state.memories,
-      on.split,
-      on.clients,
+      targets,
       self.config.evaluation.clients_per_eval_chunk,
       self.catalogue,
       on.data,
     )
-    return ranking.metrics_of(ranks, self.metrics), ranks
+    return ranking.metrics_of(ranks, self.metrics, targets.client), ranks
 
   def as_ranked(self, server: ServerState) -> ServerState:
     """The server's state with which items are ranked and recommended: with
@@ -360,7 +355,7 @@ class Simulation:
     dataset = self.dataset
     if not dataset.features:
       return None
-    clients = taking_part(dataset.num_clients, self.config.data.new_clients)
+    clients = taking_part(self.num_train, self.config.data.new_clients)
     return shrinkage.neighbours(
       list(dataset.features.values()),
       popularity.training_counts(dataset, clients),
@@ -402,6 +397,7 @@ class Simulation:
     # Consumed items that were held out of training are consumed too.
     everything = self.cold.dataset if self.cold else self.dataset
     scores[0] = scores[everything.sequence(client)] = -np.inf
+    scores[self.dataset.disliked_by(client)] = -np.inf
     best = np.argsort(-scores, kind='stable')[:count]
     best = best[np.isfinite(scores[best])]
     return best, scores[best]
@@ -429,9 +425,8 @@ class Simulation:
     return popularity.rank(
       popularity.training_counts(self.dataset),
       on.data,
-      on.clients,
-      on.split,
-      on.max_items,
+      on.targets,
+      on.dataset.max_items,
     )
 
   def rank_local_only(self, state: FederationState) -> dict[str, Ranks]:
@@ -450,23 +445,24 @@ class Simulation:
       self.num_train,
       self.config.server.clients_per_chunk,
     )
-    splits = np.array(list(ranking.SPLITS.values()))
+    by_split = {split: self._ranked(split).targets for split in ranking.SPLITS}
+    targets, places = _by_client(list(by_split.values()), len(self.num_train))
     ranks = local_only.rank_all(
       program,
       state.server,
       chunks,
       round_lib.round_key(self.config.seed, 1),
-      splits,
+      targets,
       self.catalogue,
       self.data,
     )
-    present = chunks >= 0
-    order = np.argsort(chunks[present])  # back into that of the clients
+    at = np.empty(len(self.num_train), int)  # where a client's ranks are
+    at[chunks[chunks >= 0]] = np.flatnonzero(chunks.reshape(-1) >= 0)
     found = {}
-    for i, split in enumerate(ranking.SPLITS):
-      has_target = np.isin(chunks[present][order], self.targeted(split))
+    for (split, own), place in zip(by_split.items(), places):
+      row = at[own.client]
       found[split] = jax.tree.map(
-        lambda x: np.asarray(x)[present][order, i][has_target], ranks
+        lambda x: x.reshape(-1, x.shape[-1])[row, place], ranks
       )
     for split, ranks in found.items():
       ranking.check_finite(ranks, split)
@@ -548,8 +544,15 @@ class Simulation:
     if split == 'cold':
       return self._cold_ranked
     if split == NEW_CLIENTS:
-      return _Ranked(self.dataset, self.data, self.new_clients, 'test')
-    return _Ranked(self.dataset, self.data, self.targeted(split), split)
+      return self._of_own('test', self.new_clients)
+    return self._of_own(split, self.evaluated_clients)
+
+  def _of_own(self, split: str, clients: np.ndarray) -> _Ranked:
+    """Targets of some clients in the data that is trained on."""
+    by = self.config.data.split_by
+    history = by.history if isinstance(by, Given) else ranking.ALL
+    targets = Targets.of(self.dataset, split, history).of_clients(clients)
+    return _Ranked(self.dataset, self.data, targets)
 
   @functools.cached_property
   def _cold_ranked(self) -> _Ranked:
@@ -560,8 +563,7 @@ class Simulation:
       _to_device(self.config, cold.dataset, trains=False)._replace(
         popular_negatives=self.data.popular_negatives
       ),
-      cold.clients,
-      'test',
+      Targets.of(cold.dataset, 'test').of_clients(cold.clients),
     )
 
   @property
@@ -584,21 +586,49 @@ class Simulation:
     return self._ranked(split).dataset
 
   def targets(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """([n] clients that have a target in one of `splits`, [n] its row)."""
+    """([n] clients of the targets in one of `splits`, ascending, [n] their
+    rows); a client of a given split may have several."""
     on = self._ranked(split)
-    at = (
-      on.dataset.offsets[:-1] + on.dataset.num_train + ranking.SPLITS[on.split]
-    )
-    return on.clients, on.dataset.items[at[on.clients]]
+    client = on.targets.client
+    at = (on.dataset.offsets[:-1] + on.dataset.num_train)[client]
+    return client, on.dataset.items[at + on.targets.after_train]
+
+  def ranked_targets(self, split: str) -> Targets:
+    """Where these targets are."""
+    return self._ranked(split).targets
 
   def targeted(self, split: str) -> np.ndarray:
-    """[n] the given clients that have a target in 'val' or 'test'."""
-    clients = self.evaluated_clients
-    return (
-      np.intersect1d(clients, self.dataset.tested)
-      if split == 'test'
-      else clients
-    )
+    """[n] the ranked clients that have a target in 'val' or 'test',
+    ascending."""
+    return np.unique(self._ranked(split).targets.client)
+
+
+def _by_client(
+  targets: Sequence[Targets], num_clients: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """([K, n, 3] each client's targets, see `local_only.rank_all`, for each split
+  [m] at which place of its client a target is)."""
+  client = np.concatenate([x.client for x in targets])
+  each = np.stack(
+    [
+      np.concatenate([x.after_train for x in targets]),
+      np.concatenate([x.known for x in targets]),
+      np.concatenate(
+        [np.full(len(x.client), ranking.SPLITS[x.split]) for x in targets]
+      ),
+    ],
+    axis=1,
+  )
+  order = np.argsort(client, kind='stable')
+  counts = np.bincount(client, minlength=num_clients)
+  place = np.empty(len(client), int)
+  place[order] = np.arange(len(client)) - np.repeat(
+    np.cumsum(counts) - counts, counts
+  )
+  found = np.zeros((num_clients, counts.max(initial=0), 3), np.int32)
+  found[client, place] = each
+  ends = np.cumsum([len(x.client) for x in targets])[:-1]
+  return found, np.split(place, ends)
 
 
 @functools.partial(jax.jit, static_argnames='model')

@@ -182,10 +182,10 @@ def test_a_test_item_that_validation_leaves_out_is_found(monkeypatch):
   assert not check.passed and ' 0 have it among the uniform' in check.found
   rank_client = ranking.rank_client
 
-  def whole_history(scores, client, target_at):
-    found = rank_client(scores, client, client.num_items - 1)
-    return found._replace(
-      sampled=rank_client(scores, client, target_at).sampled
+  def whole_history(scores, client, target_at, now, split):
+    last = client.num_items - 1
+    return rank_client(scores, client, last, last, split)._replace(
+      sampled=rank_client(scores, client, target_at, now, split).sampled
     )
 
   monkeypatch.setattr(ranking, 'rank_client', whole_history)

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import benchmark_reading
-from fedmmr_jax.data import formats
+from fedmmr_jax.data import sources
 
 FORMATS = [
   'ml-1m',
@@ -24,9 +24,9 @@ FORMATS = [
 def test_every_file_is_of_its_format_and_whole(name, expected, tmp_path):
   table = benchmark_reading._interactions(2000)
   benchmark_reading._WRITERS[name](tmp_path / name, table)
-  source = formats.find('auto', str(tmp_path / name))
+  source = sources.find('auto', str(tmp_path / name))
   assert source.format == expected
-  found = formats.read(source)
+  found = sources.read(source)
   assert len(found.users) == 2000
   assert len(found.user_ids) == len(table['userId'].unique())
   assert len(found.item_ids) == len(table['movieId'].unique())

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fedmmr_jax.config import DataConfig
-from fedmmr_jax.data import formats, items, load, text_files
+from fedmmr_jax.data import items, load, sources, text_files
 from fedmmr_jax.errors import UserError
 from tests.small import error_of
 
 
 def read(folder, dataset='auto'):
-  return formats.read(formats.find(dataset, str(folder)))
+  return sources.read(sources.find(dataset, str(folder)))
 
 
 def histories(found):

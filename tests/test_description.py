@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fedmmr_jax.data import description, formats
+from fedmmr_jax.data import description, sources
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import Filters
@@ -106,5 +106,5 @@ def test_the_binary(tmp_path):
 
 def test_formats_are_read_as_they_are_described(tmp_path):
   (tmp_path / 'log.csv').write_text('user,item\n1,2\n')
-  found = formats.read(formats.find('auto', str(tmp_path)))
+  found = sources.read(sources.find('auto', str(tmp_path)))
   assert description.describe(found).times is None

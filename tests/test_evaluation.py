@@ -30,11 +30,10 @@ def client(history, num_items, negatives) -> ClientData:
 CLIENT = client([1, 2, 3, 0], 3, [[3, 5], [4, 5]])
 
 
-def rank(scores, split='test'):
+def rank(scores, split='test', own=CLIENT):
+  at = own.num_train + ranking.SPLITS[split]
   return ranking.rank_client(
-    jnp.array(scores, jnp.float32),
-    CLIENT,
-    CLIENT.num_train + ranking.SPLITS[split],
+    jnp.array(scores, jnp.float32), own, at, at, ranking.SPLITS[split]
   )
 
 
@@ -57,11 +56,30 @@ def test_the_test_item_is_a_candidate_at_validation():
 def test_a_later_item_consumed_before_is_no_candidate():
   # The test item is one that the client had consumed in training.
   own = client([1, 4, 2, 4], 4, [[5, 6], [5, 6]])
-  scores = jnp.array([9, 9, 5, 0, 9, 0, 0, 0], jnp.float32)
-  assert ranking.rank_client(scores, own, jnp.int32(2)).full == 0
+  scores = [9, 9, 5, 0, 9, 0, 0, 0]
+  assert rank(scores, 'val', own).full == 0
   # Nor is the target its own rival where it comes again.
   own = client([1, 4, 2, 2], 4, [[5, 6], [5, 6]])
-  assert ranking.rank_client(scores, own, jnp.int32(2)).full == 0
+  assert rank(scores, 'val', own).full == 0
+
+
+def test_what_a_client_disliked_is_no_candidate():
+  own = CLIENT._replace(disliked=jnp.array([4, 6, 0, 0]))
+  # Of 4..7 only 6 scores more than the target, and 5 and 7 are left.
+  assert rank([9, 9, 9, 5, 1, 2, 8, 0], own=own).full == 0
+  assert rank([9, 9, 9, 5, 1, 7, 8, 0], own=own).full == 1
+
+
+def test_a_target_ranked_after_the_training_items_alone():
+  # Consumed: 1; the target is 3, the test item; 2 is a candidate still.
+  got = ranking.rank_client(
+    jnp.array([9, 9, 9, 5, 1, 2, 8, 0], jnp.float32),
+    CLIENT,
+    jnp.int32(2),
+    jnp.int32(1),
+    1,
+  )
+  assert got.full == 2  # items 2 and 6
 
 
 def test_a_tie_counts_against_the_target():
@@ -87,7 +105,7 @@ def simulation():
 def test_nan_parameters_are_an_error_not_a_hit(simulation):
   state = simulation.init_state()
   broken = jax.tree.map(lambda x: x * np.nan, state.server.params)
-  with pytest.raises(UserError, match='val: 9 of 9 clients.*NaN'):
+  with pytest.raises(UserError, match='val: 9 of 9 targets.*NaN'):
     simulation.evaluate(
       state._replace(server=state.server._replace(params=broken)), 'val'
     )

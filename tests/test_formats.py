@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from fedmmr_jax.config import DataConfig
-from fedmmr_jax.data import formats, items, load
+from fedmmr_jax.data import columns, formats, interactions, items, load, sources
 from tests import parity
 from tests.small import error_of
 
@@ -29,7 +29,7 @@ class Raw:
 
 
 def read_ratings(name, folder):
-  return Raw(formats.read(formats.find(name, str(folder))))
+  return Raw(sources.read(sources.find(name, str(folder))))
 
 
 def read_titles(name, folder):
@@ -399,12 +399,12 @@ def test_every_format_is_told_and_read(
   name, text, expected = EXAMPLES[example]
 
   def doubt(*_):
-    raise formats.Doubt
+    raise columns.Doubt
 
   # The slow reader reads what the fast one does, and neither needs the other.
   if careful:
     monkeypatch.setattr(formats.delimited, '_read_fast', doubt)
-    monkeypatch.setattr(formats, '_from_table', doubt)
+    monkeypatch.setattr(formats.tables, 'as_is', doubt)
   else:
     monkeypatch.setattr(formats.delimited, '_read_carefully', doubt)
     monkeypatch.setattr(formats, '_reviews_carefully', doubt)
@@ -412,9 +412,9 @@ def test_every_format_is_told_and_read(
   (tmp_path / (name + '.gz' * compressed)).write_bytes(
     gzip.compress(data) if compressed else data
   )
-  source = formats.find('auto', str(tmp_path))
+  source = sources.find('auto', str(tmp_path))
   assert source.format == expected
-  raw = Raw(formats.read(source))
+  raw = Raw(sources.read(source))
   users, found = raw.users.tolist(), raw.items.tolist()
   if expected == 'ml-latest':
     assert users == [int(u[1]) for u in USERS]
@@ -441,9 +441,9 @@ def test_every_format_is_told_and_read(
 )
 def test_files_without_times(text, expected, users, found, tmp_path):
   (tmp_path / 'Toys.txt').write_text(text)
-  source = formats.find('auto', str(tmp_path / 'Toys.txt'))
+  source = sources.find('auto', str(tmp_path / 'Toys.txt'))
   assert source.format == expected
-  raw = Raw(formats.read(source))
+  raw = Raw(sources.read(source))
   assert (raw.users.tolist(), raw.items.tolist()) == (users, found)
   assert raw.times is None
 
@@ -839,7 +839,7 @@ def test_a_malformed_item_file_is_named(name, data, message, tmp_path):
 )
 def test_which_row_of_a_matrix_is_whose(ids, rows, num_rows, words):
   table = items.table(
-    formats.Interactions.of(np.array([1, 1]), np.array(ids)), None
+    interactions.Interactions.of(np.array([1, 1]), np.array(ids)), None
   )
   assert table.rows.tolist() == rows and table.num_rows == num_rows
   assert words in table.numbering

@@ -39,7 +39,9 @@ def test_no_cohort_no_sketch_and_no_ranking_of_trained_ones_has_them(
     k for number in range(1, 30) for k in simulation.sample_cohort(number).flat
   } - {-1}
   assert drawn == set(range(9)) - new
-  assert not new & set(collaborative.asked(simulation.config, 9))
+  assert not new & set(
+    collaborative.asked(simulation.config, simulation.num_train)
+  )
   for split in ('val', 'test'):
     assert not new & set(simulation.targets(split)[0])
   clients, targets = simulation.targets(NEW_CLIENTS)

@@ -151,6 +151,7 @@ def results_of(num_train, popular):
     np.arange(n),
     np.array(num_train),
     np.array(popular),
+    np.arange(n) < 2,
     np.full(n, 500),
     100,
     ranks * 3,

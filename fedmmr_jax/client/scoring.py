@@ -45,12 +45,24 @@ class StepScores(NamedTuple):
 def draw_negatives(
   key: jax.Array, client: ClientData, config: RunConfig
 ) -> jax.Array:
-  """[T, N] negatives for each target, or [N] shared by all targets."""
+  """[T, N] negatives for each target, or [N] shared by all targets: neutral
+  items, and up to a quarter of N that the client disliked, each once."""
   shape = (config.client.num_negatives,)
   if isinstance(config.client.negatives, OwnNegatives):
     shape = (targets_of_step(config), *shape)
-  return negatives.sample(
+  drawn = negatives.sample(
     key, shape, client.avoided, client.num_avoided, client.num_drawable
+  )
+  if not len(client.disliked):
+    return drawn
+  place = jnp.arange(shape[-1])
+  count = jnp.minimum(client.num_disliked, shape[-1] // 4)
+  some = jnp.maximum(client.num_disliked, 1)
+  start = jax.random.randint(
+    jax.random.fold_in(key, 1), (*shape[:-1], 1), 0, some
+  )
+  return jnp.where(
+    place < count, client.disliked[(start + place) % some], drawn
   )
 
 

@@ -129,9 +129,7 @@ def step_loss(
     [target.outputs[m.name] for m in model.modalities],
     target.available,
     balance,
-    losses.importance_of(
-      batch.lateness.reshape(-1), config.client.objective.late_emphasis
-    ),
+    _importance(batch, config),
     scores.profile,
     config.model.profile.weight if config.model.profile else 0.0,
   )
@@ -159,6 +157,14 @@ def step_loss(
   }
   surprise = losses.pairwise_surprise(scores.positive, scores.negative)
   return terms.total, (surprise, step_metrics)
+
+
+def _importance(batch: Batch, config: RunConfig) -> jax.Array:
+  """[T] factors of the targets' losses."""
+  found = losses.importance_of(
+    batch.lateness.reshape(-1), config.client.objective.late_emphasis
+  )
+  return found if batch.weight is None else found * batch.weight.reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)

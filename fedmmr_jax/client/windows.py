@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     position: [B, Q] int32 position of a target in the client's history.
     lateness: [B, Q] float32 position of a target in the training sequence, from
       0 at its start to 1 at its end; meaningless at padding.
+    weight: [B, Q] float32 of each target in the loss; None if all are alike.
     profile: [B, D] profile of the items outside each window (`profile.py`);
       None without `--profile=history`.
   """
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
   valid: jax.Array
   position: jax.Array
   lateness: jax.Array
+  weight: jax.Array | None = None
   profile: jax.Array | None = None
 
 
@@ -112,4 +114,7 @@ def cut_windows(
     valid=inside[:, -stride - 1 : -1],
     position=position[:, -stride:],
     lateness=((position[:, -stride:] + 0.5) / jnp.maximum(client.num_train, 1)),
+    weight=client.weights[position[:, -stride:]]
+    if len(client.weights)
+    else None,
   )

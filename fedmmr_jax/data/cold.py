@@ -46,8 +46,14 @@ def hold_out(
     fewer than MIN_INTERACTIONS of their interactions remain.
 
   Raises:
-    UserError: no client or no cold item remains.
+    UserError: no client or no cold item remains, or interactions have weights
+      or dislikes.
   """
+  if dataset.weights is not None or dataset.disliked is not None:
+    raise UserError(
+      f'`cold_items={share}` goes neither with weights of events nor with '
+      'dislikes; leave these options of `dataset` out'
+    )
   rng = generator(seed, Stream.COLD_ITEMS)
   num_cold = round(share * dataset.num_items)
   is_cold = np.zeros(dataset.num_rows, bool)

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fedmmr_jax.data.interactions import Texts
+
 # Of the formats whose ids are whole numbers by definition.
 MAX_ID = 2**31 - 1
 # Longer ones are no ids: a column was mistaken for another.
@@ -114,6 +116,20 @@ def ids_of(
     joined = joined.chunk(0)
   ids, place = unique_ids(joined.dictionary.to_pylist(), whole)
   return place.astype(np.int32)[joined.indices.to_numpy()], ids
+
+
+def texts_of(column: pa.ChunkedArray) -> Texts:
+  """A column of any type as texts; '' where one is missing."""
+  if pa.types.is_dictionary(column.type):
+    column = column.cast(column.type.value_type)
+  encoded = pc.fill_null(column.cast(pa.string()), '').dictionary_encode()
+  joined = encoded.unify_dictionaries().combine_chunks()
+  if isinstance(joined, pa.ChunkedArray):
+    joined = joined.chunk(0)
+  return Texts(
+    joined.indices.to_numpy().astype(np.int32),
+    tuple(joined.dictionary.to_pylist()),
+  )
 
 
 def seconds_of(column: pa.ChunkedArray) -> np.ndarray:

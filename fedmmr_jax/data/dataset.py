@@ -9,7 +9,6 @@ The rest is for training (`selection.py`).
 """
 
 import dataclasses
-import functools
 import hashlib
 import zlib
 from typing import Any, Mapping, NamedTuple, Sequence
@@ -43,6 +42,13 @@ class Dataset:
       training never draws them as negatives (see `cold.py`).
     held_out: number of items at the end of each client that are not trained on;
       [K] if it differs (MIN_HELD_OUT for clients without a test item).
+    validation: how many of these are for validation, the first ones; [K] if it
+      differs. The others are for the test.
+    weights: [total] float32, how much each item counts in the loss as a target;
+      None = all alike.
+    disliked: [n] int32 rows that clients disliked, client after client, each
+      client's ascending and distinct; None if nothing says so.
+    dislike_offsets: [K + 1] as `offsets`, of `disliked`.
   """
 
   name: str
@@ -54,6 +60,10 @@ class Dataset:
   titles: tuple[str, ...] = ()
   num_cold: int = 0
   held_out: np.ndarray | int = HELD_OUT
+  validation: np.ndarray | int = 1
+  weights: np.ndarray | None = None
+  disliked: np.ndarray | None = None
+  dislike_offsets: np.ndarray | None = None
 
   @classmethod
   def of(
@@ -146,10 +156,55 @@ class Dataset:
     return np.arange(len(self.items)) < ends
 
   @property
+  def num_held_out(self) -> np.ndarray:
+    """[K] items of each client that are not trained on."""
+    return np.broadcast_to(self.held_out, self.num_clients)
+
+  @property
+  def num_validation(self) -> np.ndarray:
+    """[K] how many of these are for validation."""
+    return np.broadcast_to(self.validation, self.num_clients)
+
+  @property
   def tested(self) -> np.ndarray:
     """[n] clients with a test item, ascending."""
-    return np.flatnonzero(
-      np.broadcast_to(self.held_out, self.num_clients) == HELD_OUT
+    return np.flatnonzero(self.num_held_out > self.num_validation)
+
+  def targets(self, test: bool) -> tuple[np.ndarray, np.ndarray]:
+    """([n] clients, ascending, [n] how many held-out items lie before each of
+    their targets), of the test or of validation. An item that its client has
+    nothing before is no target."""
+    start = self.num_validation if test else np.zeros(self.num_clients, int)
+    stop = self.num_held_out if test else self.num_validation
+    start = np.maximum(start, self.num_train == 0)
+    counts = np.maximum(stop - start, 0)
+    client = np.repeat(np.arange(self.num_clients), counts)
+    within = np.arange(len(client)) - (np.cumsum(counts) - counts)[client]
+    return client, start[client] + within
+
+  def disliked_by(self, client: int) -> np.ndarray:
+    """[n] rows that a client disliked, ascending."""
+    if self.disliked is None or self.dislike_offsets is None:
+      return np.zeros(0, np.int32)
+    return self.disliked[slice(*self.dislike_offsets[client : client + 2])]
+
+  @property
+  def num_disliked(self) -> np.ndarray:
+    """[K] how many rows each client disliked."""
+    if self.dislike_offsets is None:
+      return np.zeros(self.num_clients, int)
+    return np.diff(self.dislike_offsets)
+
+  @property
+  def max_items(self) -> int:
+    """H: no client has more items, with what it disliked."""
+    return int((self.lengths + self.num_disliked).max())
+
+  def no_candidates(self, client: int, after_train: int) -> np.ndarray:
+    """[n] rows that a client's target, or the place behind it, is not ranked
+    against: consumed, or disliked; ascending, with the target."""
+    return np.union1d(
+      self.until_target(client, after_train), self.disliked_by(client)
     )
 
   def sequence(self, client: int) -> np.ndarray:
@@ -160,13 +215,16 @@ class Dataset:
     """The same up to and including the target, which comes `after_train` items
     after the training items."""
     sequence = self.sequence(client)
-    held_out = np.broadcast_to(self.held_out, self.num_clients)[client]
+    held_out = self.num_held_out[client]
     return sequence[: len(sequence) - held_out + after_train + 1]
 
-  def new_test_item(self, client: int) -> np.ndarray:
-    """[1] the client's test item, or [0] if it has none or had consumed the
-    item before. At validation it is an unseen item like any other."""
-    return np.setdiff1d(self.sequence(client), self.until_target(client, 0))
+  def new_test_items(self, client: int) -> np.ndarray:
+    """[n] the client's test items that it had not consumed before. At
+    validation they are unseen items like any other."""
+    before = self.num_validation[client] - 1
+    return np.setdiff1d(
+      self.sequence(client), self.until_target(client, before)
+    )
 
   def fingerprint(self) -> str:
     """SHA-256 of everything a model could learn from."""
@@ -183,8 +241,16 @@ class Dataset:
     ):
       digest.update(f'{array.dtype}{array.shape}'.encode())
       digest.update(np.ascontiguousarray(array).tobytes())
-    if not isinstance(self.held_out, int):
-      digest.update(np.asarray(self.held_out, np.int64).tobytes())
+    for number, usual in ((self.held_out, HELD_OUT), (self.validation, 1)):
+      if not isinstance(number, int):
+        digest.update(np.asarray(number, np.int64).tobytes())
+      elif number != usual:
+        digest.update(str(number).encode())
+    if self.weights is not None:
+      digest.update(self.weights.tobytes())
+    if self.disliked is not None:
+      digest.update(self.disliked.tobytes())
+      digest.update(np.asarray(self.dislike_offsets, np.int64).tobytes())
     return digest.hexdigest()
 
 
@@ -208,7 +274,10 @@ class FederatedData(NamedTuple):
     num_drawable: [] int32 rows of the catalogue from which negatives are drawn
       and against which targets are ranked: V without the cold items.
     takes_part: [K] bool, False for clients held out of every cohort
-      (`new_clients`).
+      (`new_clients`), and for those with nothing to train on.
+    weights: [total] float32, see `Dataset.weights`; [0] if all are alike.
+    disliked: [total'] int32, see `Dataset.disliked`; [0] if nothing says so.
+    disliked_offset, disliked_length: [K] int32.
   """
 
   items: jax.Array
@@ -222,6 +291,10 @@ class FederatedData(NamedTuple):
   popular_negatives: jax.Array
   num_drawable: jax.Array
   takes_part: jax.Array
+  weights: jax.Array
+  disliked: jax.Array
+  disliked_offset: jax.Array
+  disliked_length: jax.Array
 
 
 class ClientData(NamedTuple):
@@ -238,6 +311,11 @@ class ClientData(NamedTuple):
     sampled_negatives: [2, n] int32, see `FederatedData`.
     num_drawable: [] int32, likewise.
     popular_negatives: [2, n] or [2, 0] int32.
+    weights: [H] float32 of the history's items in the loss; [0] if all are
+      alike.
+    disliked: [H] int32 items that it disliked, ascending; [0] if nothing says
+      so.
+    num_disliked: [] int32.
   """
 
   history: jax.Array
@@ -248,6 +326,9 @@ class ClientData(NamedTuple):
   sampled_negatives: jax.Array
   num_drawable: jax.Array
   popular_negatives: jax.Array | np.ndarray = np.zeros((HELD_OUT, 0), np.int32)
+  weights: jax.Array | np.ndarray = np.zeros(0, np.float32)
+  disliked: jax.Array | np.ndarray = np.zeros(0, np.int32)
+  num_disliked: jax.Array | int = 0
 
 
 def to_device(
@@ -287,7 +368,7 @@ def to_device(
       _draw_uniform(
         generator(seed, Stream.NEGATIVES, _as_seed(user)),
         items,
-        dataset.new_test_item(client),
+        dataset.new_test_items(client),
         dataset.num_rows - dataset.num_cold,
         sampled_negatives,
       )
@@ -309,9 +390,19 @@ def to_device(
     sampled_negatives=jnp.asarray(sampled, jnp.int32),
     popular_negatives=jnp.zeros((dataset.num_clients, HELD_OUT, 0), jnp.int32),
     num_drawable=jnp.int32(dataset.num_rows - dataset.num_cold),
-    takes_part=jnp.ones(dataset.num_clients, bool)
-    .at[draw_new_clients(dataset.num_clients, new_clients)]
-    .set(False),
+    takes_part=jnp.zeros(dataset.num_clients, bool)
+    .at[taking_part(dataset.num_train, new_clients)]
+    .set(True),
+    weights=jnp.asarray(
+      np.zeros(0) if dataset.weights is None else dataset.weights, jnp.float32
+    ),
+    disliked=jnp.asarray(
+      np.zeros(0) if dataset.disliked is None else dataset.disliked, jnp.int32
+    ),
+    disliked_offset=jnp.asarray(
+      np.cumsum(dataset.num_disliked) - dataset.num_disliked, jnp.int32
+    ),
+    disliked_length=jnp.asarray(dataset.num_disliked, jnp.int32),
   )
 
 
@@ -335,26 +426,35 @@ def draw_new_clients(num_clients: int, share: float) -> np.ndarray:
   return np.sort(chosen)
 
 
-@functools.cache  # each round asks
-def taking_part(num_clients: int, new_clients: float) -> np.ndarray:
-  """[n] the other clients, of which cohorts are drawn, ascending.
-
-  Args:
-    num_clients: K.
-    new_clients: share of them held out of every cohort.
+def old_clients(num_clients: int, new_clients: float) -> np.ndarray:
+  """[n] the other clients, ascending.
 
   Raises:
     UserError: nobody is left to train.
   """
-  found = np.delete(
+  return np.delete(
     np.arange(num_clients), draw_new_clients(num_clients, new_clients)
   )
-  found.setflags(write=False)  # all who ask share it
-  return found
+
+
+def taking_part(num_train: np.ndarray, new_clients: float) -> np.ndarray:
+  """[n] clients that cohorts are drawn of, ascending.
+
+  Args:
+    num_train: [K] training items of each client; those without any are left
+      out.
+    new_clients: share of the clients held out of every cohort.
+
+  Raises:
+    UserError: nobody is left to train.
+  """
+  found = old_clients(len(num_train), new_clients)
+  return found[num_train[found] > 0]
 
 
 def _distinct(dataset, count) -> tuple[np.ndarray, np.ndarray]:
-  """Distinct items among the first count[k] of each client k, ascending.
+  """Distinct items among the first count[k] of each client k, and those that it
+  disliked, ascending.
 
   Returns:
     ([total] items client after client, [K] how many each has).
@@ -362,7 +462,11 @@ def _distinct(dataset, count) -> tuple[np.ndarray, np.ndarray]:
   client = np.repeat(np.arange(dataset.num_clients), dataset.lengths)
   position = np.arange(len(client)) - dataset.offsets[client]
   inside = position < count[client]
-  pairs = np.unique(client[inside] * dataset.num_rows + dataset.items[inside])
+  pairs = client[inside] * dataset.num_rows + dataset.items[inside]
+  if dataset.disliked is not None:
+    owner = np.repeat(np.arange(dataset.num_clients), dataset.num_disliked)
+    pairs = np.append(pairs, owner * dataset.num_rows + dataset.disliked)
+  pairs = np.unique(pairs)
   client, items = np.divmod(pairs, dataset.num_rows)
   return items, np.bincount(client, minlength=dataset.num_clients)
 
@@ -383,12 +487,18 @@ def client_view(
 
   def cut(flat, offset, length):
     length = jnp.where(real, length[client], 0)
+    if not len(flat):
+      return flat, length
     rows = flat.at[offset[client] + position].get(mode='clip')
     return jnp.where(position < length, rows, 0), length
 
   history, num_items = cut(data.items, data.offset, data.length)
   avoided, num_avoided = cut(
     data.avoided, data.avoided_offset, data.avoided_length
+  )
+  weights, _ = cut(data.weights, data.offset, data.length)
+  disliked, num_disliked = cut(
+    data.disliked, data.disliked_offset, data.disliked_length
   )
   return ClientData(
     history,
@@ -399,6 +509,9 @@ def client_view(
     jnp.where(real, data.sampled_negatives[client], 0),
     data.num_drawable,
     jnp.where(real, data.popular_negatives[client], 0),
+    weights,
+    disliked,
+    num_disliked,
   )
 
 
@@ -449,15 +562,18 @@ def draw_popular(
     stream = np.searchsorted(
       cumulative, rng.random(8 * count) * cumulative[-1], side='right'
     )
-    is_left[dataset.sequence(client)] = False
+    consumed = np.append(dataset.sequence(client), dataset.disliked_by(client))
+    is_left[consumed] = False
     drawn[client] = _draw_by_popularity(rng, stream, is_left, popularity, count)
-    new = dataset.new_test_item(client)
+    new = np.setdiff1d(
+      dataset.new_test_items(client), dataset.disliked_by(client)
+    )
     if new.size:  # the same stream: it is passed over no longer
       is_left[new] = True
       drawn[client, 0] = _draw_by_popularity(
         rng, stream, is_left, popularity, count
       )
-    is_left[dataset.sequence(client)] = True
+    is_left[consumed] = True
   return drawn
 
 
@@ -508,9 +624,12 @@ def _as_seed(user: int | str) -> int:
 
 def _draw_uniform(rng, consumed, new, num_rows, count):
   """[2, count] distinct items outside `consumed`; those of validation may have
-  the `new` one, [1] or [0] of `consumed`."""
+  the `new` ones, [n] of `consumed`."""
   drawn = np.stack(2 * [_draw_unseen(rng, consumed, num_rows, count)])
-  if new.size:
+  if new.size > 1:
+    known = np.setdiff1d(consumed, new)
+    drawn[0] = _draw_unseen(rng, known, num_rows, count)
+  elif new.size:
     # Of one unseen item more, a draw has it with probability count / (unseen +
     # 1), beside any others: no need to draw those again.
     place = rng.integers(num_rows - len(consumed))

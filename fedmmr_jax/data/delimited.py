@@ -3,7 +3,7 @@ by line, which is slow but names the bad line."""
 
 import csv
 import pathlib
-from typing import Iterator, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ from pyarrow import csv as arrow_csv
 from fedmmr_jax.data import columns as columns_lib
 from fedmmr_jax.data import text_files
 from fedmmr_jax.data.columns import Doubt
-from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.data.interactions import Interactions, Texts
 from fedmmr_jax.errors import UserError
 
 _BLOCK = 1 << 24  # bytes that Arrow parses at a time
@@ -26,6 +26,7 @@ class Layout(NamedTuple):
     columns: names of all fields, in order.
     user, item: which of them hold the ids.
     time: which holds the time; '' = none, the order of the lines counts.
+    further: what else is read of each line (`Lines.further`) -> its column.
     numbers: which others must be numbers; all else is passed over.
     whole_ids: ids must be whole numbers from 1 (else any text will do).
     quoted: fields may stand in double quotes.
@@ -37,6 +38,7 @@ class Layout(NamedTuple):
   user: str
   item: str
   time: str
+  further: Mapping[str, str] = {}
   numbers: tuple[str, ...] = ()
   whole_ids: bool = False
   quoted: bool = False
@@ -77,6 +79,8 @@ def _read_fast(path, layout) -> Interactions:
     layout.user: pa.dictionary(pa.int32(), pa.string()),
     layout.item: pa.dictionary(pa.int32(), pa.string()),
   }
+  as_texts = [n for n in layout.further.values() if n not in types]
+  types |= dict.fromkeys(as_texts, pa.dictionary(pa.int32(), pa.string()))
   types |= dict.fromkeys(layout.numbers, pa.float64())
   wanted = list(dict.fromkeys([*types, *filter(None, [layout.time])]))
   if len(separator) > 1:  # Arrow splits at one character: 'a::b' has 3 fields
@@ -113,13 +117,18 @@ def _read_fast(path, layout) -> Interactions:
   users, user_ids = columns_lib.ids_of(table[layout.user], layout.whole_ids)
   items, item_ids = columns_lib.ids_of(table[layout.item], layout.whole_ids)
   times = columns_lib.seconds_of(table[layout.time]) if layout.time else None
-  return Interactions(users, items, times, user_ids, item_ids)
+  further = {
+    what: columns_lib.texts_of(table[name])
+    for what, name in layout.further.items()
+  }
+  return Interactions(users, items, times, user_ids, item_ids, columns=further)
 
 
 def _read_carefully(path, layout) -> Interactions:
   place = {name: i for i, name in enumerate(layout.columns)}
   users, items = Numbering(), Numbering()
   user_column, item_column, times, numbers = [], [], [], []
+  further = {what: Column() for what in layout.further}
   for number, fields in _rows(path, layout):
     problem = _problem_of(fields, layout)
     if problem:
@@ -130,6 +139,8 @@ def _read_carefully(path, layout) -> Interactions:
       )
     user_column.append(users.of(fields[place[layout.user]]))
     item_column.append(items.of(fields[place[layout.item]]))
+    for what, column in further.items():
+      column.append(fields[place[layout.further[what]]])
     if layout.time:
       times.append(columns_lib.parse_time(fields[place[layout.time]]))
       numbers.append(number)
@@ -141,6 +152,7 @@ def _read_carefully(path, layout) -> Interactions:
     items,
     times if layout.time else None,
     layout.whole_ids,
+    further,
   )
 
 
@@ -163,6 +175,21 @@ class Numbering(dict):
     return self.setdefault(text, len(self))
 
 
+class Column:
+  """A column of texts, filled line by line."""
+
+  def __init__(self):
+    self._codes: list[int] = []
+    self._texts = Numbering()
+
+  def append(self, text: str) -> None:
+    self._codes.append(self._texts.of(text))
+
+  @property
+  def texts(self) -> Texts:
+    return Texts(np.array(self._codes, np.int32), tuple(self._texts))
+
+
 def from_numbered(
   users: Sequence[int] | np.ndarray,
   user_texts: Numbering,
@@ -170,6 +197,7 @@ def from_numbered(
   item_texts: Numbering,
   times: Sequence[float] | None,
   whole: bool,
+  further: Mapping[str, Column] = {},
 ) -> Interactions:
   """Interactions [n] whose ids are known by number.
 
@@ -186,6 +214,7 @@ def from_numbered(
     else columns_lib.in_seconds(np.array(times, np.float64)),
     user_ids,
     item_ids,
+    columns={what: column.texts for what, column in further.items()},
   )
 
 

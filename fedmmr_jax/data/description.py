@@ -131,24 +131,21 @@ def filtered(
 
 def held_out(dataset: Dataset) -> HeldOut:
   """What the split of a data set keeps from training."""
-  lengths, trained = dataset.lengths, dataset.num_train
-  starts = dataset.offsets[:-1]
-  has_test = lengths - trained > 1
-  last = dataset.items[starts + lengths - 1]
-  position = np.arange(len(dataset.items)) - np.repeat(starts, lengths)
-  in_training = position < np.repeat(trained, lengths)
-  known = np.bincount(dataset.items[in_training], minlength=dataset.num_rows)
-  before = position < np.repeat(lengths - 1, lengths)
-  repeated = np.zeros(len(lengths), bool)
-  client = np.repeat(np.arange(len(lengths)), lengths)
-  again = before & (dataset.items == np.repeat(last, lengths))
-  repeated[client[again]] = True
-  tests = max(int(has_test.sum()), 1)
+  known = np.bincount(
+    dataset.items[dataset.is_train], minlength=dataset.num_rows
+  )
+  client, after = dataset.targets(test=True)
+  at = dataset.offsets[client] + dataset.num_train[client] + after
+  rows = dataset.items[at]
+  repeated = [
+    row in dataset.until_target(k, n - 1)
+    for k, n, row in zip(client, after, rows)
+  ]
   return HeldOut(
-    len(lengths),
-    int(has_test.sum()),
-    float((repeated & has_test).sum() / tests),
-    float(((known[last] == 0) & has_test).sum() / tests),
+    len(dataset.targets(test=False)[0]),
+    len(rows),
+    float(np.mean(repeated)) if len(rows) else 0.0,
+    float(np.mean(known[rows] == 0)) if len(rows) else 0.0,
   )
 
 
@@ -175,7 +172,7 @@ def bars(lengths: np.ndarray, width: int = 40) -> list[tuple[str, int, int]]:
 def first_sequences(
   dataset: Dataset, count: int, shown: int
 ) -> list[dict[str, Any]]:
-  """The first clients: their id, how many items they have, the ends of their
+  """The first clients: their id, how many items they have, what ends their
   training sequence, and the held-out items."""
   found = []
   for client in range(min(count, dataset.num_clients)):
@@ -186,10 +183,14 @@ def first_sequences(
         'user': dataset.user_ids[client],
         'length': len(rows),
         'training': [_named(dataset, row) for row in rows[:trained][-shown:]],
-        'validation': _named(dataset, rows[trained]),
-        'test': _named(dataset, rows[trained + 1])
-        if len(rows) > trained + 1
-        else None,
+        'validation': [
+          _named(dataset, row)
+          for row in rows[trained : trained + dataset.num_validation[client]]
+        ],
+        'test': [
+          _named(dataset, row)
+          for row in rows[trained + dataset.num_validation[client] :]
+        ],
       }
     )
   return found

@@ -26,8 +26,9 @@ import pyarrow as pa
 from pyarrow import parquet as arrow_parquet
 
 from fedmmr_jax.data import text_files
-from fedmmr_jax.data.formats import ALIASES, Source
 from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.data.roles import ALIASES
+from fedmmr_jax.data.sources import Source
 from fedmmr_jax.errors import UserError
 
 FILES = (

@@ -8,20 +8,21 @@ import numpy as np
 
 from fedmmr_jax.config import (
   DataConfig,
+  Given,
   ORIGINAL_EXPERTS,
   RunConfig,
   SyntheticData,
   Timeline,
 )
 from fedmmr_jax.data import cold as cold_lib
-from fedmmr_jax.data import columns, features, formats, items, synthetic
+from fedmmr_jax.data import columns, features, items, sources, synthetic
 from fedmmr_jax.data.cold import ColdSplit
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
-from fedmmr_jax.data.formats import Source
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.data.selection import Filters, select, Selected
+from fedmmr_jax.data.sources import Source
 from fedmmr_jax.errors import UserError
 
 
@@ -89,7 +90,7 @@ def read_items(config: DataConfig) -> ItemTable:
   if config.synthetic:
     raise UserError('`dataset=synthetic` has no item files; name a data set')
   source = source_of(config)
-  return items.table(formats.read(source), items.find(source, config.item_file))
+  return items.table(sources.read(source), items.find(source, config.item_file))
 
 
 def _load_synthetic(config: DataConfig, seed: int) -> Loaded:
@@ -140,7 +141,7 @@ def _load_files(
   }
   item_file = items.find(source, config.item_file)
   if interactions is None:
-    interactions = formats.read(source)
+    interactions = sources.read(source)
   table = items.table(interactions, item_file)
   selected = select(_name(source), interactions, filters_of(config))
   dataset = selected.dataset
@@ -237,8 +238,10 @@ def _loaded(selected: Selected, matrices, reports, notes=()) -> Loaded:
 
 
 def source_of(config: DataConfig) -> Source:
-  """The interaction file of a config, and its format; see `formats.find`."""
-  return formats.find(config.dataset, config.data_dir)
+  """The interaction file of a config, and its format; see `sources.find`."""
+  return sources.find(
+    config.dataset, config.data_dir, given=isinstance(config.split_by, Given)
+  )
 
 
 def filters_of(config: DataConfig) -> Filters:

@@ -11,6 +11,10 @@ The splits, and which items of a client are for training, validation and test:
       training: all items before the date except the last of them
       validation: the last item before the date
       test: the first item from the date on; a client may have none
+    given
+      as the data say; where nothing is for validation, a client's last training
+      item is, if it has two. There may be several targets, or none, and clients
+      that train on nothing
 
 In a timeline split no client trains on data from the future (Ji et al. 2023,
 ACM TOIS 41(3)). With leave-one-out this can happen: the training items of one
@@ -23,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedmmr_jax.data import split
 from fedmmr_jax.data.dataset import Dataset, HELD_OUT
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.errors import UserError
@@ -46,7 +51,7 @@ class Filters(NamedTuple):
     top_k_users: how many of these users to keep, the most active first; ties:
       the lower id (0 = all).
     test_from: date of a timeline split, in seconds since 1970; None =
-      leave-one-out.
+      leave-one-out, or the parts that the interactions have.
   """
 
   k_core: int = 0
@@ -85,8 +90,15 @@ def select(
       f'{name}: `split_by=timeline` needs timestamps, and these '
       'interactions have none; say `split_by=leave_one_out`'
     )
+  everything = interactions
+  if everything.disliked is not None:
+    interactions = everything.where(~everything.disliked)
   table = in_order(interactions)
-  notes = [*_about_times(table), *_about_repeats(table)]
+  notes = [
+    *_about_times(table),
+    *_about_repeats(table),
+    *_about_parts(table, interactions),
+  ]
   size = len(interactions.user_ids)
   kept = _filtered(table, interactions, filters)
   sizes = kept.sizes(size, filters)
@@ -96,22 +108,24 @@ def select(
     (np.bincount(table.users, minlength=size) > 0) & (sizes.used == 0)
   ]
   if not len(kept.users):
-    needed = max(filters.min_interactions, filters.k_core)
+    needed = _needed(interactions, filters)
     raise UserError(
       f'{name}: no user has the {needed} interactions that '
       + (
         'training, validation and test need'
-        if needed == MIN_INTERACTIONS
+        if needed <= MIN_INTERACTIONS
         else '`min_interactions` and `k_core` ask for'
       )
     )
   if filters.top_k_users:
     kept = kept.where(_most_active(sizes.used, filters.top_k_users)[kept.users])
     sizes = kept.sizes(size, filters)
-  if not (sizes.held_out == HELD_OUT)[kept.users].any():
+  if not (sizes.held_out > sizes.validation)[kept.users].any():
     raise UserError(
-      f'{name}: no user has an interaction before the date of the split and '
-      'one from it on; choose a date within ' + _span(table.times)
+      f'{name}: no test item has an item of its user before it'
+      if interactions.parts is not None
+      else f'{name}: no user has an interaction before the date of the split '
+      'and one from it on; choose a date within ' + _span(table.times)
     )
   kept = kept.where(kept.positions(size) < sizes.used[kept.users])
   kept, sated = _without_sated(kept, size)
@@ -121,11 +135,13 @@ def select(
       f'({interactions.user_ids[sated][0]}): nothing is left to rank for '
       'them, so they are left out'
     )
-  sizes = _Sizes(np.where(sated, 0, sizes.used), sizes.held_out)
+  sizes = sizes._replace(used=np.where(sated, 0, sizes.used))
   if filters.test_from is not None:
     notes.append(_about_split(table, filters, sizes))
   return Selected(
-    _dataset(name, kept, interactions, sizes), dropped.tolist(), tuple(notes)
+    _dataset(name, kept, interactions, sizes, everything),
+    dropped.tolist(),
+    tuple(notes),
   )
 
 
@@ -149,26 +165,26 @@ def sequences(
 
 
 class _Sizes(NamedTuple):
-  """[U] of each user: interactions in use, and how many of them are held
-  out."""
+  """[U] of each user: interactions in use, how many of them are held out, and
+  how many of these for validation."""
 
   used: np.ndarray
   held_out: np.ndarray
+  validation: np.ndarray
 
 
 class Table(NamedTuple):
-  """Interactions ordered by user, then time."""
+  """Interactions ordered by user, then part of a given split, then time; `rows`
+  are their places in the source."""
 
   users: np.ndarray
   items: np.ndarray
   times: np.ndarray | None
+  parts: np.ndarray | None
+  rows: np.ndarray
 
   def where(self, keep: np.ndarray) -> 'Table':
-    return Table(
-      self.users[keep],
-      self.items[keep],
-      None if self.times is None else self.times[keep],
-    )
+    return Table(*(None if x is None else x[keep] for x in self))
 
   def tied(self) -> np.ndarray:
     """[n - 1] bool, who bears the time of the user's interaction before."""
@@ -182,7 +198,9 @@ class Table(NamedTuple):
     if not again.any() or self.times is None:
       return 0
     tied = np.append(again, False) | np.insert(again, 0, False)
-    users, items, times = (column[tied] for column in self)
+    users, items, times = (
+      column[tied] for column in (self.users, self.items, self.times)
+    )
     order = np.lexsort((items, times, users))
     same = [np.diff(column[order]) == 0 for column in (users, items, times)]
     return int(np.logical_and.reduce(same).sum())
@@ -203,26 +221,50 @@ class Table(NamedTuple):
 
   def sizes(self, num_users: int, filters: Filters) -> _Sizes:
     counts = np.bincount(self.users, minlength=num_users)
+    one = np.ones(num_users, int)
+    if self.parts is not None:
+      return self._given_sizes(counts)
     if filters.test_from is None:
-      return _Sizes(counts, np.full(num_users, HELD_OUT))
+      return _Sizes(counts, HELD_OUT * one, one)
     before = np.bincount(
       self.users[self.times < filters.test_from], minlength=num_users
     )
     has_test = counts > before
-    return _Sizes(before + has_test, HELD_OUT - 1 + has_test)
+    return _Sizes(before + has_test, HELD_OUT - 1 + has_test, one)
+
+  def _given_sizes(self, counts: np.ndarray) -> _Sizes:
+    train, validation = (
+      np.bincount(self.users[self.parts == part], minlength=len(counts))
+      for part in (split.TRAIN, split.VALIDATION)
+    )
+    if not validation.any():  # all of it, not of these users alone
+      validation = (train > 1).astype(int)
+      train = train - validation
+    return _Sizes(counts, counts - train, validation)
 
 
 def in_order(interactions: Interactions) -> Table:
-  """By user, then time; equal times keep the order of the source."""
+  """By user, part and time; equal times keep the order of the source."""
   users, items, times = interactions[:3]
+  keys = [x for x in (times, interactions.parts, users) if x is not None]
   order = (
-    np.argsort(users, kind='stable')
-    if times is None
-    else np.lexsort((times, users))
+    np.lexsort(keys) if len(keys) > 1 else np.argsort(users, kind='stable')
   )
   return Table(
-    users[order], items[order], None if times is None else times[order]
+    users[order],
+    items[order],
+    None if times is None else times[order],
+    None if interactions.parts is None else interactions.parts[order],
+    order,
   )
+
+
+def _needed(interactions: Interactions, filters: Filters) -> int:
+  """How many interactions a user needs."""
+  needed = max(filters.min_interactions, filters.k_core)
+  if interactions.parts is not None and needed == MIN_INTERACTIONS:
+    return MIN_INTERACTIONS - 1  # a target, and an item before it
+  return needed
 
 
 def _filtered(
@@ -230,7 +272,7 @@ def _filtered(
 ) -> Table:
   """Takes away what is too rare until nothing is."""
   num_users, num_items = map(len, interactions[3:5])
-  needed = max(filters.min_interactions, filters.k_core)
+  needed = _needed(interactions, filters)
   while True:
     sizes = table.sizes(num_users, filters)
     keep = (sizes.used >= needed)[table.users]
@@ -272,13 +314,20 @@ def _most_active(used: np.ndarray, count: int) -> np.ndarray:
 
 
 def _dataset(
-  name: str, kept: Table, interactions: Interactions, sizes: _Sizes
+  name: str,
+  kept: Table,
+  interactions: Interactions,
+  sizes: _Sizes,
+  everything: Interactions,
 ) -> Dataset:
   is_kept = np.bincount(kept.users, minlength=len(sizes.used)) > 0
   is_item = np.bincount(kept.items, minlength=len(interactions.item_ids)) > 0
   rows = np.cumsum(is_item, dtype=np.int32)
   item_ids = interactions.item_ids[is_item]
-  held_out = sizes.held_out[is_kept]
+  held_out, validation = sizes.held_out[is_kept], sizes.validation[is_kept]
+  disliked, dislikes = _dislikes(kept, sizes, everything, rows * is_item)
+  offsets = np.concatenate([[0], np.cumsum(dislikes[is_kept])])
+  weights = interactions.weights
   return Dataset(
     name=name,
     items=rows[kept.items],
@@ -286,7 +335,41 @@ def _dataset(
     user_ids=interactions.user_ids[is_kept],
     item_ids=np.concatenate([np.zeros(1, item_ids.dtype), item_ids]),
     held_out=HELD_OUT if (held_out == HELD_OUT).all() else held_out,
+    validation=1 if (validation == 1).all() else validation,
+    weights=None if weights is None else weights[kept.rows],
+    disliked=disliked if disliked.size else None,
+    dislike_offsets=offsets if disliked.size else None,
   )
+
+
+def _dislikes(
+  kept: Table, sizes: _Sizes, everything: Interactions, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """([n] rows of the catalogue, user after user and ascending, [U] how many are
+  whose): what users disliked before their first held-out item, and never had
+  among their training items."""
+  num_users = len(sizes.used)
+  if everything.disliked is None:
+    return np.zeros(0, np.int32), np.zeros(num_users, int)
+  # Without times the order of lines is that of time.
+  times = everything.times
+  when = np.arange(len(everything.users)) if times is None else times
+  liked = np.flatnonzero(~everything.disliked)
+  position = kept.positions(num_users)
+  trains = position < (sizes.used - sizes.held_out)[kept.users]
+  first = np.full(num_users, np.inf)
+  np.minimum.at(first, kept.users[~trains], when[liked[kept.rows[~trains]]])
+  # Left out with their users:
+  gone = np.bincount(kept.users, minlength=num_users) == 0
+  first[gone] = -np.inf
+  users, items = everything.users, rows[everything.items]
+  early = everything.disliked & (items > 0) & (when < first[users])
+  size = int(rows.max()) + 1
+  pairs = np.unique(users[early].astype(np.int64) * size + items[early])
+  trained = kept.users[trains].astype(np.int64) * size
+  trained += rows[kept.items[trains]]
+  users, items = np.divmod(np.setdiff1d(pairs, trained), size)
+  return items.astype(np.int32), np.bincount(users, minlength=num_users)
 
 
 def odd_times(times: np.ndarray) -> int:
@@ -346,6 +429,43 @@ def _about_repeats(table: Table) -> list[str]:
   return notes
 
 
+def _about_parts(table: Table, interactions: Interactions) -> list[str]:
+  if table.parts is None:
+    return []
+  counts = np.bincount(table.parts, minlength=len(split.PARTS))
+  if not counts[split.TRAIN] or not counts[split.TEST]:
+    return []  # refused below
+  notes = [
+    'split      given: '
+    + ', '.join(f'{n} {part}' for n, part in zip(counts, split.PARTS))
+    + (
+      ''
+      if counts[split.VALIDATION]
+      else "; a client's last training item is its validation item"
+    )
+  ]
+  num_users = len(interactions.user_ids)
+  trains = np.zeros(num_users, bool)
+  trains[table.users[table.parts == split.TRAIN]] = True
+  new = np.unique(table.users[~trains[table.users]])
+  if new.size:
+    notes.append(
+      f'           {new.size} users are in no training part '
+      f'({interactions.user_ids[new[0]]}): they are ranked, and never train'
+    )
+  if table.times is not None:
+    latest = np.full(num_users, -np.inf)
+    is_train = table.parts == split.TRAIN
+    np.maximum.at(latest, table.users[is_train], table.times[is_train])
+    early = table.times[~is_train] < latest[table.users[~is_train]]
+    if early.any():
+      notes.append(
+        f'           {early.mean():.1%} of the targets are earlier than a '
+        "training item of their user: what is ranked knows the user's future"
+      )
+  return notes
+
+
 def _about_core(filters: Filters, before: Table, kept: Table) -> str:
   def lost(name):
     return len(np.unique(getattr(before, name))) - len(
@@ -361,7 +481,7 @@ def _about_core(filters: Filters, before: Table, kept: Table) -> str:
 
 def _about_split(before: Table, filters: Filters, sizes: _Sizes) -> str:
   future = (before.times >= filters.test_from).sum()
-  tested = ((sizes.held_out == HELD_OUT) & (sizes.used > 0)).sum()
+  tested = ((sizes.held_out > sizes.validation) & (sizes.used > 0)).sum()
   return (
     f'split      along the timeline: {future} interactions lie after the '
     f'date, the first one of each of {tested} clients is its test item'

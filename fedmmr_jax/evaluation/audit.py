@@ -47,7 +47,7 @@ from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import scoring, windows
 from fedmmr_jax.client import view as view_lib
 from fedmmr_jax.config import NoMemory, RunConfig, SharedNegatives
-from fedmmr_jax.data.dataset import client_view, Dataset
+from fedmmr_jax.data.dataset import client_view, Dataset, HELD_OUT
 from fedmmr_jax.evaluation import popularity, ranking
 from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
 from fedmmr_jax.evaluation.ranking import Ranks
@@ -128,13 +128,15 @@ def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
       view.history,
       0,
     )
-    # What the client has consumed in training too may not be drawn.
+    # What the client has consumed in training too may not be drawn; what it
+    # disliked is drawn apart.
     consumed = (
       jnp.zeros(simulation.model.num_rows, bool)
       .at[jnp.where(position < view.num_train, view.history, 0)]
       .set(True)
     )
-    wanted = jnp.zeros_like(consumed).at[held_out].set(True) & ~consumed
+    avoided = consumed.at[view.disliked].set(True)
+    wanted = jnp.zeros_like(consumed).at[held_out].set(True) & ~avoided
     wanted = wanted.at[0].set(False)
     keys = jax.random.split(
       jax.random.fold_in(jax.random.key(int(Stream.AUDIT)), client), num_keys
@@ -146,7 +148,7 @@ def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
       return jnp.sum(wanted[negatives]), jnp.sum(consumed[negatives])
 
     drawn, trained = jax.lax.map(look, keys)
-    free = view.num_drawable - 1 - jnp.sum(consumed[1:])
+    free = view.num_drawable - 1 - jnp.sum(avoided[1:])
     return jnp.sum(drawn), jnp.sum(trained), jnp.sum(wanted) / free
 
   drawn, trained, share = (
@@ -310,7 +312,9 @@ def memory_views(simulation: Simulation, state: FederationState) -> list[Check]:
       )(jnp.arange(simulation.dataset.num_clients)),
     )
   )
-  known = met.known[simulation.dataset.tested]
+  tested = simulation.dataset.tested
+  before = simulation.num_train + simulation.dataset.num_validation
+  known = met.known[tested[before[tested] > 0]]
   can_remember = not isinstance(config.memory, NoMemory)
   return [
     Check(
@@ -352,7 +356,7 @@ def _met_by(simulation, state, client) -> _Met:
     ),
     axis=1,
   )
-  now = own.num_train + ranking.SPLITS['test']
+  now = own.num_train + jnp.asarray(simulation.dataset.num_validation)[client]
   memory = view_lib.up_to_date(
     memory, own.history, own.num_train, now, catalogue, config.memory
   )
@@ -469,8 +473,9 @@ def evaluation_negatives(simulation: Simulation) -> Check:
       (negatives < 1) | (negatives >= dataset.num_rows - dataset.num_cold)
     ).sum()
     for client, of_splits in enumerate(negatives):
-      for after_train, drawn in enumerate(of_splits):
-        seen += np.isin(drawn, dataset.until_target(client, after_train)).sum()
+      last = (dataset.num_validation[client], dataset.num_held_out[client])
+      for after, drawn in zip(last, of_splits):
+        seen += np.isin(drawn, dataset.no_candidates(client, after - 1)).sum()
         repeated += len(drawn) - len(np.unique(drawn))
   number = negatives.shape[-1]
   return Check(
@@ -486,12 +491,21 @@ def validation_candidates(simulation: Simulation) -> Check:
   """Ranks each validation item when only the test item scores higher."""
   dataset, data = simulation.dataset, simulation.data
   clients = np.array(
-    [k for k in range(dataset.num_clients) if dataset.new_test_item(k).size],
+    [
+      k
+      for k in range(dataset.num_clients)
+      if dataset.num_train[k]
+      and dataset.num_validation[k] == 1
+      and dataset.num_held_out[k] == HELD_OUT
+      and np.setdiff1d(dataset.new_test_items(k), dataset.disliked_by(k)).size
+    ],
     int,
   )
   if not clients.size:
     return Check(
-      'validation candidates', True, 'nobody has a test item that is new to it'
+      'validation candidates',
+      True,
+      'nobody has one test item that is new to it, and one validation item',
     )
 
   @jax.jit
@@ -503,12 +517,12 @@ def validation_candidates(simulation: Simulation) -> Check:
     )
     scores = jnp.zeros(simulation.model.num_rows)
     scores = scores.at[target].set(1).at[later].set(2)
-    return ranking.rank_client(scores, view, view.num_train)
+    return ranking.rank_client(
+      scores, view, view.num_train, view.num_train, ranking.SPLITS['val']
+    )
 
   ranks = jax.tree.map(np.asarray, jax.lax.map(rank, clients))
-  consumed = np.array(
-    [len(np.unique(dataset.until_target(k, 0))) for k in clients]
-  )
+  consumed = np.array([len(dataset.no_candidates(k, 0)) for k in clients])
   share = data.sampled_negatives.shape[-1] / (
     dataset.num_items - dataset.num_cold - consumed
   )

@@ -26,7 +26,7 @@ def rank_all(
   server: ServerState,
   clients: np.ndarray,
   key: jax.Array,
-  splits: np.ndarray,
+  targets: np.ndarray,
   catalogue: Catalogue,
   data: FederatedData,
 ) -> Ranks:
@@ -37,7 +37,9 @@ def rank_all(
     server: the state that all clients start from.
     clients: [G, C] int32, −1 where none.
     key: of the training.
-    splits: [n] int32, see `ranking.SPLITS`.
+    targets: [K, n, 3] int32, of each client: the `after_train`, the `known` and
+      the split of each target (`ranking.SPLITS`); those beyond its own repeat
+      one of its own.
     catalogue: item features.
     data: all clients' data.
 
@@ -50,7 +52,7 @@ def rank_all(
     devices.deal(clients),
     server,
     key,
-    splits,
+    targets,
     catalogue,
     data,
   )
@@ -63,7 +65,7 @@ def rank_shard(
   chunks: jax.Array,
   server: ServerState,
   key: jax.Array,
-  splits: jax.Array,
+  targets: jax.Array,
   catalogue: Catalogue,
   data: FederatedData,
 ) -> tuple[None, Ranks]:
@@ -92,10 +94,12 @@ def rank_shard(
       )
     )
 
-    return jax.lax.map(
-      partial(ranking.rank_target, model, config, own, view, update.memory),
-      splits,
-    )
+    def rank(target):
+      return ranking.rank_target(
+        model, config, own, view, update.memory, *target
+      )
+
+    return jax.lax.map(rank, targets[client])
 
   def rank_chunk(chunk):
     views, max_steps = round_lib.chunk_views(program, data, chunk)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmmr_jax.data.dataset import client_view, Dataset, FederatedData
 from fedmmr_jax.evaluation import ranking
-from fedmmr_jax.evaluation.ranking import Ranks
+from fedmmr_jax.evaluation.ranking import Ranks, Targets
 
 
 def training_counts(
@@ -24,35 +24,33 @@ def training_counts(
 
 
 def rank(
-  counts: np.ndarray,
-  data: FederatedData,
-  clients: np.ndarray,
-  split: str,
-  max_items: int,
+  counts: np.ndarray, data: FederatedData, targets: Targets, max_items: int
 ) -> Ranks:
-  """Ranks of the clients' targets, [n] on the host.
+  """Ranks of some targets, [n] on the host.
 
   Args:
     counts: [V] scores of the items.
     data: all clients' data.
-    clients: [n] clients to rank.
-    split: a key of `ranking.SPLITS`.
+    targets: [n] what to rank.
     max_items: H, the longest client's number of interactions.
   """
   ranks = _rank(
     jnp.asarray(counts, jnp.float32),
     data,
-    clients,
-    ranking.SPLITS[split],
+    tuple(targets[:3]),
+    ranking.SPLITS[targets.split],
     max_items,
   )
   return jax.tree.map(np.asarray, ranks)
 
 
 @partial(jax.jit, static_argnames='max_items')
-def _rank(scores, data, clients, after_train, max_items) -> Ranks:
-  def rank_one(client):
+def _rank(scores, data, targets, split, max_items) -> Ranks:
+  def rank_one(target):
+    client, after_train, known = target
     view = client_view(data, client, max_items)
-    return ranking.rank_client(scores, view, view.num_train + after_train)
+    return ranking.rank_client(
+      scores, view, view.num_train + after_train, view.num_train + known, split
+    )
 
-  return jax.lax.map(rank_one, clients)
+  return jax.lax.map(rank_one, targets)

@@ -21,8 +21,9 @@ from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import (
   client_view,
   ClientData,
+  Dataset,
   FederatedData,
-  taking_part,
+  old_clients,
 )
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
@@ -33,19 +34,69 @@ from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.models.profile import last, States
 from fedmmr_jax.streams import generator, Stream
 
-# How many items after a client's last training item the target lies.
+# Each has sampled negatives of its own, in this order.
 SPLITS = {'val': 0, 'test': 1}
+# What a target is ranked after.
+ALL, TRAIN = 'all', 'train'
+
+
+class Targets(NamedTuple):
+  """Items to rank, each of one client; a client may have several.
+
+  Attributes:
+    client: [n] int32, ascending.
+    after_train: [n] int32 how many held-out items lie before each.
+    known: [n] int32 how many of these its client may know of.
+    split: a key of SPLITS.
+  """
+
+  client: np.ndarray
+  after_train: np.ndarray
+  known: np.ndarray
+  split: str
+
+  @classmethod
+  def of(cls, dataset: Dataset, split: str, history: str = ALL) -> 'Targets':
+    """All targets of a split.
+
+    Args:
+      dataset: the clients.
+      split: a key of SPLITS.
+      history: what they are ranked after; 'all': everything before them;
+        'train': the training items, at the test those for validation too.
+    """
+    client, after_train = dataset.targets(split == 'test')
+    known = after_train
+    if history == TRAIN:
+      before = dataset.num_validation * (split == 'test')
+      known = np.minimum(after_train, before[client])
+      some = dataset.num_train[client] + known > 0
+      client, after_train, known = client[some], after_train[some], known[some]
+    return cls(client, after_train, known, split)
+
+  def where(self, chosen: np.ndarray) -> 'Targets':
+    """Some of them, by a mask [n]."""
+    return Targets(
+      self.client[chosen],
+      self.after_train[chosen],
+      self.known[chosen],
+      self.split,
+    )
+
+  def of_clients(self, clients: np.ndarray) -> 'Targets':
+    """Those of some clients."""
+    return self.where(np.isin(self.client, clients))
 
 
 class Ranks(NamedTuple):
   """Ranks of the targets of one split.
 
   Attributes:
-    full: [K] int32 number of catalogue items, not consumed by the client before
-      the target, that score at least as high.
-    sampled: [K] int32 number of sampled negatives that score at least as high.
-    bad_scores: [K] int32 number of scores that are not finite.
-    popular: [K] int32 as `sampled`, for negatives drawn by popularity; 0 if
+    full: [n] int32 number of catalogue items, not consumed or disliked by the
+      client before the target, that score at least as high.
+    sampled: [n] int32 number of sampled negatives that score at least as high.
+    bad_scores: [n] int32 number of scores that are not finite.
+    popular: [n] int32 as `sampled`, for negatives drawn by popularity; 0 if
       none were drawn (`Simulation.with_popular_negatives`).
   """
 
@@ -206,28 +257,34 @@ def question_of(
 
 
 def rank_client(
-  scores: jax.Array, client: ClientData, target_at: jax.Array
+  scores: jax.Array,
+  client: ClientData,
+  target_at: jax.Array,
+  now: jax.Array,
+  split: jax.Array | int,
 ) -> Ranks:
   """Ranks one client's target.
 
   Args:
     scores: [V].
-    client: its data; items in its history up to the target count as consumed.
-      Later items remain candidates.
-    target_at: [] int32 position of the target in the history, for one of
-      SPLITS.
+    client: its data.
+    target_at: [] int32 position of the target in the history.
+    now: [] int32 how many items of the history count as consumed; later ones
+      remain candidates.
+    split: [] int32 one of SPLITS' values, whose negatives are the sampled ones.
   """
   target = client.history[target_at]
   at_least = scores >= scores[target]
+  position = jnp.arange(len(client.history))
   consumed = jnp.where(
-    jnp.arange(len(client.history)) <= target_at, client.history, 0
+    (position < now) | (position == target_at), client.history, 0
   )
   unconsumed = jnp.ones(scores.shape, bool).at[consumed].set(False)
+  unconsumed = unconsumed.at[client.disliked].set(False)
   # Row 0 is no item.
   unconsumed = unconsumed.at[0].set(False)
   # Nor are items held out of training candidates, until they are the target.
   unconsumed &= jnp.arange(len(scores)) < client.num_drawable
-  split = target_at - client.num_train
   return Ranks(
     full=jnp.sum(at_least & unconsumed),
     sampled=jnp.sum(at_least[client.sampled_negatives[split]]),
@@ -243,20 +300,17 @@ def rank_target(
   client: ClientData,
   memory: Memory | None,
   after_train: jax.Array,
+  known: jax.Array,
+  split: jax.Array | int,
 ) -> Ranks:
   """Ranks one client's target, which comes `after_train` [] int32 items after
-  its training items, with the parameters of `broadcast` and its memory."""
-  target_at = client.num_train + after_train
+  its training items, `known` of which it may know of, with the parameters of
+  `broadcast` and its memory."""
+  now = client.num_train + known
   scores = score_next(
-    model,
-    config,
-    broadcast,
-    client.history,
-    target_at,
-    client.num_train,
-    memory,
+    model, config, broadcast, client.history, now, client.num_train, memory
   )
-  return rank_client(scores, client, target_at)
+  return rank_client(scores, client, client.num_train + after_train, now, split)
 
 
 def rank_all(
@@ -265,12 +319,12 @@ def rank_all(
   max_items: int,
   server: ServerState,
   memories: Memory | None,
-  clients: np.ndarray,
-  after_train: int,
+  targets: np.ndarray,
+  split: int,
   catalogue: Catalogue,
   data: FederatedData,
 ) -> Ranks:
-  """Ranks the targets of many clients, each with its own memory.
+  """Ranks targets of many clients, each with its own memory.
 
   Args:
     model: the architecture.
@@ -278,8 +332,9 @@ def rank_all(
     max_items: H, the longest client's number of interactions.
     server: parameters and prototypes.
     memories: of all clients, [K].
-    clients: [G, C] int32, −1 where none.
-    after_train: see SPLITS.
+    targets: [3, G, C] int32: clients, −1 where none; the `after_train` of each;
+      its `known`.
+    split: one of SPLITS' values.
     catalogue: item features.
     data: all clients' data.
 
@@ -289,14 +344,14 @@ def rank_all(
   _, ranks = devices.run(
     rank_shard,
     (model, config, max_items),
-    devices.deal(clients),
+    devices.deal(targets),
     server,
     memories,
-    jnp.int32(after_train),
+    jnp.int32(split),
     catalogue,
     data,
   )
-  return devices.undealt(ranks, len(clients))
+  return devices.undealt(ranks, targets.shape[1])
 
 
 @partial(devices.jit, static_argnames=('model', 'config', 'max_items'))
@@ -307,32 +362,37 @@ def rank_shard(
   chunks: jax.Array,
   server: ServerState,
   memories: Memory | None,
-  after_train: jax.Array,
+  split: jax.Array,
   catalogue: Catalogue,
   data: FederatedData,
 ) -> tuple[None, Ranks]:
-  """(None, the ranks [g, C] of some chunks' clients)."""
+  """(None, the ranks [g, C] of some chunks [3, g, C] of targets)."""
   broadcast = server.broadcast(catalogue, config)
 
-  def rank_one(index, memory):
+  def rank_one(target, memory):
+    index, after_train, known = target
     client = client_view(data, index, max_items)
-    return rank_target(model, config, broadcast, client, memory, after_train)
+    return rank_target(
+      model, config, broadcast, client, memory, after_train, known, split
+    )
 
   return None, jax.lax.map(
-    lambda chunk: jax.vmap(rank_one)(chunk, memory_lib.fetch(memories, chunk)),
-    chunks,
+    lambda chunk: jax.vmap(rank_one)(
+      chunk, memory_lib.fetch(memories, chunk[0])
+    ),
+    tuple(chunks),
   )
 
 
 def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
-  """[n] clients that are ranked, of those that take part, ascending; the same
+  """[n] clients that are ranked, of those that are not new, ascending; the same
   in each round."""
-  takes_part = taking_part(num_clients, config.data.new_clients)
+  clients = old_clients(num_clients, config.data.new_clients)
   wanted = config.evaluation.eval_clients
-  if not wanted or wanted >= len(takes_part):
-    return takes_part
+  if not wanted or wanted >= len(clients):
+    return clients
   rng = generator(config.seed, Stream.EVALUATED_CLIENTS)
-  return np.sort(takes_part[rng.choice(len(takes_part), wanted, replace=False)])
+  return np.sort(clients[rng.choice(len(clients), wanted, replace=False)])
 
 
 def evaluate(
@@ -341,8 +401,7 @@ def evaluate(
   max_items: int,
   server: ServerState,
   memories: Memory | None,
-  split: str,
-  clients: np.ndarray,
+  targets: Targets,
   clients_per_chunk: int,
   catalogue: Catalogue,
   data: FederatedData,
@@ -351,8 +410,7 @@ def evaluate(
 
   Args:
     As for `rank_all`, except:
-    split: a key of SPLITS.
-    clients: [n] clients to rank.
+    targets: [n] what to rank.
     clients_per_chunk: how many of them at a time.
 
   Returns:
@@ -361,7 +419,9 @@ def evaluate(
   Raises:
     UserError: a score is NaN or infinite.
   """
-  chunks = round_lib.in_chunks(clients, clients_per_chunk)
+  chunks = np.stack(
+    [round_lib.in_chunks(x, clients_per_chunk) for x in targets[:3]]
+  )
   ranks = rank_all(
     model,
     config,
@@ -369,12 +429,12 @@ def evaluate(
     server,
     memories,
     chunks,
-    SPLITS[split],
+    SPLITS[targets.split],
     catalogue,
     data,
   )
-  ranks = jax.tree.map(lambda x: x.reshape(-1)[: len(clients)], ranks)
-  check_finite(ranks, split)
+  ranks = jax.tree.map(lambda x: x.reshape(-1)[: len(targets.client)], ranks)
+  check_finite(ranks, targets.split)
   return ranks
 
 
@@ -383,18 +443,27 @@ def check_finite(ranks: Ranks, split: str) -> None:
   bad = np.flatnonzero(ranks.bad_scores)
   if bad.size:
     raise UserError(
-      f'{split}: {bad.size} of {len(ranks.bad_scores)} clients have scores '
+      f'{split}: {bad.size} of {len(ranks.bad_scores)} targets have scores '
       'that are NaN or infinite, the training diverged; lower '
       '`client_learning_rate` or `server_learning_rate`'
     )
 
 
 def metrics_of(
-  ranks: Ranks, further: Sequence[Metric] = ()
+  ranks: Ranks,
+  further: Sequence[Metric] = (),
+  clients: np.ndarray | None = None,
 ) -> dict[str, dict[str, float]]:
-  """{'sampled': {'HR@10': …}, 'full': {…}} of ranks [n], with HR, NDCG, MRR and
-  further metrics (`Simulation.metrics`)."""
+  """{'sampled': {'HR@10': …}, 'full': {…}}, with HR, NDCG, MRR and further
+  metrics.
+
+  Args:
+    ranks: [n] of targets.
+    further: as `Simulation.metrics`.
+    clients: [n] whose each target is, ascending; of a client with several, the
+      mean counts. None = each has one.
+  """
   return {
-    protocol: metrics_lib.ranking(getattr(ranks, protocol), further)
+    protocol: metrics_lib.ranking(getattr(ranks, protocol), further, clients)
     for protocol in metrics_lib.PROTOCOLS
   }

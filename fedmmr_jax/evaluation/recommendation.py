@@ -39,8 +39,9 @@ class People(NamedTuple):
     num_train: [n] int32 how many of them the memory has been trained on.
     client: [n] int32 the client whose memory it is, PADDING_CLIENT for people
       who were no client of the run.
-    further: [n, G] int32 consumed items that stand in no history, because the
-      run held them out of training as new; 0 = none.
+    further: [n, G] int32 items that stand in no history and are not recommended
+      either: consumed ones that the run held out of training as new, and those
+      that they disliked; 0 = none.
   """
 
   history: np.ndarray
@@ -68,9 +69,11 @@ class People(NamedTuple):
     num_train = simulation.num_train[numbers].astype(np.int32)
     length = dataset.lengths[numbers].astype(np.int32)
     if split is not None:
-      length = num_train + np.int32(ranking.SPLITS[split])
+      length = num_train.copy()
+      if split == 'test':
+        length += dataset.num_validation[numbers].astype(np.int32)
     histories = [dataset.sequence(client) for client in numbers]
-    further: list[np.ndarray] = [np.zeros(0, np.int32)] * len(numbers)
+    further = [dataset.disliked_by(client) for client in numbers]
     if simulation.cold and split is None:
       everything = simulation.cold.dataset
       further = [

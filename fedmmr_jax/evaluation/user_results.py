@@ -23,13 +23,14 @@ from fedmmr_jax import metrics
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import bootstrap, corrected, popularity
 from fedmmr_jax.evaluation.bootstrap import Difference
-from fedmmr_jax.evaluation.ranking import Ranks, SPLITS
+from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.metrics import Metric
 from fedmmr_jax.simulation import Simulation
 
 PROTOCOLS = ('full', 'sampled', 'popularity', 'corrected')
 FORMATS = ('.csv', '.parquet')
+MOST_VALUES = 12  # of a user attribute that are a slice each
 
 # Protocol -> metric -> values or their mean.
 Metrics = dict[str, dict[str, np.ndarray]]
@@ -37,13 +38,15 @@ Means = dict[str, dict[str, float]]
 
 
 class UserResults(NamedTuple):
-  """One target of each user, and its ranks.
+  """Targets of users, and their ranks: one of each user, or with a given split
+  several.
 
   Attributes:
-    users: [n] source ids.
+    users: [n] source ids, those of one user together.
     targets: [n] source ids of the target items.
     num_train: [n] int, items that the user trains on.
     target_popularity: [n] int, training interactions with the target.
+    repeated: [n] bool, whether the user had consumed the target before.
     candidates: [n] int, items that `full` ranks against.
     num_sampled: int, negatives of the sampled protocols.
     full, sampled, popular: [n] int, how many of each protocol's candidates
@@ -55,6 +58,7 @@ class UserResults(NamedTuple):
   targets: np.ndarray
   num_train: np.ndarray
   target_popularity: np.ndarray
+  repeated: np.ndarray
   candidates: np.ndarray
   num_sampled: int
   full: np.ndarray
@@ -85,10 +89,16 @@ class UserResults(NamedTuple):
     """Protocol -> metric -> mean over the users."""
     return {
       protocol: {
-        name: float(np.mean(values)) for name, values in by_metric.items()
+        name: float(np.mean(metrics.of_users(values, self.users)))
+        for name, values in by_metric.items()
       }
       for protocol, by_metric in self.of_each().items()
     }
+
+  @property
+  def num_users(self) -> int:
+    """How many users they are of."""
+    return len(np.unique(self.users))
 
 
 def evaluate(
@@ -114,17 +124,20 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
     raise ValueError('the simulation has no popular negatives')
   clients, targets = simulation.targets(split)
   dataset = simulation.ranked_dataset(split)
-  after_train = SPLITS['val' if split == 'val' else 'test']
-  consumed = np.array(
-    [len(np.unique(dataset.until_target(k, after_train))) for k in clients]
-  )
+  where = simulation.ranked_targets(split)
+  known = [dataset.until_target(k, n - 1) for k, n in zip(clients, where.known)]
+  closed = [
+    len(np.union1d(np.append(items, target), dataset.disliked_by(k)))
+    for k, items, target in zip(clients, known, targets)
+  ]
   counts = popularity.training_counts(simulation.dataset)
   return UserResults(
     dataset.user_ids[clients],
     dataset.item_ids[targets],
     simulation.num_train[clients],
     counts[targets],
-    dataset.num_items - dataset.num_cold - consumed,
+    np.array([target in items for items, target in zip(known, targets)], bool),
+    dataset.num_items - dataset.num_cold - np.array(closed, int),
     simulation.data.sampled_negatives.shape[-1],
     ranks.full,
     ranks.sampled,
@@ -133,11 +146,18 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
   )
 
 
-def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
-  """Users by history length, in quarters, and by the popularity of the target.
+def slices(
+  results: UserResults, attributes: Mapping[str, Mapping[str, str]] = {}
+) -> Mapping[str, Mapping[str, UserResults]]:
+  """Users by history length, in quarters, and by the popularity of the target;
+  where some targets were consumed before, by that; by what users are.
 
   Targets: head, middle and tail each hold a third of the users whose target
   occurs in training; 'new' holds the targets that do not.
+
+  Args:
+    results: of all.
+    attributes: name -> user id as text -> its value (`users.read`).
   """
   lengths = by_history(results.num_train)
   trained = results.target_popularity > 0
@@ -153,6 +173,13 @@ def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
     'training items of the user': dict(lengths),
     'training interactions with the target': popular,
   }
+  if results.repeated.any():
+    found['the target'] = {
+      'consumed before (repeat)': results.repeated,
+      'new to the user (explore)': ~results.repeated,
+    }
+  for name, of_user in attributes.items():
+    found[name] = _by_attribute(results.users, of_user)
   return {
     title: {
       label: results.where(chosen)
@@ -161,6 +188,22 @@ def slices(results: UserResults) -> Mapping[str, Mapping[str, UserResults]]:
     }
     for title, parts in found.items()
   }
+
+
+def _by_attribute(
+  users: np.ndarray, of_user: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+  """Value -> [n] bool; quarters of numbers where there are many."""
+  values = np.array([of_user.get(str(user), '') for user in users.tolist()])
+  distinct = np.unique(values[values != ''])
+  if len(distinct) > MOST_VALUES:
+    known = values != ''
+    numbers = np.zeros(len(values))
+    numbers[known] = values[known].astype(float)
+    found = dict(_parts(numbers, 4, among=known))
+  else:
+    found = {value: values == value for value in distinct.tolist()}
+  return found | {'unknown': values == ''}
 
 
 def by_history(num_train: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -184,7 +227,10 @@ def _parts(
   for number in range(len(edges) + 1):
     chosen = among & (part == number)
     if chosen.any():
-      low, high = values[chosen].min(), values[chosen].max()
+      low, high = (
+        int(x) if float(x).is_integer() else x
+        for x in (values[chosen].min(), values[chosen].max())
+      )
       found.append((f'{low} to {high}' if low < high else f'{low}', chosen))
   return found
 
@@ -209,7 +255,10 @@ def difference(
   mine, theirs = results.of_each(), other.of_each()
   return {
     protocol: {
-      metric: bootstrap.paired_bootstrap(values, theirs[protocol][metric])
+      metric: bootstrap.paired_bootstrap(
+        metrics.of_users(values, results.users),
+        metrics.of_users(theirs[protocol][metric], other.users),
+      )
       for metric, values in by_metric.items()
     }
     for protocol, by_metric in mine.items()
@@ -225,7 +274,7 @@ def check_path(path: str) -> None:
 
 
 def write(results: UserResults, path: pathlib.Path) -> None:
-  """Writes one row per user, as Parquet or CSV by the file's ending: ids,
+  """Writes one row per target, as Parquet or CSV by the file's ending: ids,
   sizes, ranks from 1, and each metric of each protocol.
 
   Raises:
@@ -238,6 +287,7 @@ def write(results: UserResults, path: pathlib.Path) -> None:
       'target': results.targets,
       'num_train': results.num_train,
       'target_popularity': results.target_popularity,
+      'repeated': results.repeated,
       'candidates': results.candidates,
       **{
         f'rank_{name}': 1 + ranks

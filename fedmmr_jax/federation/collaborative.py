@@ -33,7 +33,7 @@ def put_into(
   if not isinstance(start, ContentInit) or not start.collaborative_dim:
     return content
   rng = generator(0, Stream.COLLABORATIVE, 0)
-  clients = _asked(rng, config, dataset.num_clients)
+  clients = _asked(rng, config, dataset.num_train)
   probe = rng.standard_normal((dataset.num_rows, model.hidden_dim))
   found = factors(
     sketch(dataset, clients, probe), probe, start.collaborative_dim
@@ -44,14 +44,19 @@ def put_into(
   return np.concatenate([np.pad(kept, ((0, 0), (0, free))), found], axis=1)
 
 
-def asked(config: RunConfig, num_clients: int) -> np.ndarray:
-  """[n] clients that a sketch asks; the config has one."""
+def asked(config: RunConfig, num_train: np.ndarray) -> np.ndarray:
+  """[n] clients that a sketch asks; the config has one.
+
+  Args:
+    config: settings.
+    num_train: [K] training items of each client.
+  """
   rng = generator(0, Stream.COLLABORATIVE, 0)
-  return _asked(rng, config, num_clients)
+  return _asked(rng, config, num_train)
 
 
-def _asked(rng, config, num_clients) -> np.ndarray:
-  takes_part = taking_part(num_clients, config.data.new_clients)
+def _asked(rng, config, num_train) -> np.ndarray:
+  takes_part = taking_part(num_train, config.data.new_clients)
   count = round(
     config.server.client_fraction
     * len(takes_part)

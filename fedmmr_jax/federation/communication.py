@@ -89,7 +89,7 @@ def of_sketch(config: RunConfig, num_train: np.ndarray) -> Traffic:
   start = config.model.item_embedding
   found = NOTHING
   if isinstance(start, ContentInit) and start.collaborative_dim:
-    clients = collaborative.asked(config, len(num_train))
+    clients = collaborative.asked(config, num_train)
     rows = int(num_train[clients].sum())
     found = Traffic(
       len(clients),
@@ -97,7 +97,7 @@ def of_sketch(config: RunConfig, num_train: np.ndarray) -> Traffic:
       _BYTES * rows * (config.model.hidden_dim + 1),
     )
   if isinstance(start, ContentPlusId) and start.shrinkage:
-    part = taking_part(len(num_train), config.data.new_clients)
+    part = taking_part(num_train, config.data.new_clients)
     found = Traffic(
       found.visits + len(part),
       found.bytes_down,

@@ -182,7 +182,7 @@ def sample_cohort(
   Returns:
     [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the last chunk.
   """
-  takes_part = taking_part(len(num_train), config.data.new_clients)
+  takes_part = taking_part(num_train, config.data.new_clients)
   size = cohort_size(config, len(takes_part))
   rng = generator(config.seed, Stream.COHORT, round_number)
   return chunked(

@@ -219,9 +219,11 @@ def test(simulation: Simulation, state: FederationState) -> dict[str, Any]:
     if split == 'test':
       clients, _ = simulation.targets(split)
       metrics['test_by_history'] = {
-        bounds: {'users': int(chosen.sum())}
+        bounds: {'users': len(np.unique(clients[chosen]))}
         | ranking.metrics_of(
-          jax.tree.map(lambda x: x[chosen], ranks), simulation.metrics
+          jax.tree.map(lambda x: x[chosen], ranks),
+          simulation.metrics,
+          clients[chosen],
         )
         for bounds, chosen in user_results.by_history(
           simulation.num_train[clients]
