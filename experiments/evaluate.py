@@ -18,6 +18,7 @@ from absl import flags
 
 from experiments import app, console
 from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax.data import users
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import user_results
 from fedmmr_jax.evaluation.ranking import SPLITS
@@ -50,10 +51,19 @@ _METRICS = flags.DEFINE_string(
   'my_package.module:Thing; default: as the run',
 )
 _SLICES = flags.DEFINE_boolean(
-  'slices', False, 'also by history length and by popularity of the target'
+  'slices',
+  False,
+  'also by history length, by popularity of the target, and by whether the '
+  'user had consumed it before',
+)
+_USER_FILE = flags.DEFINE_string(
+  'user_file',
+  '',
+  'a file with what users are (users.dat, u.user, *.user, CSV, Parquet): '
+  'slices by each of its columns, numbers with many values in quarters',
 )
 _PER_USER = flags.DEFINE_string(
-  'per_user', '', 'write a row for each user into this .parquet or .csv file'
+  'per_user', '', 'write a row for each target into this .parquet or .csv file'
 )
 _COMPARE = flags.DEFINE_string(
   'compare',
@@ -91,19 +101,22 @@ def main() -> None:
   # Before minutes of ranking.
   if _PER_USER.value:
     user_results.check_path(_PER_USER.value)
+  attributes = (
+    users.read(pathlib.Path(_USER_FILE.value)) if _USER_FILE.value else {}
+  )
   run = app.open_run()
   rounds = Rounds(run.path)
   number = app.find_round(rounds, _ROUND.value)
   other = warm_start.find(_COMPARE.value, 'compare') if _COMPARE.value else None
   config, results = _results(run, rounds, number, _FEATURES.value)
   told = {'round': number, _SPLIT.value: _chosen(results.means())}
-  if _SLICES.value:
+  if _SLICES.value or attributes:
     told['slices'] = {
       title: {
-        label: {'users': len(part.users)} | _chosen(part.means())
+        label: {'users': part.num_users} | _chosen(part.means())
         for label, part in parts.items()
       }
-      for title, parts in user_results.slices(results).items()
+      for title, parts in user_results.slices(results, attributes).items()
     }
   if other:
     told['difference'] = _difference(config, results, *other)
@@ -114,11 +127,17 @@ def main() -> None:
   else:
     print(
       f'{run.path}, round {number}, {_SPLIT.value} items of '
-      f'{len(results.users)} users, features as {_FEATURES.value}\n'
+      f'{results.num_users} users, features as {_FEATURES.value}'
+      + (
+        ''
+        if results.num_users == len(results.users)
+        else f'; {len(results.users)} targets, of a user with several the mean'
+      )
+      + '\n'
     )
     print(_tables(told))
   if _PER_USER.value:
-    print(f'\na row for each user in {_PER_USER.value}', file=sys.stderr)
+    print(f'\na row for each target in {_PER_USER.value}', file=sys.stderr)
 
 
 def _results(

@@ -379,9 +379,11 @@ def test_own_splits_are_told_from_whole_sets(tmp_path, names):
 # Features.
 
 
-def mmrec(folder, name):
-  lines = (f'{u}\t{i}\t5\t{i}' for u in range(3) for i in range(12 - u))
-  header = 'userID\titemID\trating\ttimestamp'
+def mmrec(folder, name, label=False):
+  lines = (
+    f'{u}\t{i}\t5\t{i}' + '\t0' * label for u in range(3) for i in range(12 - u)
+  )
+  header = 'userID\titemID\trating\ttimestamp' + '\tx_label' * label
   written(folder / 'baby.inter', log(*lines, header=header))
   np.save(folder / name, np.arange(1, 25, dtype=np.float32).reshape(12, 2))
   return load.load(DataConfig(dataset='auto', data_dir=str(folder)), 0)
@@ -391,6 +393,12 @@ def test_matrices_that_are_not_used_are_named(tmp_path):
   loaded = mmrec(tmp_path, 'text_feat.npy')
   assert 'text_feat.npy beside it: not used' in '\n'.join(loaded.notes)
   assert not loaded.dataset.features
+
+
+def test_matrices_of_mmrec_are_found(tmp_path):
+  dataset = mmrec(tmp_path, 'text_feat.npy', label=True).dataset
+  ids = dataset.item_ids[1:]
+  assert dataset.features['text'][1:, 0].tolist() == (1 + 2 * ids).tolist()
 
 
 def test_a_matrix_of_items_from_0_needs_no_padding_row(tmp_path):
@@ -475,7 +483,7 @@ _HEADERS = [
 
 @st.composite
 def dialects(draw):
-  """(Bytes of a file, its `dataset`, the histories it holds)."""
+  """(Bytes of each file of a table, its `dataset`, the histories it holds)."""
   ids = [
     draw(st.lists(draw(st.sampled_from(list(_ID_STYLES.values()))), **size))
     for size in (
@@ -500,29 +508,32 @@ def dialects(draw):
   place = draw(st.permutations(range(4)))
   quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
   remark = draw(st.sampled_from(['x', '4.5', 'a "quote"', 'two\nlines', 'a;b']))
-  text = io.StringIO()
-  out = csv.writer(
-    text,
-    delimiter=separator,
-    quoting=quoting,
-    lineterminator=draw(st.sampled_from(['\n', '\r\n'])),
-  )
-
-  def write(user, item, time, other):
-    fields = [(user, item, time, other)[i] for i in place]
-    out.writerow([f for f in fields if f is not None])
-
+  end_of_line = draw(st.sampled_from(['\n', '\r\n']))
   timed = style != 'none'
-  write(header[0], header[1], header[2] if timed else None, 'remark')
-  for user, item, time in rows:
-    write(user, item, _TIME_STYLES[style](time) if timed else None, remark)
+
+  def text_of(rows):
+    text = io.StringIO()
+    out = csv.writer(
+      text, delimiter=separator, quoting=quoting, lineterminator=end_of_line
+    )
+
+    def write(user, item, time, other):
+      fields = [(user, item, time, other)[i] for i in place]
+      out.writerow([f for f in fields if f is not None])
+
+    write(header[0], header[1], header[2] if timed else None, 'remark')
+    for user, item, time in rows:
+      write(user, item, _TIME_STYLES[style](time) if timed else None, remark)
+    return text.getvalue()
+
+  shards = draw(st.integers(1, min(3, len(rows))))
+  cut = [len(rows) * n // shards for n in range(shards + 1)]
+  texts = [text_of(rows[a:b]) for a, b in zip(cut[:-1], cut[1:])]
   encoding = draw(st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16', 'latin-1']))
-  if encoding == 'latin-1' and max(text.getvalue()) > '\xff':
+  if encoding == 'latin-1' and max(map(max, texts)) > '\xff':
     encoding = 'utf-8'
-  content = text.getvalue().encode(encoding)
-  content = draw(st.sampled_from([lambda text: text, *COMPRESSIONS.values()]))(
-    content
-  )
+  compress = draw(st.sampled_from([lambda text: text, *COMPRESSIONS.values()]))
+  content = [compress(text.encode(encoding)) for text in texts]
   ordered = sorted(rows, key=lambda row: row[2]) if timed else rows
   own: dict[str, list[str]] = {}
   for user, item, _ in ordered:
@@ -550,13 +561,15 @@ def as_read(own):
 
 
 def check_dialect(folder, content, dataset, own):
-  path = folder / 'log.csv'
-  path.write_bytes(content)
+  for old in folder.iterdir():
+    old.unlink()
+  for number, one in enumerate(content):
+    (folder / f'log-{number:05}-of-{len(content):05}.csv').write_bytes(one)
   try:
-    found = histories(read(path, dataset))
+    found = histories(read(folder, dataset))
   except UserError:
     return False
-  assert found == as_read(own), (content[:300], dataset)
+  assert found == as_read(own), ([one[:300] for one in content], dataset)
   return True
 
 

@@ -162,7 +162,8 @@ def results_of(num_train, popular):
 
 def test_slices_part_the_users():
   results = results_of([1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 1, 2, 2, 9, 9, 9])
-  lengths, popular = user_results.slices(results).values()
+  lengths, popular, target = user_results.slices(results).values()
+  assert [v.users.tolist() for v in target.values()] == [[0, 1], [*range(2, 8)]]
   assert {k: len(v.users) for k, v in lengths.items()} == {
     '1 to 2': 2,
     '3 to 4': 2,
@@ -174,6 +175,42 @@ def test_slices_part_the_users():
     'middle: 9': [5, 6, 7],
     'new: 0': [0],
   }
+
+
+def test_users_can_be_sliced_by_what_they_are():
+  results = results_of([1] * 30, [1] * 30)
+  found = user_results.slices(
+    results,
+    {
+      'gender': {str(u): 'MF'[u % 2] for u in range(29)},
+      'age': {str(u): str(u) for u in range(30)},
+      'zip': {str(u): f'{u}-{u}' for u in range(30)},
+    },
+  )
+  sizes = {
+    title: {k: len(v.users) for k, v in parts.items()}
+    for title, parts in found.items()
+  }
+  assert sizes['gender'] == {'F': 14, 'M': 15, 'unknown': 1}
+  assert sizes['age'] == {
+    '0 to 7': 8,
+    '8 to 14': 7,
+    '15 to 21': 7,
+    '22 to 29': 8,
+  }
+  assert not sizes['zip']  # nobody can read thirty slices
+
+
+def test_of_a_user_with_several_targets_the_mean_counts():
+  results = results_of([3] * 3, [1] * 3)._replace(
+    users=np.array([7, 7, 9]), full=np.array([0, 99, 99])
+  )
+  # Of user 7's items one of two is first, of user 9's none.
+  assert results.means()['full']['HR@10'] == 0.25
+  assert results.num_users == 2
+  better = results._replace(full=np.array([0, 0, 99]))
+  found = user_results.difference(better, results)
+  assert found['full']['HR@10'].mean == 0.25
 
 
 def test_a_difference_is_paired():

@@ -143,7 +143,9 @@ def seconds_of(column: pa.ChunkedArray) -> np.ndarray:
   try:
     if pa.types.is_dictionary(column.type):
       column = column.cast(column.type.value_type)
-    if pa.types.is_large_string(column.type):
+    if pa.types.is_large_string(column.type) or pa.types.is_string_view(
+      column.type
+    ):
       column = column.cast(pa.string())
     if pa.types.is_string(column.type):
       return _seconds_of_text(column)

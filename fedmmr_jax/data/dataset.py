@@ -102,10 +102,8 @@ class Dataset:
     ...            text={'a': [1, 0], 'b': [0, 1]}).features['text'].tolist()
     [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     """
-    # These build on this module.
-    from fedmmr_jax.data import features  # pylint: disable=g-import-not-at-top
+    # It builds on this module.
     from fedmmr_jax.data.interactions import Interactions  # pylint: disable=g-import-not-at-top
-    from fedmmr_jax.data.selection import select  # pylint: disable=g-import-not-at-top
 
     columns = [np.asarray(x) for x in (users, items, times) if x is not None]
     if len({x.shape for x in columns}) > 1 or columns[0].ndim != 1:
@@ -113,7 +111,64 @@ class Dataset:
         f'{name}: users, items and times must be of one length, not '
         + ', '.join(str(x.shape) for x in columns)
       )
-    dataset = select(name, Interactions.of(*columns)).dataset
+    interactions = Interactions.of(*columns)
+    return cls._of(name, interactions, visual, text, titles, others)
+
+  @classmethod
+  def of_frame(
+    cls,
+    frame: Any,
+    options: str = '',
+    visual: Mapping | None = None,
+    text: Mapping | None = None,
+    titles: Mapping | None = None,
+    name: str = 'data',
+    **others: Mapping,
+  ) -> 'Dataset':
+    """A data set from a table in memory, split as by `of`.
+
+    Args:
+      frame: of pandas or polars, an Arrow table, or anything else with Arrow's
+        C interface; one row per interaction.
+      options: which column is whose and which rows count, if not the usual
+        ones, as `dataset` has them: 'user=who,item=what,min_rating=4'
+        (data/lines.py).
+      visual, text, titles, name, **others: as for `of`.
+
+    Raises:
+      UserError: a column is missing or holds no ids or times, an option is
+        unknown, no user has three interactions, or features fail the checks.
+
+    >>> import pyarrow as pa
+    >>> frame = pa.table({'who': [1, 1, 1], 'item_id': list('cab'),
+    ...                   'day': ['2020-03-01', '2020-01-01', '2020-02-01']})
+    >>> Dataset.of_frame(frame, 'user=who,time=day').item_ids.tolist()
+    ['', 'a', 'b', 'c']
+    """
+    # These build on this module.
+    from fedmmr_jax import parts  # pylint: disable=g-import-not-at-top
+    from fedmmr_jax.data import lines, tables  # pylint: disable=g-import-not-at-top
+
+    _, given = parts.split(f'{name},{options}' if options else name)
+    asked = parts.make(lines.Lines, given, f'{name}: {options}')
+    found = lines.apply(tables.of_frame(frame, asked, name), asked, name)
+    return cls._of(name, found, visual, text, titles, others)
+
+  @classmethod
+  def _of(
+    cls,
+    name: str,
+    interactions: Any,
+    visual: Mapping | None,
+    text: Mapping | None,
+    titles: Mapping | None,
+    others: Mapping[str, Mapping],
+  ) -> 'Dataset':
+    # These build on this module.
+    from fedmmr_jax.data import features  # pylint: disable=g-import-not-at-top
+    from fedmmr_jax.data.selection import select  # pylint: disable=g-import-not-at-top
+
+    dataset = select(name, interactions).dataset
     ids = dataset.item_ids[1:].tolist()
     made: dict[str, Any] = {
       'features': {

@@ -17,6 +17,8 @@ from fedmmr_jax.errors import UserError
 AUTO, NONE = 'auto', 'none'
 # Matrices with a setting of their own, `<kind>_features`.
 KINDS = ('visual', 'text')
+# How MMRec calls them, beside interactions of its own.
+_OF_MMREC = {'visual': 'image_feat.npy', 'text': 'text_feat.npy'}
 
 
 class IntegrityReport(NamedTuple):
@@ -71,8 +73,11 @@ def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
   if flag == NONE:
     return None
   if flag == AUTO:
-    path = folder / f'{kind}_features.npy'
-    return path if path.exists() else None
+    names = [f'{kind}_features.npy']
+    if kind in _OF_MMREC and _is_of_mmrec(folder):
+      names.append(_OF_MMREC[kind])
+    found = (folder / name for name in names)
+    return next((path for path in found if path.exists()), None)
   path = pathlib.Path(flag)
   if not path.exists():
     raise UserError(
@@ -80,6 +85,16 @@ def resolve(flag: str, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
       f'{_leave_out(kind)} to train without'
     )
   return path
+
+
+def _is_of_mmrec(folder: pathlib.Path) -> bool:
+  """Whether a folder is one of MMRec's: its interactions bear the part of a
+  line, `x_label`, and count items from 0 as the rows of its matrices do."""
+  for path in folder.glob('*.inter'):
+    with path.open('rb') as file:
+      if b'x_label' in file.readline(4096):
+        return True
+  return False
 
 
 def load(

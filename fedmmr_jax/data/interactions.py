@@ -89,7 +89,8 @@ def joined(
     names: of the files, for errors.
 
   Raises:
-    UserError: some have times and others none.
+    UserError: some have times and others none, or numbers as ids and others
+      texts.
   """
   first, *others = tables
   if not others:
@@ -100,6 +101,14 @@ def joined(
       f'{names[timed.index(False)]}: no times, but {names[timed.index(True)]} '
       'has some; name the column of both with `dataset=auto,time=…`'
     )
+  for what in ('user', 'item'):
+    kinds = [getattr(t, f'{what}_ids').dtype.kind for t in tables]
+    if len(set(kinds)) > 1:
+      # Whether a 1 there was written 1.0 is forgotten, and so whose it is.
+      raise UserError(
+        f'{names[kinds.index("i")]}: all {what} ids are whole numbers, in '
+        f'{names[kinds.index("U")]} they are texts; put both into one file'
+      )
   users, user_ids = _joined_ids([(t.users, t.user_ids) for t in tables])
   items, item_ids = _joined_ids([(t.items, t.item_ids) for t in tables])
   return Interactions(
@@ -122,10 +131,7 @@ def joined(
 
 
 def _joined_ids(columns) -> tuple[np.ndarray, np.ndarray]:
-  """([n] int32 indices, [u] ids ascending); texts if any file has texts."""
-  kinds = {ids.dtype.kind for _, ids in columns}
-  if len(kinds) > 1:
-    columns = [(codes, ids.astype(str)) for codes, ids in columns]
+  """([n] int32 indices, [u] ids ascending)."""
   ids, places = np.unique(
     np.concatenate([ids for _, ids in columns]), return_inverse=True
   )

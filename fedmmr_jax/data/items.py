@@ -11,6 +11,8 @@ The item files recognised in a folder:
     `meta_*.json`, `meta_*.jsonl`, `items.jsonl`: Amazon metadata, a JSON object
       a line
     `items.parquet`: Parquet
+    `news.tsv`: MIND, no header: id, category, subcategory, title, abstract, …
+    `yelp_academic_dataset_business.json`: Yelp
 
 All but Parquet may be gzipped.
 """
@@ -42,6 +44,8 @@ FILES = (
   'items.jsonl',
   'meta_*.jsonl',
   'meta_*.json',
+  'news.tsv',
+  'yelp_academic_dataset_business.json',
 )
 # Whole-number ids up to here are rows of a feature matrix as they stand.
 LARGEST_ROW = 10_000_000
@@ -57,7 +61,7 @@ _TITLE = (
 _GENRES = ('genres', 'genre', 'class', 'category', 'categories', 'tags')
 # What MovieLens calls no genre; to a text model it would be one.
 _NO_GENRE = '(no genres listed)'
-_FRACTION = re.compile(r'\.0+$')
+FRACTION = re.compile(r'\.0+$')
 _TAG = re.compile(r'</?[a-zA-Z][^<>]*>|<!--.*?-->', re.DOTALL)
 csv.field_size_limit(1 << 24)  # descriptions may be long
 _ABSTRACT = ('abstract', 'description', 'overview', 'summary', 'text')
@@ -197,7 +201,7 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
   ids = interactions.item_ids
   if ids.dtype.kind == 'i':
     # As in the interactions, `12.0` is 12.
-    whole = ((_FRACTION.sub('', i), item) for i, item in items.items())
+    whole = ((FRACTION.sub('', i), item) for i, item in items.items())
     items = {int(i): item for i, item in whole if _is_whole(i)}
     ids = np.union1d(
       ids, np.array([i for i in items if 0 <= i <= LARGEST_ROW], np.int64)
@@ -234,6 +238,8 @@ def read(path: pathlib.Path) -> list[tuple[str, Item]]:
     return _read_parquet(path)
   if not any(True for _ in text_files.lines(path)):
     return []
+  if name == 'news.tsv':
+    return list(_read_mind(path))
   if name == 'u.item':
     return list(_read_movielens(path, '|'))
   first = text_files.head(path)[0]
@@ -266,18 +272,30 @@ def _read_movielens(path, separator: str) -> Iterator[tuple[str, Item]]:
     yield fields[0], Item(fields[1], tuple(genres))
 
 
+def _read_mind(path) -> Iterator[tuple[str, Item]]:
+  for number, fields in rows(path, '\t', quoted=False):
+    if len(fields) < 5:
+      raise UserError(
+        f'{path}, line {number}: {len(fields)} fields; expected <news> '
+        '<category> <subcategory> <title> <abstract> …, between tabs'
+      )
+    news, category, subcategory, title, abstract = fields[:5]
+    genres = tuple(dict.fromkeys(filter(None, (category, subcategory))))
+    yield news, Item(_plain(title), genres, _plain(abstract))
+
+
 def _read_headed(path) -> Iterator[tuple[str, Item]]:
   """CSV, or RecBole's tabs with a type behind each name."""
   separator = max(',;\t', key=text_files.head(path)[0].count)
-  rows = _rows(
+  found = rows(
     path,
     separator,
     quoted=not text_files.plain_name(path).lower().endswith('.item'),
   )
-  _, header = next(rows)
+  _, header = next(found)
   header = [field.partition(':')[0].strip().lower() for field in header]
   picked = _pick(header, f'{path}, line 1')
-  for number, fields in rows:
+  for number, fields in found:
     if len(fields) != len(header):
       raise UserError(
         f'{path}, line {number}: {len(fields)} fields instead of '
@@ -287,11 +305,11 @@ def _read_headed(path) -> Iterator[tuple[str, Item]]:
     yield values[picked['id']].strip(), _item(values, picked)
 
 
-def _rows(
-  path, separator: str, quoted: bool
+def rows(
+  path: pathlib.Path, separator: str, quoted: bool
 ) -> Iterator[tuple[int, list[str]]]:
-  """Yields (number of its last line, fields); quoted ones may hold ends of
-  lines, as descriptions do.
+  """Yields (number of its last line, fields) of a small file; quoted fields may
+  hold ends of lines, as descriptions do.
 
   Between tabs, quotes that do not pair are part of the text: nothing there
   needs any (the titles of MIND: `"Best" of …`).

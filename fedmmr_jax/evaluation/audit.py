@@ -21,6 +21,8 @@ The checks, and how each is made:
       memory that holds the validation item
     catalogue filter: the items that negatives avoid, and those that a k-core
       counts, are training items
+    given split: no client trains on one of its own targets; where clients
+      consume things again in training too, they may
     evaluation negatives: unseen before the target, distinct, and candidates
     validation candidates: the later test item is ranked above the validation
       item; it must count there, and be drawn as a negative as often as any
@@ -46,7 +48,7 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.client import memory as memory_lib
 from fedmmr_jax.client import scoring, windows
 from fedmmr_jax.client import view as view_lib
-from fedmmr_jax.config import NoMemory, RunConfig, SharedNegatives
+from fedmmr_jax.config import Given, NoMemory, RunConfig, SharedNegatives
 from fedmmr_jax.data.dataset import client_view, Dataset, HELD_OUT
 from fedmmr_jax.evaluation import popularity, ranking
 from fedmmr_jax.evaluation.bootstrap import paired_bootstrap
@@ -101,6 +103,7 @@ def all_checks(simulation: Simulation, rounds: int = 2) -> list[Check]:
     training_windows(simulation),
     *trained_rounds(simulation, rounds),
     catalogue_filter(simulation),
+    *given_split(simulation),
     evaluation_negatives(simulation),
     validation_candidates(simulation),
   ]
@@ -458,6 +461,32 @@ def catalogue_filter(simulation: Simulation) -> Check:
       else ''
     ),
   )
+
+
+def given_split(simulation: Simulation) -> list[Check]:
+  """Looks for targets in their clients' training; nothing without a given
+  split, whose parts others have cut."""
+  if not isinstance(simulation.config.data.split_by, Given):
+    return []
+  dataset = simulation.dataset
+  own = [
+    dataset.sequence(k)[:n] for k, n in enumerate(simulation.num_train.tolist())
+  ]
+  again = sum(len(items) - len(np.unique(items)) for items in own)
+  targets = [
+    (k, row)
+    for split in ranking.SPLITS
+    for k, row in zip(*simulation.targets(split))
+  ]
+  trained = sum(row in own[k] for k, row in targets)
+  return [
+    Check(
+      'given split',
+      not trained or bool(again),
+      f'{trained:,} of {len(targets):,} targets are training items of their '
+      f'client; within training {again:,} items come again',
+    )
+  ]
 
 
 def evaluation_negatives(simulation: Simulation) -> Check:

@@ -193,13 +193,17 @@ def slices(
 def _by_attribute(
   users: np.ndarray, of_user: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
-  """Value -> [n] bool; quarters of numbers where there are many."""
+  """Value -> [n] bool; with many values quarters of numbers, else nothing: zip
+  codes make no slices."""
   values = np.array([of_user.get(str(user), '') for user in users.tolist()])
   distinct = np.unique(values[values != ''])
   if len(distinct) > MOST_VALUES:
     known = values != ''
     numbers = np.zeros(len(values))
-    numbers[known] = values[known].astype(float)
+    try:
+      numbers[known] = values[known].astype(float)
+    except ValueError:
+      return {}
     found = dict(_parts(numbers, 4, among=known))
   else:
     found = {value: values == value for value in distinct.tolist()}
