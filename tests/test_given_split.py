@@ -229,6 +229,11 @@ def test_dislikes_are_no_candidates():
   rows, _ = simulation.recommend(state, 0, 100)
   assert not np.isin(rows, own).any()
   assert len(rows) == results.candidates[0]
+
+
+@pytest.mark.slow
+def test_the_audit_knows_dislikes():
+  simulation = disliking(num_negatives=8)[0].with_popular_negatives()
   checks = audit.all_checks(simulation, rounds=1)
   assert all(check.passed for check in checks), checks
 

@@ -56,7 +56,7 @@ def draw_negatives(
   if not len(client.disliked):
     return drawn
   place = jnp.arange(shape[-1])
-  count = jnp.minimum(client.num_disliked, shape[-1] // 4)
+  count = num_explicit(client, config)
   some = jnp.maximum(client.num_disliked, 1)
   start = jax.random.randint(
     jax.random.fold_in(key, 1), (*shape[:-1], 1), 0, some
@@ -64,6 +64,11 @@ def draw_negatives(
   return jnp.where(
     place < count, client.disliked[(start + place) % some], drawn
   )
+
+
+def num_explicit(client: ClientData, config: RunConfig) -> jax.Array:
+  """[] int32 how many of N negatives are items that the client disliked."""
+  return jnp.minimum(client.num_disliked, config.client.num_negatives // 4)
 
 
 def score_batch(

@@ -152,7 +152,9 @@ def training_negatives(simulation: Simulation, draws: int = DRAWS) -> Check:
 
     drawn, trained = jax.lax.map(look, keys)
     free = view.num_drawable - 1 - jnp.sum(avoided[1:])
-    return jnp.sum(drawn), jnp.sum(trained), jnp.sum(wanted) / free
+    explicit = scoring.num_explicit(view, config)
+    neutral = 1 - explicit / max(config.client.num_negatives, 1)
+    return jnp.sum(drawn), jnp.sum(trained), neutral * jnp.sum(wanted) / free
 
   drawn, trained, share = (
     np.asarray(x, np.float64)
@@ -437,7 +439,14 @@ def catalogue_filter(simulation: Simulation) -> Check:
   avoided = np.asarray(data.avoided)
   own = np.split(avoided, np.cumsum(np.asarray(data.avoided_length))[:-1])
   foreign = sum(
-    len(np.setxor1d(own[k], dataset.sequence(k)[: simulation.num_train[k]]))
+    len(
+      np.setxor1d(
+        own[k],
+        np.union1d(
+          dataset.sequence(k)[: simulation.num_train[k]], dataset.disliked_by(k)
+        ),
+      )
+    )
     for k in range(dataset.num_clients)
   )
   counts = popularity.training_counts(dataset)[1:]
