@@ -3,6 +3,7 @@
 from typing import Any, Sequence
 
 import jax
+import numpy as np
 
 from experiments import app
 from fedmmr_jax import metrics
@@ -15,8 +16,8 @@ from fedmmr_jax.config import (
   NoMemory,
   Schedule,
 )
+from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data import features
-from fedmmr_jax.data.dataset import taking_part
 from fedmmr_jax.data.load import Loaded
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
@@ -68,7 +69,8 @@ def data_report(loaded: Loaded) -> str:
     more = ', …' if len(loaded.dropped_users) > 5 else ''
     lines.append(
       f'left out {len(loaded.dropped_users)} user(s) with too few '
-      'interactions (training, validation and test need one each): '
+      'interactions (an item to train on or to start from, and one for each '
+      'target): '
       f'{shown}{more}'
     )
   lines += map(str, loaded.integrity)
@@ -87,8 +89,9 @@ def banner(simulation: Simulation) -> str:
   """How the model works, in this configuration."""
   config = simulation.config
   c, s = config.client, config.server
-  clients = simulation.dataset.num_clients
-  trained = len(taking_part(simulation.num_train, config.data.new_clients))
+  trained = len(
+    dataset_lib.taking_part(simulation.num_train, config.data.new_clients)
+  )
   size = round_lib.cohort_size(config, trained)
   steps = windows.num_steps(simulation.num_train, config).mean()
   contrastive = (
@@ -115,18 +118,29 @@ def banner(simulation: Simulation) -> str:
       f'{_decay(s.server_schedule)}, '
       f'{size} of {trained} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
-      *_new_clients(clients - trained),
+      *_out_of_cohorts(simulation),
     ]
   )
 
 
-def _new_clients(count: int) -> list[str]:
-  if not count:
-    return []
-  return [
-    f'  new        {count} further clients are in no cohort, and ranked at the '
-    'end'
-  ]
+def _out_of_cohorts(simulation: Simulation) -> list[str]:
+  """Clients that no cohort is drawn of, and why."""
+  drawn = dataset_lib.draw_new_clients(
+    simulation.dataset.num_clients, simulation.config.data.new_clients
+  )
+  without = (np.delete(simulation.num_train, drawn) == 0).sum()
+  lines = []
+  if drawn.size:
+    lines.append(
+      f'  new        {drawn.size} further clients are in no cohort, and ranked '
+      'at the end'
+    )
+  if without:
+    lines.append(
+      f'  untrained  {without} further clients have nothing to train on: they '
+      'are in no cohort, and ranked like the others'
+    )
+  return lines
 
 
 def _hands() -> str:

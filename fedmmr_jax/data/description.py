@@ -6,7 +6,13 @@ import numpy as np
 
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.interactions import Interactions
-from fedmmr_jax.data.selection import Filters, in_order, odd_times, select
+from fedmmr_jax.data.selection import (
+  Filters,
+  in_order,
+  needed,
+  odd_times,
+  select,
+)
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)
 
@@ -69,15 +75,18 @@ class HeldOut(NamedTuple):
 
 
 def describe(interactions: Interactions) -> Description:
-  """Counts what there is."""
+  """Counts what there is; what people disliked is no interaction."""
+  if interactions.disliked is not None:
+    interactions = interactions.where(~interactions.disliked)
   table = in_order(interactions)
   num_users, num_items = map(len, interactions[3:5])
   lengths = np.bincount(table.users, minlength=num_users)
   popularity = np.bincount(table.items, minlength=num_items)
+  lengths, popularity = lengths[lengths > 0], popularity[popularity > 0]
   return Description(
     len(table.users),
-    num_users,
-    num_items,
+    len(lengths),
+    len(popularity),
     _times(interactions, table.tied()) if table.times is not None else None,
     table.duplicates(),
     table.repeats() / max(len(table.users), 1),
@@ -106,7 +115,8 @@ def filtered(
   Raises:
     UserError: they leave nobody.
   """
-  steps = [(f'at least {filters.min_interactions} interactions', {})]
+  least = needed(interactions, filters._replace(k_core=0))
+  steps = [(f'at least {least} interactions', {})]
   if filters.k_core:
     steps.append((f'{filters.k_core}-core', {'k_core': filters.k_core}))
   if filters.top_k_users:

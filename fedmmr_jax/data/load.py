@@ -171,7 +171,7 @@ def _load_files(
     reports,
     (
       f'read       {source}',
-      f'           {len(interactions.users)} interactions of '
+      f'           {_count(interactions)} of '
       f'{len(interactions.user_ids)} users and {len(interactions.item_ids)} '
       'items' + (f', items described in {item_file}' if item_file else ''),
       *interactions.notes,
@@ -188,6 +188,13 @@ def _load_files(
       *_about_matrices(config, source.folder, paths),
     ),
   )
+
+
+def _count(interactions: Interactions) -> str:
+  total, disliked = len(interactions.users), interactions.disliked
+  if disliked is None:
+    return f'{total} interactions'
+  return f'{(~disliked).sum()} interactions and {disliked.sum()} dislikes'
 
 
 def _about_ids(interactions: Interactions) -> list[str]:

@@ -108,12 +108,12 @@ def select(
     (np.bincount(table.users, minlength=size) > 0) & (sizes.used == 0)
   ]
   if not len(kept.users):
-    needed = _needed(interactions, filters)
+    least = needed(interactions, filters)
     raise UserError(
-      f'{name}: no user has the {needed} interactions that '
+      f'{name}: no user has the {least} interactions that '
       + (
         'training, validation and test need'
-        if needed <= MIN_INTERACTIONS
+        if least <= MIN_INTERACTIONS
         else '`min_interactions` and `k_core` ask for'
       )
     )
@@ -259,12 +259,12 @@ def in_order(interactions: Interactions) -> Table:
   )
 
 
-def _needed(interactions: Interactions, filters: Filters) -> int:
+def needed(interactions: Interactions, filters: Filters) -> int:
   """How many interactions a user needs."""
-  needed = max(filters.min_interactions, filters.k_core)
-  if interactions.parts is not None and needed == MIN_INTERACTIONS:
+  least = max(filters.min_interactions, filters.k_core)
+  if interactions.parts is not None and least == MIN_INTERACTIONS:
     return MIN_INTERACTIONS - 1  # a target, and an item before it
-  return needed
+  return least
 
 
 def _filtered(
@@ -272,10 +272,10 @@ def _filtered(
 ) -> Table:
   """Takes away what is too rare until nothing is."""
   num_users, num_items = map(len, interactions[3:5])
-  needed = _needed(interactions, filters)
+  least = needed(interactions, filters)
   while True:
     sizes = table.sizes(num_users, filters)
-    keep = (sizes.used >= needed)[table.users]
+    keep = (sizes.used >= least)[table.users]
     if filters.k_core:
       trained = (
         table.positions(num_users) < (sizes.used - sizes.held_out)[table.users]
@@ -453,7 +453,12 @@ def _about_parts(table: Table, interactions: Interactions) -> list[str]:
       f'           {new.size} users are in no training part '
       f'({interactions.user_ids[new[0]]}): they are ranked, and never train'
     )
-  if table.times is not None:
+  if table.times is None:
+    notes.append(
+      '           without times each target is ranked after those before it; '
+      'where the order of lines is none, say `split_by=given,history=train`'
+    )
+  else:
     latest = np.full(num_users, -np.inf)
     is_train = table.parts == split.TRAIN
     np.maximum.at(latest, table.users[is_train], table.times[is_train])
