@@ -268,7 +268,9 @@ def round_line(record: dict[str, Any], num_rounds: int) -> str:
   shares = metrics.members(train, metrics.ROUTER_WEIGHT)
   parts = [
     f'round {record["round"]:>{len(str(num_rounds))}}/{num_rounds}',
-    _told('loss', train[metrics.LOSS], '.4f'),
+    'nothing trained, nobody in the cohort has a positive'
+    if train[metrics.LOSS] is None
+    else _told('loss', train[metrics.LOSS], '.4f'),
     'router ' * bool(shares)
     + ' '.join(f'{expert} {share:.2f}' for expert, share in shares.items()),
     _told('inst.weight', train[metrics.INSTANCE_WEIGHT], '.3f'),
@@ -292,7 +294,8 @@ def _told(title: str, value: float | None, form: str) -> str:
 
 def progress(record: dict[str, Any]) -> dict[str, float]:
   """What the progress bar shows: loss, and validation if there was one."""
-  figures = {'loss': record['train'][metrics.LOSS]}
+  loss = record['train'][metrics.LOSS]
+  figures = {} if loss is None else {'loss': loss}
   if 'val' in record:
     figures |= {
       f'{metrics.HR} {protocol}': values[metrics.HR]

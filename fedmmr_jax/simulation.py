@@ -26,6 +26,7 @@ from fedmmr_jax.config import (
   ORIGINAL_EXPERTS,
   RunConfig,
   StartConfig,
+  Timeline,
   TwoTierMemory,
 )
 from fedmmr_jax.data import dataset as dataset_lib
@@ -660,10 +661,11 @@ def build(
     metrics: further ranking metrics, likewise.
 
   Raises:
-    UserError: a client with too few unseen items for the negatives, global
-      prototypes without texts, too many control variates, or nothing left to
-      train.
+    UserError: no client has anything to train on, a client with too few unseen
+      items for the negatives, global prototypes without texts, too many control
+      variates, or nothing left to train.
   """
+  _check_trainable(config, dataset)
   modalities = _modalities(config, dataset)
   # The experts' features; the item table may start from the others too.
   features = {
@@ -714,6 +716,30 @@ def build(
     )
   groups.check(params, warm_start_lib.named_parameters(config), 'load')
   return simulation
+
+
+def _check_trainable(config: RunConfig, dataset: Dataset) -> None:
+  """Raises UserError if no cohort could ever have a positive."""
+  clients = taking_part(dataset.num_clients, config.data.new_clients)
+  if (num_positives(dataset.num_train[clients], config) > 0).any():
+    return
+  data = config.data
+  shorten = [
+    f'`{name}={value}`'
+    for name, value in (
+      ('k_core', data.k_core),
+      ('cold_items', data.cold_items),
+      ('new_clients', data.new_clients),
+      ('split_by', isinstance(data.split_by, Timeline) and data.split_by),
+    )
+    if value
+  ]
+  raise UserError(
+    f'{dataset.name}: nothing to train on: a positive is a training item that '
+    f'comes after another one, and none of {len(clients)} clients has two; '
+    'give longer histories, of 4 interactions or more where the last two are '
+    'held out' + (f', or change {" or ".join(shorten)}' if shorten else '')
+  )
 
 
 def _modalities(

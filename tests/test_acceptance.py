@@ -56,6 +56,15 @@ def test_each_point_can_fail_alone(name, points):
   assert [n for n, p in points.items() if not p['passed']] == [name]
 
 
+def test_a_last_round_without_a_positive_is_passed_over():
+  nothing = dict.fromkeys(train(), None) | {'loss': None}
+  records = [{'train': train(loss=1.0)}, {'train': nothing}]
+  points = acceptance.judge(
+    small.config(), records, {'sampled': {'HR@10': 0.6}}, (REPORT,)
+  )
+  assert [p['passed'] for p in points] == [True] * 5
+
+
 def test_a_run_without_experts_has_nothing_to_say_about_them():
   points = judge(
     last=train(

@@ -324,3 +324,12 @@ def test_a_third_expert_is_told_of_in_the_line_of_a_round():
   for name in ('w_visual', 'w_semantic', 'w_audio'):
     del line['train'][name]
   assert 'router' not in console.round_line(line, 5)
+
+
+def test_a_round_in_which_nobody_trained_says_so():
+  line = record(1)
+  assert 'loss 3.0' in console.round_line(line, 5)
+  line['train'] = dict.fromkeys(line['train'])
+  text = console.round_line(line, 5)
+  assert 'nothing trained, nobody in the cohort has a positive' in text
+  assert 'None' not in text and 'loss' not in console.progress(line)

@@ -105,6 +105,9 @@ def aggregate(
 ) -> ServerState:
   """Applies one round's updates.
 
+  A cohort without a single positive taught nothing: parameters, moments and
+  drift control stay as they are, where a momentum would go on by itself.
+
   Args:
     state: before the round.
     upload: of the cohort.
@@ -139,11 +142,16 @@ def aggregate(
     prototypes = prototypes_lib.recluster(
       prototypes, state.prototypes, config.global_memory.iterations
     )
-  return ServerState(
+  after = ServerState(
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
-    prototypes=prototypes,
-    round=state.round + 1,
+    prototypes=None,
+    round=None,
     control=control,
     aggregator=aggregator_state,
   )
+  before = state._replace(prototypes=None, round=None)
+  trained = everybody.weight > 0
+  kept = jax.tree.map(lambda x, y: jnp.where(trained, x, y), after, before)
+  # Memories are summarised whether or not their clients trained.
+  return kept._replace(prototypes=prototypes, round=state.round + 1)

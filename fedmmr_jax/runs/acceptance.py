@@ -34,7 +34,10 @@ def judge(
     test: its test metrics, {'sampled': …, 'full': …}.
     integrity: reports of the feature matrices that were checked at start.
   """
-  first, last = records[0]['train'], records[-1]['train']
+  # A round whose cohort had no positive says nothing.
+  rounds = [record['train'] for record in records]
+  trained = [t for t in rounds if t.get(metrics.LOSS) is not None] or rounds
+  first, last = trained[0], trained[-1]
   hit_rate = test[metrics.SAMPLED][metrics.HR]
   return [
     _point(
