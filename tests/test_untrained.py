@@ -2,6 +2,7 @@
 changes nothing; a cohort of one, heavy or light."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -129,3 +130,30 @@ def test_a_run_with_rounds_of_nobody_says_so(tmp_path):
   assert 'None' not in text and 'nan' not in text.lower()
   json.dumps(summary, allow_nan=False)
   assert 'Recommendation loss' in report.write(run).read_text('utf-8')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('aggregator', ['fedavg', 'fednova'])
+def test_a_light_client_alone_takes_no_time_of_the_heaviest(aggregator):
+  rng = np.random.default_rng(0)
+  rows = [(0, item) for item in rng.permutation(3000)[:2000]]
+  rows += [(u, i) for u in range(1, 21) for i in rng.permutation(3000)[:4]]
+  data = Dataset.of(*zip(*rows), name='unequal')
+  limits = dict(aggregator=aggregator, client_fraction=1e-9)
+  seconds = {}
+  for steps in (0, 1):
+    simulation = simulation_lib.build(
+      small.config(max_local_steps=steps, **limits), data
+    )
+    assert simulation.sample_cohort(1).shape == (1, 1)
+    state = simulation.init_state()
+    for number, client in enumerate((5, 5, 0, 0), 1):  # each twice: compiling
+      start = time.perf_counter()
+      state, means = simulation.run_round(
+        state, number, cohort(simulation, client)
+      )
+      round_lib.check_finite_state(state, number)
+      seconds[steps, client] = time.perf_counter() - start
+      assert np.isfinite(means['loss'])
+  # 500 steps against one: masked steps would make them equally long.
+  assert seconds[0, 5] < seconds[0, 0] / 3
