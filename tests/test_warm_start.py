@@ -14,7 +14,7 @@ from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.models import groups
-from fedmmr_jax.runs import training
+from fedmmr_jax.runs import training, warm_start
 from fedmmr_jax.runs.checkpoint import named_arrays, Rounds
 from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
@@ -118,14 +118,15 @@ def test_a_round_can_be_named(pretrained):
     start(pretrained / 'rounds' / '7').init_state()
 
 
-def subset(items: set[int]):
-  """The data set of those of its interactions; other rows, the same ids."""
+def subset(items: set[int], without=()):
+  """The data set of those of its interactions, without some users; other rows,
+  the same ids."""
   whole = small.dataset()
   users, found, times = [], [], []
   for k in range(whole.num_clients):
     for t, row in enumerate(whole.sequence(k)):
       item = whole.item_ids[row]
-      if item in items:
+      if item in items and whole.user_ids[k] not in without:
         users.append(whole.user_ids[k])
         found.append(item)
         times.append(t)
@@ -154,16 +155,128 @@ def test_items_are_matched_by_id(pretrained):
   )
 
 
+def as_text(dataset):
+  """The same with ids that are no numbers."""
+  return dataclasses.replace(
+    dataset,
+    item_ids=np.array(['', *(f'B{i:03}' for i in dataset.item_ids[1:])]),
+    user_ids=np.array([f'A{u}' for u in dataset.user_ids]),
+  )
+
+
 @pytest.mark.slow
-def test_an_item_that_would_stay_random_is_refused(tmp_path):
-  few = train(tmp_path / 'few', subset(set(range(5, 61))))
-  with pytest.raises(
-    UserError,
-    match=r'embeddings cannot be loaded .* [45] of '
-    r'this run.s \d+ items .*would stay random .ids 1, 2',
+@pytest.mark.parametrize(
+  'ids, start_of_items',
+  [(lambda dataset: dataset, 'id'), (as_text, 'content_init')],
+)
+def test_data_that_has_grown_brings_new_items_and_users(
+  tmp_path, ids, start_of_items
+):
+  earlier = ids(subset(set(range(5, 61)), without=(2, 5)))
+  now = ids(small.dataset())
+  changes = dict(item_embedding=start_of_items, client_fraction=1.0)
+  path = train(tmp_path / 'earlier', earlier, num_rounds=1, **changes)
+  simulation = start(
+    path, now, load='embeddings,backbone,memories', num_rounds=1, **changes
+  )
+  fresh = simulation._fresh_state()
+  state = simulation.init_state()
+  saved_ = Rounds(path).load_as_saved(1)['state']
+  small.assert_trees_equal(
+    state.server.params['backbone'], saved_['server']['params']['backbone']
+  )
+  # Items.
+  there = {i: row for row, i in enumerate(earlier.item_ids.tolist()) if row}
+  new = [n for n, i in enumerate(now.item_ids.tolist()) if n and i not in there]
+  table, old = state.server.params['item_embedding'], saved_['server']['params']
+  assert 4 <= len(new) < now.num_items
+  for row, item in enumerate(now.item_ids.tolist()):
+    if item in there:
+      np.testing.assert_array_equal(
+        table[row], old['item_embedding'][there[item]]
+      )
+  drawn = np.asarray(fresh.server.params['item_embedding'])[new]
+  if start_of_items == 'id':
+    np.testing.assert_array_equal(table[np.array(new)], drawn)
+  else:  # turned, no longer and no shorter
+    np.testing.assert_allclose(
+      np.linalg.norm(table[np.array(new)], axis=1),
+      np.linalg.norm(drawn, axis=1),
+      rtol=1e-4,
+    )
+  # Users.
+  places = {u: k for k, u in enumerate(earlier.user_ids.tolist())}
+  assert len(places) == now.num_clients - 2
+  some = False
+  for k, user in enumerate(now.user_ids.tolist()):
+    own = jax.tree.map(lambda x: np.asarray(x[k]), state.memories)
+    if user not in places:
+      assert own.clock == 0 and not own.item.any() and not own.surprise.any()
+      continue
+    before = {n: x[places[user]] for n, x in saved_['memories'].items()}
+    assert own.clock == before['clock'] > 0
+    assert now.item_ids[own.item].tolist() == (
+      earlier.item_ids[before['item']].tolist()
+    )
+    np.testing.assert_array_equal(own.surprise, before['surprise'])
+    some |= own.item.any()
+  assert some
+  # Both are counted, a line each.
+  report = console.warm_start_report(simulation.warm_start, [])
+  how = 'as drawn' if start_of_items == 'id' else 'from their content'
+  for line in (
+    f'{earlier.num_items} items, matched by id',
+    f'{len(new)} new items, {how}',
+    f'{len(places)} users, matched by id',
+    '2 new users, empty',
   ):
-    start(few, load='embeddings').init_state()
-  start(few, load='backbone').init_state()
+    assert sum(line in told for told in report.splitlines()) == 1, line
+  counts = {
+    name: sum(p.count for p in simulation.warm_start.table if p.name == name)
+    for name in ('item_embedding', 'memories')
+  }
+  assert counts['item_embedding'] == table.size
+  assert counts['memories'] == sum(
+    x.size for x in jax.tree.leaves(state.memories)
+  )
+  state, means = simulation.run_round(state, 1, simulation.sample_cohort(1))
+  assert np.isfinite(means['loss'])
+  assert np.isfinite(simulation.evaluate(state, 'test')[0]['full']['MRR'])
+
+
+def test_new_items_are_turned_to_the_axes_of_the_known():
+  rng = np.random.default_rng(0)
+  fresh = rng.normal(size=(40, 6))
+  turn, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+  new = np.array([3, 17])
+  loaded = fresh @ turn
+  loaded[new] = 0
+  table = warm_start._with_new(fresh, loaded, new, from_content=True)
+  np.testing.assert_allclose(table, fresh @ turn)
+  np.testing.assert_array_equal(
+    warm_start._with_new(fresh, loaded, new, from_content=False)[new],
+    fresh[new],
+  )
+
+
+def test_a_memory_of_items_that_are_gone_has_empty_slots():
+  saved_ = dict(
+    item=np.array([[1, 2], [3, 0]], np.int32),
+    surprise=np.array([[0.5, 0.75], [1.0, 0.0]], np.float32),
+    clock=np.array([4, 2], np.int32),
+  )
+  users = warm_start._Match(np.array([1, -1, 0]), 0)
+  found = warm_start._of_users(saved_, users, np.array([0, 0, 7, 5]))
+  assert found['item'].tolist() == [[5, 0], [0, 0], [0, 7]]
+  assert found['surprise'].tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 0.75]]
+  assert found['clock'].tolist() == [2, 0, 4]
+
+
+def test_data_without_a_known_item_or_user_is_refused(pretrained):
+  other = as_text(small.dataset())
+  for group, kind in (('embeddings', 'items'), ('memories', 'users')):
+    message = small.error_of(start(pretrained, other, load=group).init_state)
+    assert f'{kind} is in it, by id (here ' in message
 
 
 @pytest.mark.slow
@@ -230,10 +343,17 @@ def test_the_same_data_under_another_name_is_loaded(pretrained):
 
 def test_what_belongs_to_other_data_is_refused(pretrained):
   other = subset(set(range(5, 61)))
-  start(pretrained, other, load='embeddings,router').init_state()
-  for group in ('experts', 'memories'):
-    with pytest.raises(UserError, match=f'{group} cannot .*other data'):
-      start(pretrained, other, load=group).init_state()
+  start(pretrained, other, load='embeddings,router,memories').init_state()
+  with pytest.raises(UserError, match='experts cannot .*other data'):
+    start(pretrained, other, load='experts').init_state()
+  # What a prototype means, features say.
+  with pytest.raises(UserError, match='memories cannot .*other data'):
+    start(
+      pretrained,
+      other,
+      load='memories',
+      global_memory='prototypes,number=2,iterations=3',
+    ).init_state()
 
 
 @pytest.mark.slow

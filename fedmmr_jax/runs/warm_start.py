@@ -3,8 +3,10 @@
 Parameters are loaded by name, see `models/groups.py`. A requested group is
 loaded whole, or the run does not start: a table that silently stays random, or
 whose rows mean other items, looks like training that does not work. Items and
-users are matched by their ids in the source. The server optimizer starts from
-its initial state.
+users are matched by their ids in the source. Data may have grown since: new
+items keep the rows with which this run starts them, new users have an empty
+memory, and the report counts both. The server optimizer starts from its initial
+state.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import numpy as np
 from fedmmr_jax.client import vocabulary
 from fedmmr_jax.config import (
   ALL_GROUPS,
+  ContentInit,
   ContentPlusId,
   GROUPS,
   MEMORIES,
@@ -62,6 +65,8 @@ class WarmStart(NamedTuple):
   Attributes:
     source: folder of the round it comes from.
     params: path -> parameter.
+    new_items: [n] rows of the item table that are left as they were drawn.
+    from_content: whether these were drawn around the items' content.
     memories: of all clients, with the global prototypes: the fields of
       `FederationState.memories` and, if the experts attend to them, of
       `ServerState.prototypes`; None unless requested.
@@ -70,6 +75,8 @@ class WarmStart(NamedTuple):
 
   source: pathlib.Path
   params: dict[str, Any]
+  new_items: np.ndarray
+  from_content: bool
   memories: tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None] | None
   table: list[Part]
 
@@ -81,6 +88,14 @@ class WarmStart(NamedTuple):
         state.server.params,
       )
     )
+    if len(self.new_items):
+      table = _with_new(
+        np.asarray(state.server.params[vocabulary.ITEM_TABLE]),
+        np.asarray(self.params[vocabulary.ITEM_TABLE]),
+        self.new_items,
+        self.from_content,
+      )
+      server.params[vocabulary.ITEM_TABLE] = jnp.asarray(table)
     if self.memories is None:
       return state._replace(server=server)
     memories, prototypes = jax.tree.map(jnp.asarray, self.memories)
@@ -89,6 +104,29 @@ class WarmStart(NamedTuple):
     return state._replace(
       memories=type(state.memories)(**memories), server=server
     )
+
+
+class _Match(NamedTuple):
+  """Where the items or users of this run are in the other run.
+
+  Attributes:
+    rows: [n] their places there; -1 for those that are new.
+    left: how many others are only there.
+  """
+
+  rows: np.ndarray
+  left: int
+
+  @property
+  def new(self) -> np.ndarray:
+    """Places here of the new ones."""
+    return np.flatnonzero(self.rows < 0)
+
+  def taken(self, found: np.ndarray) -> np.ndarray:
+    """What the other run has for those of this run; zeros for new ones."""
+    taken = found[self.rows]
+    taken[self.new] = 0
+    return taken
 
 
 def load(
@@ -113,9 +151,15 @@ def load(
   refuse = _refuser(source)
   _check_meaning(wanted, config, dataset, run, refuse)
   asker = _asker(vocabulary.ITEM_TABLE, _askers(wanted))
-  rows = asker and _rows(dataset, run, partial(refuse, asker))
+  items = asker and _match_items(dataset, run, partial(refuse, asker))
+  from_content = isinstance(config.model.item_embedding, ContentInit)
   params, table = _take(
-    wanted, fresh.server.params, saved['server']['params'], rows, refuse
+    wanted,
+    fresh.server.params,
+    saved['server']['params'],
+    items,
+    from_content,
+    refuse,
   )
   memories = None
   own = tuple(
@@ -124,27 +168,31 @@ def load(
   if MEMORIES in wanted:
     if fresh.memories is None:
       refuse(MEMORIES, 'this run has no experts, which alone read a memory')
-    # Prototypes that this run would not read stay behind.
-    memories = saved['memories'], own[1] and saved['server']['prototypes']
+    if saved['memories'] is None:
+      refuse(MEMORIES, 'it has no experts; memories would stay as drawn')
+    users, kept = _match_users(dataset, run, partial(refuse, MEMORIES))
+    memories = (
+      _of_users(saved['memories'], users, kept),
+      # Prototypes that this run would not read stay behind.
+      own[1] and saved['server']['prototypes'],
+    )
     _check_whole(own, memories, MEMORIES, MEMORIES, refuse)
     memories = _with_empty(own, memories)
-  table.append(
-    Part(
-      MEMORIES,
-      MEMORIES,
-      LOADED if memories else INITIAL,
-      _count(own),
-      '' if memories else 'not asked for',
+    table += _told_of_memories(_count(own), users)
+  else:
+    table.append(
+      Part(MEMORIES, MEMORIES, INITIAL, _count(own), 'not asked for')
     )
-  )
-  return WarmStart(source, params, memories, table)
+  new_items = items.new if items else np.zeros(0, int)
+  return WarmStart(source, params, new_items, from_content, memories, table)
 
 
 def _take(
   wanted: Sequence[str],
   own: dict[str, Any],
   theirs: dict[str, Any],
-  rows: np.ndarray | None,
+  items: _Match | None,
+  from_content: bool,
   refuse,
 ) -> tuple[dict[str, Any], list[Part]]:
   """The parameters that are loaded, and the table row of each part."""
@@ -158,15 +206,17 @@ def _take(
         places = [name] if whole else _below(name, askers)
         for place in places:
           found = _at(theirs, place)
-          if name == vocabulary.ITEM_TABLE and found is not None:
-            found = found[rows]
+          if items and name == vocabulary.ITEM_TABLE and found is not None:
+            found = items.taken(found)
           part = _at(own, place)
           _check_whole(part, found, place, whole or askers[place], refuse)
           params |= {
             _joined(place, path): x for path, x in named_arrays(found).items()
           }
-          note = _matched(rows, name, theirs)
-          table.append(Part(place, group, LOADED, _count(part), note))
+          if items and name == vocabulary.ITEM_TABLE:
+            table += _told_of_items(group, _count(part), items, from_content)
+          else:
+            table.append(Part(place, group, LOADED, _count(part), ''))
           extra = set(named_arrays(found)) - set(named_arrays(part))
           if extra:
             note = 'not in this model: ' + ', '.join(sorted(extra))
@@ -271,7 +321,7 @@ _MEANING = {
   # Its outputs are in the order of the experts.
   'router': ('experts',),
   'fusion': ('fusion',),
-  MEMORIES: ('memory',),
+  MEMORIES: ('dataset', 'memory'),
 }
 
 
@@ -322,13 +372,14 @@ def _check_group(
       refuse(f'its run had `item_embedding={starts[1]}`, not {starts[0]}')
   # Features may be others, and principal components of another catalogue are
   # other axes; a generated set has other items under the same ids.
+  is_generated = config.data.synthetic is not None
   on_features = {
     'embeddings': (
-      isinstance(config.model.item_embedding, ContentPlusId)
-      or config.data.synthetic is not None
+      isinstance(config.model.item_embedding, ContentPlusId) or is_generated
     ),
     'experts': True,
-    MEMORIES: True,
+    # A memory is ids and counters, a prototype a mean of features.
+    MEMORIES: bool(config.global_memory) or is_generated,
   }
   if not same_data and on_features.get(group):
     refuse(
@@ -354,28 +405,117 @@ def _meaning(config: RunConfig) -> dict[str, Any]:
   }
 
 
-def _rows(dataset: Dataset, run: RunFolder, refuse) -> np.ndarray:
-  """[V] row of each item in the other run's item table."""
+def _match_items(dataset: Dataset, run: RunFolder, refuse) -> _Match:
+  """Matches the rows of the item tables, [V] with the padding row."""
   # Row 0 is padding on both sides; an item may bear its id, 0, too.
-  theirs = {item: row for row, item in enumerate(run.ids()['item_ids']) if row}
-  own = dataset.item_ids[1:].tolist()
-  missing = [i for i in own if i not in theirs]
-  if missing:
-    shown = ', '.join(map(str, missing[:5])) + (', …' if missing[5:] else '')
-    refuse(
-      f"{len(missing)} of this run's {dataset.num_items} "
-      f'items are not in it and would stay random (ids {shown})'
-    )
-  return np.array([0, *(theirs[i] for i in own)])
-
-
-def _matched(rows, name: str, theirs) -> str:
-  if name != vocabulary.ITEM_TABLE:
-    return ''
-  total = len(theirs[name]) - 1
-  return f'{len(rows) - 1} items, matched by id' + (
-    f'; {total - len(rows) + 1} others left there' if total >= len(rows) else ''
+  return _match(
+    dataset.item_ids[1:].tolist(), run.ids()['item_ids'], 1, 'items', refuse
   )
+
+
+def _match_users(
+  dataset: Dataset, run: RunFolder, refuse
+) -> tuple[_Match, np.ndarray]:
+  """Matches the clients; and [V there] the row here of each item there, 0 for
+  those that this run does not have."""
+  ids = run.ids()
+  here = {
+    item: row for row, item in enumerate(dataset.item_ids.tolist()) if row
+  }
+  kept = [0, *(here.get(item, 0) for item in ids['item_ids'][1:])]
+  users = _match(dataset.user_ids.tolist(), ids['user_ids'], 0, 'users', refuse)
+  return users, np.array(kept)
+
+
+def _match(
+  own: list[Any], there: list[Any], padding: int, kind: str, refuse
+) -> _Match:
+  """Matches ids; the first `padding` rows are nobody's on both sides."""
+  theirs = {id_: row for row, id_ in enumerate(there) if row >= padding}
+  rows = np.array([*range(padding), *(theirs.get(id_, -1) for id_ in own)])
+  known = int((rows >= padding).sum())
+  if not known:
+    shown = ', '.join(map(str, own[:3]))
+    refuse(
+      f"none of this run's {len(own)} {kind} is in it, by id (here {shown}, …; "
+      f'there {", ".join(map(str, there[padding:][:3]))}, …)'
+    )
+  return _Match(rows, len(theirs) - known)
+
+
+def _with_new(
+  fresh: np.ndarray, loaded: np.ndarray, new: np.ndarray, from_content: bool
+) -> np.ndarray:
+  """[V, D] the loaded item table with the fresh rows of the new items.
+
+  Directions of content are principal components, other axes in another
+  catalogue: fresh rows are turned as those of the known items have to be to
+  come closest to what was loaded (orthogonal Procrustes, Schönemann 1966).
+  """
+  rows = fresh[new]
+  if from_content:
+    known = np.setdiff1d(np.arange(1, len(fresh)), new)
+    left, _, right = np.linalg.svd(fresh[known].T @ loaded[known])
+    rows = rows @ left @ right
+  table = loaded.copy()
+  table[new] = rows
+  return table
+
+
+def _of_users(
+  saved: dict[str, np.ndarray], users: _Match, kept: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The memories [K, …] of this run's users, over its own catalogue."""
+  # Without slots there are only clocks.
+  memories = {n: x if x is None else users.taken(x) for n, x in saved.items()}
+  if memories['item'] is None:
+    return memories
+  items = kept[memories['item']].astype(memories['item'].dtype)
+  for name, x in memories.items():
+    if x.shape == items.shape:  # of each slot; those of other items are empty
+      memories[name] = np.where(items > 0, x, np.zeros_like(x))
+  return memories | {'item': items}
+
+
+def _told_of_items(
+  group: str, count: int, items: _Match, from_content: bool
+) -> list[Part]:
+  new = len(items.new)
+  width = count // len(items.rows)
+  known = len(items.rows) - 1 - new
+  name = vocabulary.ITEM_TABLE
+  return _told(
+    name,
+    group,
+    (count - new * width, f'{known} items, matched by id', items.left),
+    (
+      new * width,
+      f'{new} new items, '
+      + ('from their content' if from_content else 'as drawn'),
+    ),
+  )
+
+
+def _told_of_memories(count: int, users: _Match) -> list[Part]:
+  new = len(users.new)
+  width = count // len(users.rows)
+  known = len(users.rows) - new
+  return _told(
+    MEMORIES,
+    MEMORIES,
+    (count - new * width, f'{known} users, matched by id', users.left),
+    (new * width, f'{new} new users, empty'),
+  )
+
+
+def _told(
+  name: str, group: str, known: tuple[int, str, int], new: tuple[int, str]
+) -> list[Part]:
+  """The row of what was matched, and that of what is new if there is any."""
+  count, note, left = known
+  note += f'; {left} others left there' if left else ''
+  told = [Part(name, group, LOADED, count, note)]
+  return told + ([Part(name, group, INITIAL, *new)] if new[0] else [])
 
 
 def _check_whole(own: Any, found: Any, name: str, asker: str, refuse) -> None:
