@@ -1,6 +1,7 @@
 """A data set of another format, from the shell: train, look into the run."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -71,6 +72,10 @@ def test_string_ids_along_a_timeline(tmp_path):
   assert {e['item_id'] for e in json.loads(out)['most_visual']} <= set(
     ids['item_ids'][1:]
   )
+  out, _ = run(
+    'inspect_checkpoint', f'--workdir={workdir}', '--k=1', 'router', 'best'
+  )
+  assert re.search(r'most visual\nitem .*\n-.*\nB\d\d ', out), out
   assert (
     '--split_by=timeline,test_from=noon: test_from is neither a date'
     in refused(

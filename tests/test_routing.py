@@ -1,5 +1,7 @@
 """What `experiments.inspect_checkpoint router` makes of weights."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -34,3 +36,13 @@ def test_nothing_to_choose_from():
   content = routing.summary(np.ones((2, 1)), ('a',), [1, 2], (), 10)
   assert content['with_choice'] == 0 and content['mean_a'] is None
   assert 'a -' in routing.text(content)
+
+
+def test_ids_that_are_no_numbers_are_told_as_they_are():
+  weights = np.array([[0.25, 0.75], [0.75, 0.25], [1.0, 0.0]])
+  ids = ['B07', '-1KK', '007']  # of Amazon, of Yelp, with zeros in front
+  content = routing.summary(weights, ('a', 'b'), ids, (), 10)
+  assert json.loads(json.dumps(content))['w_a'] == {'B07': 0.25, '-1KK': 0.75}
+  assert [e['item_id'] for e in content['most_b']] == ['B07', '-1KK']
+  text = routing.text(content)
+  assert 'B07' in text and '-1KK' in text and '007' not in text
