@@ -211,7 +211,9 @@ class Simulation:
     """
     if not self.config.start.pretrained_path:
       return None
-    return warm_start_lib.load(self.config, self.dataset, self.abstract_state)
+    return warm_start_lib.load(
+      self.config, self.dataset, self.abstract_state, self.catalogue.content
+    )
 
   def _fresh_state(self) -> FederationState:
     return round_lib.init(

@@ -167,7 +167,11 @@ def as_text(dataset):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'ids, start_of_items',
-  [(lambda dataset: dataset, 'id'), (as_text, 'content_init')],
+  [
+    (lambda dataset: dataset, 'id'),
+    (as_text, 'content_init'),
+    (as_text, 'content_plus_id,collaborative_dim=4'),
+  ],
 )
 def test_data_that_has_grown_brings_new_items_and_users(
   tmp_path, ids, start_of_items
@@ -190,13 +194,24 @@ def test_data_that_has_grown_brings_new_items_and_users(
   new = [n for n, i in enumerate(now.item_ids.tolist()) if n and i not in there]
   table, old = state.server.params['item_embedding'], saved_['server']['params']
   assert 4 <= len(new) < now.num_items
-  for row, item in enumerate(now.item_ids.tolist()):
-    if item in there:
-      np.testing.assert_array_equal(
-        table[row], old['item_embedding'][there[item]]
-      )
+  rows = np.array([n for n in range(1, now.num_rows) if n not in new])
+  places = [there[item] for item in now.item_ids[rows].tolist()]
+  if 'plus' in start_of_items:  # the embeddings are the same, not the rows
+
+    def embedded(params, content):
+      return params['item_embedding'] + content @ params['content_projection']
+
+    np.testing.assert_allclose(
+      embedded(state.server.params, simulation.catalogue.content)[rows],
+      embedded(old, RunFolder(path).content())[np.array(places)],
+      atol=1e-5,
+    )
+  else:
+    np.testing.assert_array_equal(
+      table[rows], old['item_embedding'][np.array(places)]
+    )
   drawn = np.asarray(fresh.server.params['item_embedding'])[new]
-  if start_of_items == 'id':
+  if start_of_items != 'content_init':
     np.testing.assert_array_equal(table[np.array(new)], drawn)
   else:  # turned, no longer and no shorter
     np.testing.assert_allclose(
@@ -242,6 +257,13 @@ def test_data_that_has_grown_brings_new_items_and_users(
   state, means = simulation.run_round(state, 1, simulation.sample_cohort(1))
   assert np.isfinite(means['loss'])
   assert np.isfinite(simulation.evaluate(state, 'test')[0]['full']['MRR'])
+  if 'plus' in start_of_items:  # and if it is not known what rows belong to
+    kept = path / 'content.npz'
+    kept.write_bytes(kept.read_bytes()[:-40])
+    again = start(path, now, load='embeddings', num_rounds=1, **changes)
+    assert 'content.npz: damaged' in small.error_of(again.init_state)
+    kept.unlink()
+    assert 'on other data' in small.error_of(again.init_state)
 
 
 def test_new_items_are_turned_to_the_axes_of_the_known():
@@ -251,11 +273,38 @@ def test_new_items_are_turned_to_the_axes_of_the_known():
   new = np.array([3, 17])
   loaded = fresh @ turn
   loaded[new] = 0
-  table = warm_start._with_new(fresh, loaded, new, from_content=True)
+  table = warm_start._with_new(fresh, loaded, new, turns=True)
   np.testing.assert_allclose(table, fresh @ turn)
   np.testing.assert_array_equal(
-    warm_start._with_new(fresh, loaded, new, from_content=False)[new],
-    fresh[new],
+    warm_start._with_new(fresh, loaded, new, turns=False)[new], fresh[new]
+  )
+
+
+def test_embeddings_stay_the_same_on_content_along_other_axes():
+  rng = np.random.default_rng(0)
+  turn, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+  before, table = rng.normal(size=(2, 40, 6))
+  projection = rng.normal(size=(6, 6))
+  new = np.array([3, 17])
+  table[0] = table[new] = before[0] = 0
+  content = before @ turn
+  before[new] = 0
+  found = warm_start._on_other_content(
+    {'item_embedding': table, 'content_projection': projection},
+    before,
+    content,
+    new,
+  )
+  np.testing.assert_allclose(
+    content @ found['content_projection'],
+    content @ turn.T @ projection,
+    atol=1e-9,
+  )
+  known = np.setdiff1d(np.arange(40), new)
+  np.testing.assert_allclose(
+    (content @ found['content_projection'] + found['item_embedding'])[known],
+    (before @ projection + table)[known],
+    atol=1e-9,
   )
 
 

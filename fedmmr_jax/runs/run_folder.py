@@ -6,9 +6,13 @@ JSON is strict: a value that is not a number is null, never NaN.
 
 import fcntl
 import json
+import os
 import pathlib
+import zipfile
 import zlib
 from typing import Any, Sequence, TextIO
+
+import numpy as np
 
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
@@ -19,6 +23,7 @@ from fedmmr_jax.runs import provenance
 
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
 SUMMARY, ROUNDS, REPORT = 'summary.json', 'rounds', 'report.html'
+CONTENT = 'content.npz'  # it has a checksum of its own
 LOCK = '.lock'
 CHECKSUM = 'checksum'  # a key of config.json and ids.json
 # Of the checkpoints; 1 had the server optimizers' state in another structure,
@@ -216,6 +221,29 @@ class RunFolder:
   def ids(self) -> dict[str, list]:
     """'user_ids' [K], 'item_ids' [V] and 'titles' [V] (or empty)."""
     return self._read(IDS)
+
+  def keep_content(self, content: np.ndarray) -> None:
+    """Keeps the items' content [V, D], of which `content_projection` is the
+    projection: a run on other data has it along other axes."""
+    if not (self.path / CONTENT).exists():
+      temporary = self.path / f'.{CONTENT}'
+      np.savez(temporary, content=content)
+      os.replace(temporary, self.path / CONTENT)
+
+  def content(self) -> np.ndarray | None:
+    """What `keep_content` kept, or None.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path = self.path / CONTENT
+    if not path.exists():
+      return None
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        return file['content']
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+      raise UserError(f'{path}: damaged ({error}); put it back') from None
 
   def records(self) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, empty if there is no such file; a

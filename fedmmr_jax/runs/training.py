@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from fedmmr_jax import metrics as metrics_lib
-from fedmmr_jax.config import ORIGINAL_EXPERTS, RunConfig
+from fedmmr_jax.config import ContentPlusId, ORIGINAL_EXPERTS, RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking, user_results
 from fedmmr_jax.federation import round as round_lib
@@ -56,6 +56,8 @@ def train(
   rounds.clear_leftovers()
   checkpoint, last_round, wall_before = restore(simulation, run, rounds)
   config = simulation.config
+  if isinstance(config.model.item_embedding, ContentPlusId):
+    run.keep_content(np.asarray(simulation.catalogue.content))
 
   def wall_seconds() -> float:
     return wall_before + time.perf_counter() - started

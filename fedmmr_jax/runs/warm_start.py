@@ -37,6 +37,7 @@ from fedmmr_jax.models.feddmmr import group_of
 from fedmmr_jax.runs.checkpoint import named_arrays, Rounds
 from fedmmr_jax.runs.run_folder import ROUNDS, RunFolder
 
+PROJECTION = 'content_projection'  # of content_plus_id
 LOADED, INITIAL, UNFIT = 'loaded', 'initial', 'does not fit'
 
 
@@ -66,7 +67,8 @@ class WarmStart(NamedTuple):
     source: folder of the round it comes from.
     params: path -> parameter.
     new_items: [n] rows of the item table that are left as they were drawn.
-    from_content: whether these were drawn around the items' content.
+    turns: whether these were drawn around the items' content, and have to be
+      turned to the axes of what was loaded.
     memories: of all clients, with the global prototypes: the fields of
       `FederationState.memories` and, if the experts attend to them, of
       `ServerState.prototypes`; None unless requested.
@@ -76,7 +78,7 @@ class WarmStart(NamedTuple):
   source: pathlib.Path
   params: dict[str, Any]
   new_items: np.ndarray
-  from_content: bool
+  turns: bool
   memories: tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None] | None
   table: list[Part]
 
@@ -93,7 +95,7 @@ class WarmStart(NamedTuple):
         np.asarray(state.server.params[vocabulary.ITEM_TABLE]),
         np.asarray(self.params[vocabulary.ITEM_TABLE]),
         self.new_items,
-        self.from_content,
+        self.turns,
       )
       server.params[vocabulary.ITEM_TABLE] = jnp.asarray(table)
     if self.memories is None:
@@ -130,7 +132,10 @@ class _Match(NamedTuple):
 
 
 def load(
-  config: RunConfig, dataset: Dataset, fresh: FederationState
+  config: RunConfig,
+  dataset: Dataset,
+  fresh: FederationState,
+  content: jax.Array,
 ) -> WarmStart:
   """Reads what `load` names from `pretrained_path`.
 
@@ -138,6 +143,7 @@ def load(
     config: the run that starts.
     dataset: its data.
     fresh: its state before round 1, or the shapes of that state.
+    content: [V, D] or [V, 0], see `Catalogue.content`.
 
   Raises:
     UserError: the path holds no round, or part of a requested group would keep
@@ -161,6 +167,9 @@ def load(
     from_content,
     refuse,
   )
+  if _moves_content(wanted, config, dataset, run) and items:
+    before = items.taken(run.content())
+    params |= _on_other_content(params, before, np.asarray(content), items.new)
   memories = None
   own = tuple(
     x and x._asdict() for x in (fresh.memories, fresh.server.prototypes)
@@ -184,7 +193,8 @@ def load(
       Part(MEMORIES, MEMORIES, INITIAL, _count(own), 'not asked for')
     )
   new_items = items.new if items else np.zeros(0, int)
-  return WarmStart(source, params, new_items, from_content, memories, table)
+  turns = type(config.model.item_embedding) is ContentInit
+  return WarmStart(source, params, new_items, turns, memories, table)
 
 
 def _take(
@@ -331,11 +341,28 @@ def _check_meaning(
   """Refuses parameters that would fit but mean something else."""
   # Whatever their files and flags are called.
   same_data = run.data_fingerprint() == dataset.fingerprint()
+  moves = _moves_content(wanted, config, dataset, run)
   for name in wanted:
     for group in _groups_of(name):
       _check_group(
-        group, config, run.config(), same_data, partial(refuse, name)
+        group, config, run.config(), same_data, moves, partial(refuse, name)
       )
+
+
+def _moves_content(
+  wanted, config: RunConfig, dataset: Dataset, run: RunFolder
+) -> bool:
+  """Whether embeddings of other data can be put on this run's content: its run
+  kept its own, and all that embeddings are made of is asked for."""
+  return (
+    isinstance(config.model.item_embedding, ContentPlusId)
+    and run.data_fingerprint() != dataset.fingerprint()
+    and run.content() is not None
+    and all(
+      _asker(name, _askers(wanted))
+      for name in (vocabulary.ITEM_TABLE, PROJECTION)
+    )
+  )
 
 
 def _groups_of(name: str) -> list[str]:
@@ -349,7 +376,12 @@ def _groups_of(name: str) -> list[str]:
 
 
 def _check_group(
-  group: str, config: RunConfig, other: RunConfig, same_data: bool, refuse
+  group: str,
+  config: RunConfig,
+  other: RunConfig,
+  same_data: bool,
+  moves_content: bool,
+  refuse,
 ) -> None:
   """Refuses a group whose parameters mean something else in the two runs."""
   before, here = _meaning(other), _meaning(config)
@@ -375,7 +407,9 @@ def _check_group(
   is_generated = config.data.synthetic is not None
   on_features = {
     'embeddings': (
-      isinstance(config.model.item_embedding, ContentPlusId) or is_generated
+      isinstance(config.model.item_embedding, ContentPlusId)
+      and not moves_content
+      or is_generated
     ),
     'experts': True,
     # A memory is ids and counters, a prototype a mean of features.
@@ -444,7 +478,7 @@ def _match(
 
 
 def _with_new(
-  fresh: np.ndarray, loaded: np.ndarray, new: np.ndarray, from_content: bool
+  fresh: np.ndarray, loaded: np.ndarray, new: np.ndarray, turns: bool
 ) -> np.ndarray:
   """[V, D] the loaded item table with the fresh rows of the new items.
 
@@ -453,13 +487,41 @@ def _with_new(
   come closest to what was loaded (orthogonal Procrustes, Schönemann 1966).
   """
   rows = fresh[new]
-  if from_content:
+  if turns:
     known = np.setdiff1d(np.arange(1, len(fresh)), new)
-    left, _, right = np.linalg.svd(fresh[known].T @ loaded[known])
-    rows = rows @ left @ right
+    rows = rows @ _turn(fresh[known], loaded[known])
   table = loaded.copy()
   table[new] = rows
   return table
+
+
+def _turn(rows: np.ndarray, like: np.ndarray) -> np.ndarray:
+  """[D, D] the orthogonal matrix that takes rows [n, D] closest to others."""
+  left, _, right = np.linalg.svd(rows.T @ like)
+  return left @ right
+
+
+def _on_other_content(
+  params: dict[str, np.ndarray],
+  before: np.ndarray,
+  content: np.ndarray,
+  new: np.ndarray,
+) -> dict[str, np.ndarray]:
+  """Rows and projection that give the same embeddings, content @ projection +
+  row, with this run's content; new items get them of the turned projection.
+
+  Args:
+    params: as loaded, zero rows for new items.
+    before: [V, D] the content that they belong to, zeros for new items.
+    content: [V, D] that of this run.
+    new: [n] the new items.
+  """
+  known = np.setdiff1d(np.arange(1, len(content)), new)
+  projection = np.asarray(params[PROJECTION])
+  turned = _turn(content[known], before[known]) @ projection
+  table = np.array(params[vocabulary.ITEM_TABLE])
+  table[known] += before[known] @ projection - content[known] @ turned
+  return {vocabulary.ITEM_TABLE: table, PROJECTION: turned}
 
 
 def _of_users(
