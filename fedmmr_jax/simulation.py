@@ -722,7 +722,9 @@ def build(
 
 def _check_trainable(config: RunConfig, dataset: Dataset) -> None:
   """Raises UserError if no cohort could ever have a positive."""
-  clients = taking_part(dataset.num_clients, config.data.new_clients)
+  clients = dataset_lib.old_clients(
+    dataset.num_clients, config.data.new_clients
+  )
   if (num_positives(dataset.num_train[clients], config) > 0).any():
     return
   data = config.data
