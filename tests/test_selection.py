@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.data import selection
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import Filters, select
 from fedmmr_jax.errors import UserError
@@ -238,3 +239,16 @@ def test_a_timeline_trains_and_ranks_what_it_should():
   own = dataset.sequence(0)
   rest = np.setdiff1d(np.arange(1, dataset.num_rows), own)
   assert popular.full[0] == (counts[rest] >= counts[own[-1]]).sum()
+
+
+@pytest.mark.parametrize('shift', [0, 0.5, -(2.0**62)])
+def test_the_order_is_that_of_a_sort_by_all_columns(shift):
+  rng = np.random.default_rng(0)
+  users = rng.integers(-3, 5, 500).astype(np.int32)
+  parts = rng.integers(0, 3, 500).astype(np.int8)
+  times = rng.integers(0, 20, 500) + shift
+  for third in (parts, None):
+    keys = [x for x in (times, third, users) if x is not None]
+    np.testing.assert_array_equal(
+      selection._order([users, third, times]), np.lexsort(keys)
+    )

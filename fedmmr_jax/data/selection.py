@@ -246,10 +246,7 @@ class Table(NamedTuple):
 def in_order(interactions: Interactions) -> Table:
   """By user, part and time; equal times keep the order of the source."""
   users, items, times = interactions[:3]
-  keys = [x for x in (times, interactions.parts, users) if x is not None]
-  order = (
-    np.lexsort(keys) if len(keys) > 1 else np.argsort(users, kind='stable')
-  )
+  order = _order([users, interactions.parts, times])
   return Table(
     users[order],
     items[order],
@@ -257,6 +254,22 @@ def in_order(interactions: Interactions) -> Table:
     None if interactions.parts is None else interactions.parts[order],
     order,
   )
+
+
+def _order(columns: list[np.ndarray | None]) -> np.ndarray:
+  """[n] the stable order by the first column, then the second, …; None = none.
+
+  Whole numbers that fit into one are sorted as one, in half the time."""
+  keys = [column for column in columns if column is not None]
+  combined, span = np.zeros(len(keys[0]), np.int64), 1
+  for key in keys:
+    least, most = (key.min(), key.max()) if len(key) else (0, 0)
+    width = int(most - least) + 1
+    span *= width
+    if span >= 2**62 or (key.dtype.kind == 'f' and (key % 1).any()):
+      return np.lexsort(keys[::-1])
+    combined = combined * width + (key - least).astype(np.int64)
+  return np.argsort(combined, kind='stable')
 
 
 def needed(interactions: Interactions, filters: Filters) -> int:
