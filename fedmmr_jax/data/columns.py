@@ -22,6 +22,8 @@ _WHOLE = re.compile(r'0(\.0+)?|-?[1-9][0-9]{0,17}|-?[1-9][0-9]{0,14}\.0+')
 _LARGEST_EXACT = 2**53  # of floats
 # Seconds reach year 5138 at 1e11; beyond, the unit is a thousandth, and so on.
 _FIRST_OF_NEXT_UNIT = 1e11
+_UNITS = ('seconds', 'milliseconds', 'microseconds', 'nanoseconds')
+DATES = 'dates'
 # What programs write where there is nothing: one user or item made of many.
 _MISSING = ('nan', 'null', 'none', 'n/a', '<na>')
 
@@ -132,8 +134,9 @@ def texts_of(column: pa.ChunkedArray) -> Texts:
   )
 
 
-def seconds_of(column: pa.ChunkedArray) -> np.ndarray:
-  """[n] float64 seconds since 1970, from numbers, dates or ISO 8601 text.
+def seconds_of(column: pa.ChunkedArray) -> tuple[np.ndarray, str]:
+  """([n] float64 seconds since 1970, what they were written in), from numbers,
+  dates or ISO 8601 text.
 
   Raises:
     Doubt: one is missing or cannot be read.
@@ -158,7 +161,7 @@ def seconds_of(column: pa.ChunkedArray) -> np.ndarray:
     raise Doubt from None
 
 
-def _seconds_of_text(column: pa.ChunkedArray) -> np.ndarray:
+def _seconds_of_text(column: pa.ChunkedArray) -> tuple[np.ndarray, str]:
   """Of ISO dates, or numbers."""
   for kind in (pa.timestamp('us'), pa.timestamp('us', 'UTC'), pa.float64()):
     try:
@@ -169,21 +172,32 @@ def _seconds_of_text(column: pa.ChunkedArray) -> np.ndarray:
       return in_seconds(found.to_numpy())
     return _seconds_of_timestamps(found)
   try:  # several ways of writing, or one that Arrow does not know
-    return in_seconds(
-      np.array([parse_time(x) for x in column.to_pylist()], np.float64)
-    )
+    return seconds_of_texts(column.to_pylist())
   except ValueError:
     raise Doubt from None
 
 
-def _seconds_of_timestamps(column: pa.ChunkedArray) -> np.ndarray:
+def _seconds_of_timestamps(column: pa.ChunkedArray) -> tuple[np.ndarray, str]:
   # What lies below a microsecond orders nothing that people do.
   in_us = pc.cast(column, pa.timestamp('us', column.type.tz), safe=False)
-  return pc.cast(in_us, pa.int64()).to_numpy() / 1e6
+  return pc.cast(in_us, pa.int64()).to_numpy() / 1e6, DATES
 
 
-def in_seconds(times: np.ndarray) -> np.ndarray:
-  """Times since 1970 in seconds, milli-, micro- or nanoseconds -> seconds.
+def seconds_of_texts(texts: list[str]) -> tuple[np.ndarray, str]:
+  """As `seconds_of`, whatever each of them is.
+
+  Raises:
+    ValueError: one is neither a number nor a date.
+    Doubt: see `in_seconds`.
+  """
+  numbers = np.array([parse_time(text) for text in texts], np.float64)
+  seconds, unit = in_seconds(numbers)
+  return seconds, unit if all(map(is_number, texts)) else DATES
+
+
+def in_seconds(times: np.ndarray) -> tuple[np.ndarray, str]:
+  """Times since 1970 in seconds, milli-, micro- or nanoseconds -> (seconds,
+  which it was).
 
   Raises:
     Doubt: one is not finite, or in a larger unit than most.
@@ -193,7 +207,9 @@ def in_seconds(times: np.ndarray) -> np.ndarray:
   bound = _first_of_next_unit(times)
   if (np.abs(times) >= bound).any():
     raise Doubt
-  return times / (bound / _FIRST_OF_NEXT_UNIT)
+  factor = bound / _FIRST_OF_NEXT_UNIT
+  thousands = round(np.log10(factor) / 3)
+  return times / factor, _UNITS[min(thousands, len(_UNITS) - 1)]
 
 
 def in_larger_unit(times: np.ndarray) -> int | None:
@@ -225,6 +241,15 @@ def parse_time(text: str) -> float:
     if when.tzinfo is None:
       when = when.replace(tzinfo=datetime.timezone.utc)
     return when.timestamp()
+
+
+def is_number(text: str) -> bool:
+  """Whether it is a finite one."""
+  try:
+    parse_number(text)
+  except ValueError:
+    return False
+  return True
 
 
 def parse_number(text: str) -> float:

@@ -116,12 +116,16 @@ def _read_fast(path, layout) -> Interactions:
       raise Doubt
   users, user_ids = columns_lib.ids_of(table[layout.user], layout.whole_ids)
   items, item_ids = columns_lib.ids_of(table[layout.item], layout.whole_ids)
-  times = columns_lib.seconds_of(table[layout.time]) if layout.time else None
+  times, unit = (
+    columns_lib.seconds_of(table[layout.time]) if layout.time else (None, '')
+  )
   further = {
     what: columns_lib.texts_of(table[name])
     for what, name in layout.further.items()
   }
-  return Interactions(users, items, times, user_ids, item_ids, columns=further)
+  return Interactions(
+    users, items, times, user_ids, item_ids, unit=unit, columns=further
+  )
 
 
 def _read_carefully(path, layout) -> Interactions:
@@ -129,6 +133,7 @@ def _read_carefully(path, layout) -> Interactions:
   users, items = Numbering(), Numbering()
   user_column, item_column, times, numbers = [], [], [], []
   further = {what: Column() for what in layout.further}
+  dates = False
   for number, fields in _rows(path, layout):
     problem = _problem_of(fields, layout)
     if problem:
@@ -142,7 +147,9 @@ def _read_carefully(path, layout) -> Interactions:
     for what, column in further.items():
       column.append(fields[place[layout.further[what]]])
     if layout.time:
-      times.append(columns_lib.parse_time(fields[place[layout.time]]))
+      text = fields[place[layout.time]]
+      times.append(columns_lib.parse_time(text))
+      dates |= not columns_lib.is_number(text)
       numbers.append(number)
   check_unit(path, layout.time, times, numbers)
   return from_numbered(
@@ -153,6 +160,7 @@ def _read_carefully(path, layout) -> Interactions:
     times if layout.time else None,
     layout.whole_ids,
     further,
+    dates,
   )
 
 
@@ -198,22 +206,28 @@ def from_numbered(
   times: Sequence[float] | None,
   whole: bool,
   further: Mapping[str, Column] = {},
+  dates: bool = False,
 ) -> Interactions:
-  """Interactions [n] whose ids are known by number.
+  """Interactions [n] whose ids are known by number; `dates` says that the times
+  are of dates.
 
   Raises:
     Doubt: see `columns.unique_ids`.
   """
   user_ids, user_place = columns_lib.unique_ids(list(user_texts), whole)
   item_ids, item_place = columns_lib.unique_ids(list(item_texts), whole)
+  seconds, unit = (
+    (None, '')
+    if times is None
+    else columns_lib.in_seconds(np.array(times, np.float64))
+  )
   return Interactions(
     user_place.astype(np.int32)[np.array(users, np.int64)],
     item_place.astype(np.int32)[np.array(items, np.int64)],
-    None
-    if times is None
-    else columns_lib.in_seconds(np.array(times, np.float64)),
+    seconds,
     user_ids,
     item_ids,
+    unit=columns_lib.DATES if dates else unit,
     columns={what: column.texts for what, column in further.items()},
   )
 

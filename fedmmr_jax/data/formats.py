@@ -111,7 +111,7 @@ def detect(path: pathlib.Path, lines: Lines = Lines()) -> str:
       if fields == ['userId', 'movieId', 'rating', 'timestamp']
       else 'csv'
     )
-  if len(fields) == 4 and _is_number(fields[3]):
+  if len(fields) == 4 and columns_lib.is_number(fields[3]):
     if separator == ',':
       return 'amazon-ratings'
     if separator == '\t':
@@ -363,7 +363,7 @@ def _read_reviews(path, lines) -> Interactions:
 def _reviews_carefully(path, picked: Roles) -> Interactions:
   user, item, time = picked[:3]
   further = {what: Column() for what in picked.further}
-  users, items = Numbering(), Numbering()
+  users, items, dates = Numbering(), Numbering(), False
   user_column, item_column, times, numbers = [], [], [], []
   for number, line in text_files.lines(path):
 
@@ -392,6 +392,7 @@ def _reviews_carefully(path, picked: Roles) -> Interactions:
     if time:
       try:
         times.append(columns_lib.parse_time(str(review.get(time))))
+        dates |= not columns_lib.is_number(str(review[time]))
       except ValueError:
         wrong(f'{time} is neither a number nor a date')
       numbers.append(number)
@@ -404,6 +405,7 @@ def _reviews_carefully(path, picked: Roles) -> Interactions:
     times if time else None,
     whole=False,
     further=further,
+    dates=dates,
   )
 
 
@@ -428,14 +430,6 @@ def _split(line: str, separator: str) -> list[str]:
   return [
     field.strip() for field in next(csv_lib.reader([line], delimiter=separator))
   ]
-
-
-def _is_number(text: str) -> bool:
-  try:
-    columns_lib.parse_number(text)
-  except ValueError:
-    return False
-  return True
 
 
 FORMATS: Mapping[str, Format] = {

@@ -33,6 +33,7 @@ class Interactions(NamedTuple):
     user_ids: the source's own ids, ascending: int64, or strings if not all are
       whole numbers.
     item_ids: likewise.
+    unit: what the times were written in ('seconds', 'dates', …); '' = unknown.
     notes: what the reader took for granted, for people to check.
     columns: what else was read of each line, by what it is (`lines.py`).
     weights: [n] float32, how much each counts in the loss; None = all alike.
@@ -45,6 +46,7 @@ class Interactions(NamedTuple):
   times: np.ndarray | None
   user_ids: np.ndarray
   item_ids: np.ndarray
+  unit: str = ''
   notes: tuple[str, ...] = ()
   columns: Mapping[str, Texts] = {}
   weights: np.ndarray | None = None
@@ -119,6 +121,7 @@ def joined(
     else None,
     user_ids,
     item_ids,
+    ' and '.join(dict.fromkeys(t.unit for t in tables)),
     tuple(dict.fromkeys(note for t in tables for note in t.notes)),
     {
       what: _joined_texts([t.columns[what] for t in tables])

@@ -80,6 +80,7 @@ def read(path: pathlib.Path, lines: Lines) -> Interactions:
     items,
     [seconds for seconds, _, _ in rows],
     whole=False,
+    dates=True,
   )
   told = len(rows) - len(clicks)
   return found._replace(

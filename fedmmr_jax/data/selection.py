@@ -95,7 +95,7 @@ def select(
     interactions = everything.where(~everything.disliked)
   table = in_order(interactions)
   notes = [
-    *_about_times(table),
+    *_about_times(table, interactions.unit),
     *_about_repeats(table),
     *_about_parts(table, interactions),
   ]
@@ -395,18 +395,18 @@ def odd_times(times: np.ndarray) -> int:
 
 def _span(times: np.ndarray) -> str:
   return ' to '.join(
-    datetime.datetime.fromtimestamp(t, datetime.timezone.utc).strftime(
-      '%Y-%m-%d'
-    )
-    for t in (times.min(), times.max())
+    str(np.datetime64(int(t), 's'))[:10] for t in (times.min(), times.max())
   )
 
 
-def _about_times(table: Table) -> list[str]:
+def _about_times(table: Table, unit: str) -> list[str]:
   if table.times is None:
     return ['time       none in the file: its order counts']
   tied, odd = table.tied(), odd_times(table.times)
   notes = []
+  if unit:
+    how = unit if unit == 'dates' else f'numbers of {unit}'
+    notes.append(f'time       {_span(table.times)}, from {how}')
   # Where all are, they may be any numbers that rise.
   if 0 < odd < len(table.times) / 2:
     notes.append(

@@ -122,12 +122,16 @@ def as_is(table: pa.Table, picked: Roles) -> Interactions:
   """
   users, user_ids = columns_lib.ids_of(table[picked.user], whole=False)
   items, item_ids = columns_lib.ids_of(table[picked.item], whole=False)
-  times = columns_lib.seconds_of(table[picked.time]) if picked.time else None
+  times, unit = (
+    columns_lib.seconds_of(table[picked.time]) if picked.time else (None, '')
+  )
   further = {
     what: columns_lib.texts_of(table[name])
     for what, name in picked.further.items()
   }
-  return Interactions(users, items, times, user_ids, item_ids, columns=further)
+  return Interactions(
+    users, items, times, user_ids, item_ids, unit=unit, columns=further
+  )
 
 
 def _fault_of(table: pa.Table, picked: Roles) -> str:
