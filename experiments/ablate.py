@@ -71,7 +71,9 @@ def main() -> None:
     f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n', flush=True
   )
   folder = workdir / 'variants'
-  with run_folder.hold(folder):
+  with run_folder.hold(folder) as lock:
+    if lock.note:
+      print(lock.note, flush=True)
     outcomes = _outcomes(variants, configs, loaded, seeds, folder)
   differences = ablation.differences(outcomes)
   table = markdown(outcomes, differences, base, seeds)

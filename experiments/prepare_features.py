@@ -190,8 +190,8 @@ def _prepare_one(
     'inputs_fingerprint': inputs.fingerprint,
   }
   with extraction.Partial(out, settings) as partial:
-    if partial.note:
-      print(f'           {partial.note}', flush=True)
+    for note in filter(None, (partial.lock_note, partial.note)):
+      print(f'           {note}', flush=True)
     with tqdm(
       total=len(inputs.ids),
       initial=partial.done,

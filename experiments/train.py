@@ -100,12 +100,9 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   stop.check()
   run.start(config, loaded.dataset, loaded.integrity)
   print(f'\nrun folder  {run.path}')
-  moved = run.moved()
-  if moved:
-    print(moved)
-  ended = supervision.last_end(run.path)
-  if ended:
-    print(ended)
+  notes = (run.lock_note, run.moved(), supervision.last_end(run.path))
+  for note in filter(None, notes):
+    print(note)
   rounds = Rounds(run.path, create=True)
   for path in rounds.clear_leftovers():
     print(f'passed over {path}: half written when the run was cut off')

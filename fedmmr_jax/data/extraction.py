@@ -10,7 +10,6 @@ longest text.
 """
 
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from fedmmr_jax.data import features, sidecar
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.files import replace
+from fedmmr_jax.files import Lock, replace
 
 TEXT, VISUAL = 'text', 'visual'
 # The first counts where an item has several.
@@ -269,6 +268,8 @@ class Partial:
     done: inputs that have been read.
     broken: {'file', 'reason'} of those that are no image.
     note: what became of an unfinished call's rows, '' if there was none.
+    lock_note: a line to show if the folder's file system has no locks, so that
+      nothing keeps other processes out; else ''.
 
   Raises:
     UserError: another process is at it.
@@ -282,18 +283,17 @@ class Partial:
       for end in ('npy', 'json', 'lock')
     )
     self.done, self.broken, self._matrix, self.note = 0, [], None, ''
+    self.lock_note = ''
 
   def __enter__(self) -> 'Partial':
-    self._lock = self._lock_path.open('w')
     try:
-      # The kernel lets go of it when the process ends, however it ends.
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      self._lock = Lock(self._lock_path)
     except BlockingIOError:
-      self._lock.close()
       raise UserError(
         f'{self._npy.parent}: another process is preparing its {self._kind} '
         'features; wait for it, or name another folder'
       ) from None
+    self.lock_note = self._lock.note
     if self._json.exists():
       try:
         self._go_on(json.loads(self._json.read_text('utf-8')))

@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import threading
 import zlib
 from typing import Any, Iterator, NamedTuple
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from fedmmr_jax import files
 from fedmmr_jax.config import KeepAll, KeepSome
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
@@ -289,8 +291,8 @@ class Saver:
   ) -> None:
     temporary = self._rounds.folder / f'{_SAVING}{number}'
     try:
-      with _context():
-        ocp.save(temporary.absolute(), checkpoint, custom_metadata=metadata)
+      with _context(), _writable(temporary.absolute()) as path:
+        ocp.save(path, checkpoint, custom_metadata=metadata)
       checksums.write(temporary)
       temporary.rename(self._rounds.path(number))
     except (OSError, ValueError, RuntimeError) as error:  # whatever Orbax has
@@ -338,6 +340,18 @@ def _give_way() -> None:
     os.setpriority(
       os.PRIO_PROCESS, thread, max(10, os.getpriority(os.PRIO_PROCESS, thread))
     )
+
+
+@contextlib.contextmanager
+def _writable(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Where Orbax can write what shall stand at `path`: TensorStore, which writes
+  for it, locks files. (It reads without locks.)"""
+  if files.has_locks(path.parent):
+    yield path
+    return
+  with tempfile.TemporaryDirectory(prefix='fedmmr-saving-') as elsewhere:
+    yield pathlib.Path(elsewhere, path.name)
+    shutil.copytree(pathlib.Path(elsewhere, path.name), path)
 
 
 def _context() -> ocp.Context:

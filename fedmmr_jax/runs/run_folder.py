@@ -4,13 +4,12 @@
 JSON is strict: a value that is not a number is null, never NaN.
 """
 
-import fcntl
 import json
 import os
 import pathlib
 import zipfile
 import zlib
-from typing import Any, Sequence, TextIO
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.dataset import Dataset
 from fedmmr_jax.data.features import IntegrityReport
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.files import replace
+from fedmmr_jax.files import Lock, replace
 from fedmmr_jax.runs import provenance
 
 CONFIG, IDS, METRICS = 'config.json', 'ids.json', 'metrics.jsonl'
@@ -47,17 +46,16 @@ MAY_CHANGE = (
 )
 
 
-def hold(path: pathlib.Path) -> TextIO:
-  """Makes a folder and locks out other processes until the result is closed.
+def hold(path: pathlib.Path) -> Lock:
+  """Makes a folder and locks out other processes until the result is closed,
+  or notes that its file system has no locks.
 
   Raises:
     UserError: another process holds it, or the folder cannot be written.
   """
   try:
     path.mkdir(parents=True, exist_ok=True)
-    lock = (path / LOCK).open('w')
-    # The kernel lets go of it when the process ends, however it ends.
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return Lock(path / LOCK)
   except BlockingIOError:
     raise UserError(
       f'{path}: another process is training in this folder; wait '
@@ -65,7 +63,6 @@ def hold(path: pathlib.Path) -> TextIO:
     ) from None
   except OSError as error:
     raise UserError(f'{path}: cannot be written ({error.strerror})') from None
-  return lock
 
 
 class RunFolder:
@@ -73,8 +70,7 @@ class RunFolder:
 
   def __init__(self, path: str | pathlib.Path):
     self.path = pathlib.Path(path)
-    # An open file, while this process trains here.
-    self._lock: TextIO | None = None
+    self._lock: Lock | None = None  # while this process trains here
 
   def holds_run(self) -> bool:
     return any(
@@ -102,7 +98,7 @@ class RunFolder:
   ) -> None:
     """Writes `config.json` and `ids.json` (the ids of the checkpoints' rows),
     or checks that they match when a run is resumed. After that, no other
-    process can start here while this object exists.
+    process can start here while this object exists (but see `lock_note`).
 
     Args:
       config: the settings.
@@ -154,6 +150,12 @@ class RunFolder:
   def is_started(self) -> bool:
     """Whether this object holds the folder."""
     return self._lock is not None
+
+  @property
+  def lock_note(self) -> str:
+    """A line to show if the file system of a started run has no locks, so that
+    nothing keeps other processes out; else ''."""
+    return self._lock.note if self._lock else ''
 
   def moved(self) -> str | None:
     """A line about what affects rounding and has changed since the run began:
