@@ -3,6 +3,7 @@ format and loaded in one process per format, to measure its peak memory."""
 
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -15,25 +16,23 @@ from pyarrow import parquet as arrow_parquet
 
 # Users and items of ten million lines; fewer lines have fewer of both.
 LINES_A_USER, LINES_AN_ITEM = 50, 100
-# The peak by /proc: what getrusage tells of a new process includes its
-# parent's.
 _LOAD = """
 import json, sys, time
+from experiments import benchmark_reading
 from fedmmr_jax.config import DataConfig
 from fedmmr_jax.data import load
 start = time.perf_counter()
 found = load.load(DataConfig(dataset='auto', data_dir=sys.argv[1]), 0)
 seconds = time.perf_counter() - start
-status = dict(line.split(':') for line in open('/proc/self/status'))
 print(json.dumps({'interactions': len(found.dataset.items),
                   'seconds': seconds,
-                  'peak_rss_mb': int(status['VmHWM'].split()[0]) / 1024}))
+                  'peak_rss_mb': benchmark_reading.peak_mb()}))
 """
+_STATUS = pathlib.Path('/proc/self/status')
 
 
 def measure(lines: int) -> list[dict[str, Any]]:
-  """A row for each format: seconds from the call to the `Dataset`, peak RSS
-  (Linux)."""
+  """A row for each format: seconds from the call to the `Dataset`, peak RSS."""
   rows = []
   with tempfile.TemporaryDirectory() as folder:
     for name, write in _WRITERS.items():
@@ -50,6 +49,15 @@ def measure(lines: int) -> list[dict[str, Any]]:
       )
       path.unlink()
   return rows
+
+
+def peak_mb() -> float:
+  """Largest resident set of this process so far, in MB (2²⁰ bytes)."""
+  if not _STATUS.exists():  # macOS, where the figure is in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  # What getrusage tells of a new process includes its parent's on Linux.
+  status = dict(line.split(':') for line in _STATUS.read_text().splitlines())
+  return int(status['VmHWM'].split()[0]) / 1024
 
 
 def _interactions(lines: int) -> pa.Table:

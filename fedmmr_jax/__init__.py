@@ -20,7 +20,13 @@ does not load the file readers.
 """
 
 import importlib
+import sys
 from typing import Any, TYPE_CHECKING
+
+if sys.platform == 'win32':  # no fcntl, no resource, other signals
+  raise ImportError(
+    'fedmmr_jax runs on Linux and macOS; on Windows install it in WSL 2'
+  )
 
 __version__ = '0.1.0'
 

@@ -3,10 +3,10 @@
     python -m tests.stress --rounds=1000 --workers=2,4,8
 
 Each run saves every round, beside processes that take the cores away for
-moments of random length, and is confined to one core and let go again. Prints
-how each ended. `tests/test_stress.py` is the short form. What it has shown, of
-this code and of the one before it, is told in WORKSPACE.md ("Shards share a
-cohort and never meet").
+moments of random length, and is confined to one core and let go again, which
+only Linux can do. Prints how each ended. `tests/test_stress.py` is the short
+form. What it has shown, of this code and of the one before it, is told in
+WORKSPACE.md ("Shards split a cohort and never synchronise").
 """
 
 import argparse

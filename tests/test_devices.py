@@ -203,7 +203,7 @@ def test_a_mesh_of_two_devices_changes_rounding_only(tmp_path):
     (['--workers=3'], 3),
     (['--cpu_devices=1'], 1),
     (['--workers=50'], 8),
-    ([], min(8, len(os.sched_getaffinity(0)))),
+    ([], min(8, devices.cores())),
   ],
 )
 def test_a_binary_sets_the_workers(flags, count):

@@ -175,6 +175,15 @@ def test_how_a_process_ended(tmp_path, changes, told):
   assert told in supervision.last_end(tmp_path)
 
 
+def test_where_boots_have_no_name_none_is_told(tmp_path, monkeypatch):
+  monkeypatch.setattr(supervision, '_boot', lambda: '')
+  record_of(tmp_path, boot='')
+  assert supervision.last_end(tmp_path) == (
+    'the last process ended without a word (killed, or the machine was '
+    'restarted) while validating round 7'
+  )
+
+
 @pytest.mark.parametrize('text', ['', '{', '[]', '{"step": 1}'])
 def test_a_damaged_record_tells_nothing(tmp_path, text):
   assert supervision.last_end(tmp_path) is None

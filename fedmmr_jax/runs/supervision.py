@@ -155,6 +155,11 @@ def last_end(folder: pathlib.Path) -> str | None:
       f'the last process, on {record.get("host")}, ended without a word '
       f'{when}{asked}'
     )
+  if not _boot():
+    return (
+      'the last process ended without a word (killed, or the machine was '
+      f'restarted) {when}{asked}'
+    )
   if record.get('boot') != _boot():
     return f'the machine was restarted {when}{asked}'
   line = (
@@ -182,7 +187,8 @@ def _fatal_signal(path: pathlib.Path) -> signal.Signals | None:
 
 
 def _boot() -> str:
-  """Identifies the current boot of the machine; '' if that is unknown."""
+  """Identifies the current boot of the machine; '' if that is unknown, as on
+  macOS."""
   try:
     return pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
   except OSError:
