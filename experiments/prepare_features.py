@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 from absl import flags
 from tqdm import tqdm
@@ -33,6 +33,8 @@ from fedmmr_jax.errors import UserError
 # Of the data set, what says how its files are read.
 _READING = ('dataset', 'data_dir', 'item_file')
 _LOCAL = 'name a local folder that holds a sentence-transformers model'
+# Special tokens around a text: more than any model has.
+_ADDED_TOKENS = 8
 # They decide on the numbers too.
 _PACKAGES = {TEXT: ('sentence-transformers', 'transformers', 'torch')}
 _PACKAGES[VISUAL] = (*_PACKAGES[TEXT], 'pillow')
@@ -180,7 +182,11 @@ def _prepare_one(
       f'{extraction.shown(inputs.unknown)}'
     )
   print(f'           model {model.name}, loading', flush=True)
-  encode = load_model(model, kind)
+  loaded = load_model(model)
+  if kind == TEXT:
+    note = cut_note(loaded, inputs.sources)
+    if note:
+      print(f'           {note}', flush=True)
   settings = {
     'kind': kind,
     **model.description(kind),
@@ -201,7 +207,7 @@ def _prepare_one(
     ) as bar:
       done = extraction.extract(
         inputs,
-        encode,
+        encoder(loaded, model, kind),
         partial,
         path,
         items,
@@ -291,16 +297,16 @@ def find_model(name: str, flag: str) -> Model:
   return Model(name, flag, on_hub, pathlib.Path(cached).parent.name, True)
 
 
-def load_model(model: Model, kind: str) -> Encode:
-  """The function that the model is.
+def load_model(model: Model) -> Any:
+  """A `SentenceTransformer`.
 
   Raises:
-    UserError: it cannot be loaded, or does not take this kind of input.
+    UserError: it cannot be loaded.
   """
   from sentence_transformers import SentenceTransformer  # an extra
 
   try:
-    loaded = SentenceTransformer(
+    return SentenceTransformer(
       model.path, revision=model.revision, local_files_only=model.is_local
     )
   except Exception as error:  # whatever the files, or the network, lead to
@@ -308,6 +314,47 @@ def load_model(model: Model, kind: str) -> Encode:
       f'--{model.flag}={model.name}: cannot be loaded '
       f'({_reason(error)}); {_LOCAL}'
     ) from None
+
+
+def cut_note(loaded: Any, texts: Sequence[str]) -> str:
+  """How many texts are longer than the model reads, which it does not say
+  itself; '' if none is, or if the model does not tell.
+
+  Args:
+    loaded: a `SentenceTransformer`.
+    texts: what it will read.
+  """
+  limit = getattr(loaded, 'max_seq_length', None)
+  tokenizer = getattr(loaded, 'tokenizer', None)
+  if not isinstance(limit, int) or not callable(tokenizer):
+    return ''
+  prompt = (loaded.prompts or {}).get(loaded.default_prompt_name) or ''
+
+  def count(some: list[str]) -> list[int]:
+    whole = tokenizer(
+      [prompt + text for text in some], truncation=False, padding=False
+    )
+    return list(map(len, whole['input_ids']))
+
+  longer = extraction.count_longer(
+    texts, limit, count, len(prompt.encode()) + _ADDED_TOKENS
+  )
+  if not longer:
+    return ''
+  return (
+    f"{longer} of {len(texts)} texts are longer than the model's {limit} "
+    'tokens: what is behind is not read'
+  )
+
+
+def encoder(loaded: Any, model: Model, kind: str) -> Encode:
+  """The function that the model is.
+
+  Args:
+    loaded: what `load_model` gives.
+    model: for errors.
+    kind: 'text' or 'visual'; a UserError tells that it takes no such input.
+  """
 
   def encode(inputs: list):
     try:

@@ -9,8 +9,10 @@ import json
 import os
 import pathlib
 import re
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from fedmmr_jax.data import extraction, features, sidecar
 from fedmmr_jax.data.items import ItemTable
 from fedmmr_jax.errors import UserError
+from fedmmr_jax.runs import training
 from tests import parity
 from tests.small import error_of
 from tests.test_cli import ROOT, run
@@ -618,6 +621,112 @@ def test_what_is_no_whole_image_is_broken(pillow, tmp_path, monkeypatch):
     assert reason(whole) == f'more than {limit} pixels'
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+  """A part of a PNG."""
+  checksum = zlib.crc32(kind + content)
+  return (
+    struct.pack('>I', len(content))
+    + kind
+    + content
+    + struct.pack('>I', checksum)
+  )
+
+
+def bomb(path, side=50_000):
+  """A PNG of some hundred bytes that says it is 50,000 pixels wide and high:
+  7.5 GB of RGB."""
+  header = struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)
+  path.write_bytes(
+    b'\x89PNG\r\n\x1a\n'
+    + chunk(b'IHDR', header)
+    + chunk(b'IDAT', zlib.compress(bytes(2 * (3 * side + 1))))
+    + chunk(b'IEND', b'')
+  )
+
+
+def test_a_decompression_bomb_is_a_broken_image(pillow, tmp_path):
+  for name, value in (('a', 10), ('c', 20)):
+    pillow.new('RGB', (16, 16), (value,) * 3).save(tmp_path / f'{name}.png')
+  bomb(tmp_path / 'b.png')
+  assert (tmp_path / 'b.png').stat().st_size < 1000
+  out = tmp_path / 'out'
+  out.mkdir()
+  before = training.peak_rss_mb()
+  done, _ = extract(out, image_inputs(tmp_path), brightness)
+  assert training.peak_rss_mb() < before + 200
+  assert done.broken == [
+    {'file': 'b.png', 'reason': f'more than {pillow.MAX_IMAGE_PIXELS} pixels'}
+  ]
+  assert np.load(done.path)[:, 0].tolist() == [0, 10, 0, 0, 20, 0, 0]
+
+
+# What a model leaves unread.
+
+
+def words(texts):
+  """A token for each word, and one at each end."""
+  return [len(text.split()) + 2 for text in texts]
+
+
+def test_texts_longer_than_the_model_reads_are_counted():
+  fits, over = ' '.join(['word'] * 18), ' '.join(['word'] * 19)
+  seen = []
+
+  def count(texts):
+    seen.extend(texts)
+    return words(texts)
+
+  assert extraction.count_longer([over, fits, 'a b', over], 20, count, 2) == 2
+  assert seen == [over, fits, over]  # what is short is not tokenized
+  assert extraction.count_longer([fits, 'a b'], 20, words, 2) == 0
+  # A byte may be a token, and these have three.
+  assert extraction.count_longer(['語' * 7], 20, lambda t: [22], 2) == 1
+  assert extraction.count_longer([over] * 2500, 20, words, 2) == 2500
+
+
+# As a SentenceTransformer; in a process of its own, whose flags the binary has.
+READER = """
+from experiments import prepare_features
+class Reader:
+  default_prompt_name, prompts, max_seq_length = None, {}, 20
+  def __init__(self, **changes):
+    vars(self).update(changes)
+  def tokenizer(self, texts, truncation, padding):
+    assert not truncation and not padding
+    return {'input_ids': [[0, *t.split(), 0] for t in texts]}
+find = {'query': 'find: '}
+texts = [' '.join(['word'] * n) for n in (19, 18, 2)]
+for reader in (
+  Reader(),
+  # The prompt that the model puts before each text is read too.
+  Reader(prompts=find, default_prompt_name='query'),
+  Reader(prompts=find),
+  Reader(prompts=None),
+  Reader(max_seq_length=2000),
+  Reader(max_seq_length=None),
+  Reader(tokenizer=None),
+):
+  print(prepare_features.cut_note(reader, texts))
+"""
+
+
+def test_what_a_model_leaves_unread_is_said():
+  done = subprocess.run(
+    [sys.executable, '-c', READER],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  lines = done.stdout.splitlines()
+  line = (
+    "{} of 3 texts are longer than the model's 20 tokens: what is behind is "
+    'not read'
+  )
+  assert lines[:4] == [line.format(n) for n in (1, 2, 1, 1)]
+  assert lines[4:] == ['', '', '']  # none, or it does not tell
+
+
 # The binary.
 
 
@@ -818,8 +927,30 @@ def test_real_weights_give_the_reference_features(ml_1m, minilm, tmp_path):
   }
 
 
+def test_texts_that_agree_as_far_as_they_are_read_are_said(
+  ml_1m, minilm, tmp_path
+):
+  path = tmp_path / 'texts.json'
+  begin = 'a quiet film about the sea ' * 50
+  texts = {'1': begin + 'and a storm', '2': begin + 'and a wedding', '3': 'sea'}
+  path.write_text(json.dumps(texts))
+  out, stderr = run(
+    BINARY,
+    f'--data_dir={ml_1m}',
+    f'--texts={path}',
+    f'--out={tmp_path}/new',
+    f'--text_model={minilm}',
+  )
+  assert stderr == ''
+  assert "2 of 3 texts are longer than the model's 256 tokens: what" in out
+  matrix = np.load(tmp_path / 'new' / 'text_features.npy')
+  np.testing.assert_array_equal(matrix[1], matrix[2])
+  assert np.abs(matrix[3] - matrix[1]).max() > 0.01
+
+
 def posters(folder, pillow):
-  """Images of the items 1 … 12: real ones where there are."""
+  """Images of the items 1 … 12: real ones where there are; 5 is cut off. 13 is
+  a bomb."""
   real = parity.SHARED / 'data' / 'posters_sample'
   for i in range(1, 13):
     if real.exists():
@@ -831,6 +962,7 @@ def posters(folder, pillow):
   whole = (folder / '5.jpg').read_bytes()
   (folder / '5.jpg').write_bytes(whole[: len(whole) // 2])
   (folder / '4711.jpg').write_bytes(whole)
+  bomb(folder / '13.png')
 
 
 def test_images_go_through_a_clip_model(ml_1m, clip, pillow, tmp_path):
@@ -848,7 +980,8 @@ def test_images_go_through_a_clip_model(ml_1m, clip, pillow, tmp_path):
   assert 'shape 31 x 16' in out and 'coverage 11 of 30' in out
   # Pillow's words depend on where the file ends.
   assert re.search('not read  5.jpg: .*truncated', out, re.IGNORECASE)
-  assert '1 of 12 images not read' in out
+  assert 'not read  13.png: more than 89478485 pixels' in out
+  assert '2 of 13 images not read' in out
   matrix = np.load(ml_1m / 'visual_features.npy')
   np.testing.assert_allclose(
     np.linalg.norm(matrix[[1, 2, 3, 4, *range(6, 13)]], axis=1), 1, rtol=1e-5
@@ -856,7 +989,7 @@ def test_images_go_through_a_clip_model(ml_1m, clip, pillow, tmp_path):
   assert not matrix[[0, 5, *range(13, 31)]].any()
   assert len(np.unique(matrix[1:5].round(4), axis=0)) == 4
   described = json.loads((ml_1m / 'visual_features.json').read_text())
-  assert [b['file'] for b in described['broken']] == ['5.jpg']
+  assert [b['file'] for b in described['broken']] == ['5.jpg', '13.png']
   assert 'pillow' in described['versions']
 
 

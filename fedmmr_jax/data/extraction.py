@@ -38,6 +38,7 @@ _SMALLEST_SIDE = 8
 # full would take gigabytes.
 _LARGEST_SIDE = 1024
 _SAVE_SECONDS = 2.0
+_COUNTED_AT_A_TIME = 1000  # texts whose tokens are in memory
 
 Encode = Callable[[list], np.ndarray]
 
@@ -142,6 +143,29 @@ def text_inputs(items: ItemTable, texts: dict, source: str) -> Inputs:
     raise UserError(_nothing_in_common(source, 'text', unknown, rows))
   known.sort(key=lambda entry: (-len(entry[1]), rows[entry[0]]))
   return _inputs(TEXT, known, rows, unknown, known)
+
+
+def count_longer(
+  texts: Sequence[str],
+  limit: int,
+  count: Callable[[list[str]], Sequence[int]],
+  added: int,
+) -> int:
+  """How many texts a model reads only the beginning of.
+
+  Args:
+    texts: what it is given.
+    limit: the tokens it reads.
+    count: some texts -> the tokens of each, in full.
+    added: the most tokens that `count` may add to those of a text.
+  """
+  # No token is shorter than a byte: short texts need no counting.
+  long = [text for text in texts if len(text.encode()) + added > limit]
+  return sum(
+    tokens > limit
+    for start in range(0, len(long), _COUNTED_AT_A_TIME)
+    for tokens in count(long[start : start + _COUNTED_AT_A_TIME])
+  )
 
 
 def image_inputs(items: ItemTable, folder: pathlib.Path) -> Inputs:
