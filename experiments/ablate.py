@@ -66,7 +66,7 @@ def main() -> None:
   variants = variants_lib.read(app.find_file(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
   loaded = load.load(base)
-  print(console.data_report(loaded))
+  print('\n'.join([console.data_report(loaded), *console.no_gpu(base)]))
   print(
     f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n', flush=True
   )

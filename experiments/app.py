@@ -36,6 +36,7 @@ from fedmmr_jax.simulation import Simulation
 
 USER_ERROR, INTERRUPTED = 2, 130
 BROKEN_PIPE = 128 + signal.SIGPIPE  # as a shell would have it
+_OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # how XLA's message begins
 HERE = pathlib.Path(__file__).parent
 PRESETS = HERE / 'presets'
 
@@ -269,10 +270,26 @@ def _guarded(main: Callable[[], None]) -> None:
     # Python would flush once more at its end, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(BROKEN_PIPE)
+  except jax.errors.JaxRuntimeError as error:
+    if _OUT_OF_MEMORY not in str(error):
+      raise
+    _fail(
+      f'out of memory ({_start(error)}); lower `clients_per_chunk` where it '
+      'trains, `clients_per_eval_chunk` where it ranks, or on a GPU give JAX a '
+      'larger share with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 (of 1; the default '
+      'is 0.75), if no other process is there',
+      error,
+    )
   except OSError as error:  # a full disk, a folder without permission
     _fail(
       f'{error.filename or "file system"}: {error.strerror or error}', error
     )
+
+
+def _start(error: Exception) -> str:
+  """The first line of a message that may be a page of buffers."""
+  line = str(error).strip().partition('\n')[0]
+  return line if len(line) <= 120 else line[:119] + '…'
 
 
 def _set_compilation_cache() -> None:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from experiments import app
-from fedmmr_jax import metrics
+from fedmmr_jax import metrics, presets
 from fedmmr_jax.client import windows
 from fedmmr_jax.config import (
   Constant,
@@ -14,6 +14,7 @@ from fedmmr_jax.config import (
   Gated,
   ModelConfig,
   NoMemory,
+  RunConfig,
   Schedule,
 )
 from fedmmr_jax.data import dataset as dataset_lib
@@ -102,6 +103,7 @@ def banner(simulation: Simulation) -> str:
   return '\n'.join(
     [
       f'FedDMMR on {jax.default_backend()} ({_hands()})',
+      *no_gpu(config),
       f'  backbone   SASRec, {config.model.num_blocks} blocks, D='
       f'{config.model.hidden_dim}, window {config.model.max_seq_len}',
       *(f'  {line}' for line in _history_lines(config.model)),
@@ -121,6 +123,24 @@ def banner(simulation: Simulation) -> str:
       *_out_of_cohorts(simulation),
     ]
   )
+
+
+def no_gpu(config: RunConfig) -> list[str]:
+  """A line if the settings are those of gpu.flags and there is no GPU."""
+  usual = RunConfig().as_flat_dict()
+  wide = {
+    name: value
+    for name, value in presets.preset('gpu').as_flat_dict().items()
+    if value != usual[name]
+  }
+  if jax.default_backend() != 'cpu' or wide.items() - (
+    config.as_flat_dict().items()
+  ):
+    return []
+  return [
+    '  no GPU     JAX found none and runs on the CPU, where gpu.flags makes it '
+    'slower: leave it out, or see docs/quickstart.md, On a GPU'
+  ]
 
 
 def _out_of_cohorts(simulation: Simulation) -> list[str]:

@@ -58,6 +58,43 @@ def test_debug_shows_the_cause_that_the_line_leaves_out():
   assert 'ZeroDivisionError' in run(body, '--debug', status=2)[1]
 
 
+MEND = (
+  'lower --clients_per_chunk where it trains, --clients_per_eval_chunk where '
+  'it ranks, or on a GPU give JAX a larger share with '
+  'XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 (of 1; the default is 0.75), if no other '
+  'process is there'
+)
+OVER = 'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.'
+
+
+@pytest.mark.parametrize(
+  'raised, told',
+  [
+    # XLA goes on with a page of buffers.
+    (f'raise jax.errors.JaxRuntimeError({OVER!r} + "\\n\\nBuffers:")', OVER),
+    (
+      f'raise jax.errors.JaxRuntimeError({OVER!r} + "x" * 999)',
+      OVER + 'x' * (119 - len(OVER)) + '…',
+    ),
+    # And in earnest: 64 TiB.
+    (
+      'jax.numpy.ones(1 << 44).block_until_ready()',
+      'RESOURCE_EXHAUSTED: Out of memory allocating 70368744177664 bytes.',
+    ),
+  ],
+)
+def test_memory_that_does_not_suffice_is_one_line_with_a_mend(raised, told):
+  # With what the binaries know of these settings.
+  body = f'app.define_config_flags()\n  {raised}'
+  assert run(body, status=2) == ('', f'error: out of memory ({told}); {MEND}\n')
+  assert 'Traceback' in run(body, '--debug', status=2)[1]
+
+
+def test_another_error_of_xla_is_a_traceback():
+  body = 'raise jax.errors.JaxRuntimeError("INTERNAL: a bug")'
+  assert 'Traceback' in run(body, status=1)[1]
+
+
 def cache(*flags, variable):
   out, _ = run(
     'print(jax.config.jax_compilation_cache_dir)',

@@ -6,9 +6,13 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
+from experiments import console
+from fedmmr_jax import presets
 from fedmmr_jax.runs import training
+from tests import small
 from tests.test_cli import ROOT
 
 BINARIES = sorted(
@@ -62,3 +66,36 @@ def test_the_peak_is_in_bytes_on_macos_and_in_kib_on_linux(
   monkeypatch.setattr(resource, 'getrusage', lambda who: usage)
   monkeypatch.setattr(sys, 'platform', platform)
   assert training.peak_rss_mb() == pytest.approx(5, abs=0.001)
+
+
+@pytest.mark.parametrize(
+  'name, backend, changes, said',
+  [
+    ('gpu', 'cpu', {}, 1),
+    ('gpu', 'gpu', {}, 0),
+    ('gpu', 'cpu', {'num_rounds': 3}, 1),
+    ('gpu', 'cpu', {'clients_per_chunk': 2}, 0),
+    ('recommended', 'cpu', {'data_dir': 'ml-1m'}, 0),
+  ],
+)
+def test_the_settings_of_a_gpu_without_one_are_told(
+  monkeypatch, name, backend, changes, said
+):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  lines = console.no_gpu(presets.preset(name, **changes))
+  assert [line[:40] for line in lines] == [
+    '  no GPU     JAX found none and runs on '
+  ] * said
+
+
+def test_the_banner_tells_of_a_missing_gpu():
+  gpu = presets.preset('gpu').as_flat_dict()
+  names = (
+    'clients_per_chunk',
+    'clients_per_eval_chunk',
+    'items_per_eval_block',
+  )
+  simulation = small.simulation(**{name: gpu[name] for name in names})
+  is_cpu = jax.default_backend() == 'cpu'
+  assert ('  no GPU ' in console.banner(simulation)) == is_cpu
+  assert '  no GPU ' not in console.banner(small.simulation())
