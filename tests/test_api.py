@@ -265,6 +265,7 @@ def test_a_median_sees_every_client():
     np.testing.assert_allclose(x, 0.25, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_feddyn_keeps_its_gradients():
   simulation, start, step = one_round(drift=feddyn.FedDyn(alpha=0.5))
   kept = step.state.controls

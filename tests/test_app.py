@@ -83,6 +83,7 @@ OVER = 'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.'
     ),
   ],
 )
+@pytest.mark.slow
 def test_memory_that_does_not_suffice_is_one_line_with_a_mend(raised, told):
   # With what the binaries know of these settings.
   body = f'app.define_config_flags()\n  {raised}'
@@ -104,6 +105,7 @@ def cache(*flags, variable):
   return out.strip()
 
 
+@pytest.mark.slow
 def test_the_environment_names_the_cache_unless_the_flag_does():
   assert cache(variable=None).endswith('.cache/fedmmr_jax')
   assert cache(variable='/tmp/mine') == '/tmp/mine'
@@ -194,6 +196,7 @@ def test_presets_are_found_from_anywhere(tmp_path, monkeypatch):
   ]
 
 
+@pytest.mark.slow
 def test_an_id_may_begin_with_a_dash():
   program = (
     'from experiments import app\n'

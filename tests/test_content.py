@@ -79,6 +79,7 @@ def embeddings(**changes):
   )
 
 
+@pytest.mark.slow
 def test_both_forms_start_from_the_same_embeddings():
   _, _, init = embeddings(item_embedding='content_init')
   simulation, _, plus = embeddings(item_embedding='content_plus_id')

@@ -300,6 +300,7 @@ def _run(*flags):
   )
 
 
+@pytest.mark.slow
 def test_command_line(server, tmp_path):
   server.body = zipped(
     ('ml-latest-small/ratings.csv', b'a,b\n'),

@@ -128,6 +128,7 @@ def changed(simulation, **changes):
   )
 
 
+@pytest.mark.slow
 def test_blocks_of_the_catalogue_change_nothing(simulation):
   # 57 rows in 8 blocks of 8: the last one reaches past the end.
   state = simulation.init_state()

@@ -94,6 +94,7 @@ def test_what_else_flock_says_is_no_lack_of_locks(tmp_path, fail):
     run_folder.hold(tmp_path)
 
 
+@pytest.mark.slow
 def test_rounds_are_saved_where_files_cannot_be_locked(
   tmp_path, fail, monkeypatch
 ):
@@ -135,6 +136,7 @@ app.run(train.main)
 
 
 @pytest.mark.parametrize('locks', ['with', 'without'])
+@pytest.mark.slow
 def test_training_says_it_once(tmp_path, locks):
   workdir = tmp_path / 'run'
   done = subprocess.run(

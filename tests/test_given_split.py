@@ -69,6 +69,7 @@ def test_targets_and_what_lies_before_them():
 
 
 @pytest.mark.parametrize('history', ['all', 'train'])
+@pytest.mark.slow
 def test_each_target_is_ranked_as_if_it_were_the_only_one(trained, history):
   simulation, state = trained
   simulation = build(split_by=f'given,history={history}')
@@ -97,6 +98,7 @@ def test_each_target_is_ranked_as_if_it_were_the_only_one(trained, history):
     assert ranks.full[n] == (scores[others] >= scores[row]).sum()
 
 
+@pytest.mark.slow
 def test_of_a_client_the_mean_over_its_targets_counts(trained):
   simulation, state = trained
   means, ranks = simulation.evaluate(state, 'test')
@@ -115,6 +117,7 @@ def test_of_a_client_the_mean_over_its_targets_counts(trained):
   )
 
 
+@pytest.mark.slow
 def test_who_trains_on_nothing_is_in_no_cohort():
   simulation = build(client_fraction=1.0)
   np.testing.assert_array_equal(
@@ -152,6 +155,7 @@ def test_negatives_of_validation_may_hold_any_test_item():
   assert np.isin([x[1, 0] for x in drawn.values()], later).any()
 
 
+@pytest.mark.slow
 def test_the_audit_knows_a_given_split(trained):
   simulation, _ = trained
   checks = audit.all_checks(simulation, rounds=1)

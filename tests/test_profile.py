@@ -165,6 +165,7 @@ def test_chunks_and_vocabulary_change_nothing(changes):
   )
 
 
+@pytest.mark.slow
 def test_held_out_items_reach_no_profile():
   """Neither the sketch nor the profiles of training see them."""
   simulation = small.simulation(**SETTINGS, vocabulary='local')

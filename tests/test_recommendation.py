@@ -109,6 +109,7 @@ def test_more_items_than_there_are_is_refused(trained):
   assert said == f'`k={items + 1}`: the catalogue has {items} items'
 
 
+@pytest.mark.slow
 def test_reasons_are_what_a_score_loses(trained):
   simulation, state = trained
   people = fm.People.of_clients(simulation, [1, 4])

@@ -216,6 +216,7 @@ def test_later_items_change_no_bit_of_a_gradient(sees, negatives):
 
 
 @pytest.mark.parametrize('sees', FORMS)
+@pytest.mark.slow
 def test_the_score_of_an_item_is_the_same_with_its_entry_in_memory(sees):
   """A client whose next item is one that it remembers."""
   simulation = small.simulation(memory=f'{MEMORY},sees={sees}', dropout=0.0)
