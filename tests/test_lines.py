@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fedmmr_jax.config import DataConfig
+from fedmmr_jax.config import DataConfig, RunConfig
 from fedmmr_jax.data import load, sources
 from fedmmr_jax.data.dataset import Dataset
 from tests.small import error_of
@@ -157,6 +157,23 @@ def test_dislikes_lie_before_what_is_held_out(tmp_path):
   assert ids == [7, 8]
   assert not dataset.disliked_by(1).size
   assert dataset.lengths.tolist() == [5, 4]
+
+
+def test_with_given_parts_dislikes_are_of_the_training_part(tmp_path):
+  lines = [f'1,{i},{i},5,,0' for i in (2, 3, 4)] + ['1,5,9,5,,2']
+  lines += [
+    '1,6,1,1,,0',
+    '1,7,1,1,,2',
+    '2,6,1,5,,0',
+    '2,7,2,5,,0',
+    '2,8,3,5,,2',
+  ]
+  written(tmp_path / 'log.csv', log(*lines, header=HEADER + ',x_label'))
+  config = RunConfig.from_flat_dict(
+    dict(dataset='auto,dislikes=2', data_dir=str(tmp_path), split_by='given')
+  )
+  dataset = load.load(config.data, 0).dataset
+  assert dataset.item_ids[dataset.disliked_by(0)].tolist() == [6]
 
 
 def test_weights_stay_with_their_items(tmp_path):

@@ -249,6 +249,12 @@ def test_what_a_given_split_needs(tmp_path):
   assert 'part is read with `split_by=given`' in message
 
 
+def test_a_format_without_parts_has_no_given_split(tmp_path):
+  (tmp_path / 'ratings.dat').write_text('1::2::5::3\n')
+  message = error_of(loaded, tmp_path)
+  assert '`split_by=given` needs files named train and test, or a' in message
+
+
 def test_shards_within_a_given_split(tmp_path):
   for part, rows in (
     ('train-00000-of-00002', [('a', 1, 1)]),

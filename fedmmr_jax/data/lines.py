@@ -76,10 +76,12 @@ class Lines:
 
   @property
   def least_rating(self) -> float | None:
+    """Of an interaction; None = any."""
     return _number('min_rating', self.min_rating)
 
   @property
   def greatest_dislike(self) -> float | None:
+    """Rating of a dislike; None = there are none."""
     return _number('dislikes', self.dislikes)
 
   @property
@@ -97,7 +99,7 @@ class Lines:
 
   @property
   def gap(self) -> float | None:
-    """Seconds."""
+    """Seconds of a pause between sessions; None = no sessions."""
     if not self.session_gap:
       return None
     match = _GAP.fullmatch(self.session_gap)
@@ -119,6 +121,7 @@ class Lines:
 
   @property
   def names_columns(self) -> bool:
+    """Whether a column is called by its name."""
     return any((self.user, self.item, self.time, self.rating, self.event))
 
 
@@ -144,6 +147,11 @@ def apply(found: Interactions, lines: Lines, place: str) -> Interactions:
       that need times where there are none, or no line is left.
   """
   for what in lines.further:
+    if what == PART and what not in found.columns:
+      raise UserError(
+        f'{place}: `split_by=given` needs files named train and test, or a '
+        'column that says the part of each line; this format has none'
+      )
     if what not in found.columns:
       raise UserError(
         f'{place}: this format has no {what}s; leave the options of `dataset` '

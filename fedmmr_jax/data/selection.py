@@ -148,13 +148,16 @@ def select(
 def sequences(
   interactions: Interactions, rows: np.ndarray
 ) -> list[tuple[int | str, np.ndarray]]:
-  """(a user's id, rows of the user's items in time order) of all users.
+  """(a user's id, rows of the user's items in time order) of all users; what
+  they disliked is left out.
 
   Args:
     interactions: of the file.
     rows: [number of item ids] row of each item in a catalogue, 0 = none: its
       interactions are left out.
   """
+  if interactions.disliked is not None:
+    interactions = interactions.where(~interactions.disliked)
   table = in_order(interactions)
   sizes = np.bincount(table.users, minlength=len(interactions.user_ids))
   split = np.split(rows[table.items], np.cumsum(sizes)[:-1])
@@ -237,7 +240,7 @@ class Table(NamedTuple):
       np.bincount(self.users[self.parts == part], minlength=len(counts))
       for part in (split.TRAIN, split.VALIDATION)
     )
-    if not validation.any():  # all of it, not of these users alone
+    if not validation.any():  # nothing is given for it
       validation = (train > 1).astype(int)
       train = train - validation
     return _Sizes(counts, counts - train, validation)
@@ -359,8 +362,8 @@ def _dislikes(
   kept: Table, sizes: _Sizes, everything: Interactions, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """([n] rows of the catalogue, user after user and ascending, [U] how many are
-  whose): what users disliked before their first held-out item, and never had
-  among their training items."""
+  whose): what users disliked before their first held-out item, in the training
+  part if there are parts, and never had among their training items."""
   num_users = len(sizes.used)
   if everything.disliked is None:
     return np.zeros(0, np.int32), np.zeros(num_users, int)
@@ -377,6 +380,8 @@ def _dislikes(
   first[gone] = -np.inf
   users, items = everything.users, rows[everything.items]
   early = everything.disliked & (items > 0) & (when < first[users])
+  if everything.parts is not None:
+    early &= everything.parts == split.TRAIN
   size = int(rows.max()) + 1
   pairs = np.unique(users[early].astype(np.int64) * size + items[early])
   trained = kept.users[trains].astype(np.int64) * size
