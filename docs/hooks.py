@@ -70,7 +70,9 @@ def _options(field: Any) -> list[str]:
       _values(option.metadata),
       option.metadata['help'],
     )
-    for name, kind in field.metadata.get('parts', {}).items()
+    for name, kind in (
+      field.metadata.get('parts') or field.metadata.get('options', {})
+    ).items()
     for option in dataclasses.fields(kind)
     if option.init
   ]

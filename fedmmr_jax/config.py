@@ -16,6 +16,7 @@ import dataclasses
 from typing import Any, ClassVar, Iterator, Literal, Mapping
 
 from fedmmr_jax import parts
+from fedmmr_jax.data.lines import Lines
 from fedmmr_jax.errors import UserError
 
 SYNTHETIC = 'synthetic'
@@ -640,7 +641,8 @@ class DataConfig(_Settings):
     'files in `data_dir` (data/formats.py), or a format of your own as '
     'my_package.module:Thing; auto: tell it by the file. Options say which '
     'column is whose, as in csv,user=who,item=what,time=when, and which lines '
-    'count, as in auto,min_rating=4,repeats=drop (data/lines.py)',
+    'count, as in auto,min_rating=4,repeats=drop',
+    options={'auto': Lines},
   )
   data_dir: str = _field(
     '', 'folder of the data set, or its interaction file (unused by synthetic)'
@@ -1283,7 +1285,7 @@ def help_of(field: dataclasses.Field) -> str:
   told = meta['help']
   ways = [
     parts.usage(name, kind)
-    for name, kind in meta.get('parts', {}).items()
+    for name, kind in (meta.get('parts') or meta.get('options', {})).items()
     if parts.options(kind)
   ]
   if ways:
