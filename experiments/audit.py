@@ -13,6 +13,7 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from experiments import app, console
@@ -20,6 +21,7 @@ from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.data import load
 from fedmmr_jax.evaluation import audit, ranking
 from fedmmr_jax.evaluation.audit import Trained
+from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.metrics import FULL, HR, NDCG, SAMPLED
 from fedmmr_jax.runs.run_folder import RunFolder
 
@@ -63,8 +65,8 @@ def main() -> None:
           'checks': [check._asdict() for check in checks],
           'test': {
             name: {
-              kind: ranking.metrics_of(ranks)
-              for kind, ranks in trained._asdict().items()
+              kind: ranking.metrics_of(ranks, clients=trained.clients)
+              for kind, ranks in _kinds(trained)
             }
             for name, trained in figures.items()
           },
@@ -91,6 +93,10 @@ _COLUMNS = {
 }
 
 
+def _kinds(trained: Trained) -> list[tuple[str, Ranks]]:
+  return list(zip(trained._fields[:3], trained[:3]))
+
+
 def _line(check: audit.Check) -> str:
   return f'{"clean" if check.passed else "LEAK "}  {check.name}: {check.found}'
 
@@ -98,12 +104,12 @@ def _line(check: audit.Check) -> str:
 def _rows(figures: dict[str, Trained]) -> list[list[Any]]:
   rows = []
   for name, trained in figures.items():
-    for kind, ranks in trained._asdict().items():
-      found = ranking.metrics_of(ranks)
+    for kind, ranks in _kinds(trained):
+      found = ranking.metrics_of(ranks, clients=trained.clients)
       rows.append(
         [
           'popularity' if kind == 'popularity' else name,
-          len(ranks.full),
+          len(np.unique(trained.clients)),
           '' if kind == 'popularity' else kind,
           *(
             f'{found[protocol][metric]:.4f}'

@@ -571,8 +571,13 @@ class Simulation:
 
   @property
   def evaluated_clients(self) -> np.ndarray:
-    """[n] clients that are ranked."""
-    return ranking.evaluated_clients(self.config, self.dataset.num_clients)
+    """[n] clients that are ranked, of those with a target."""
+    having = np.union1d(
+      *(self.dataset.targets(test)[0] for test in (False, True))
+    )
+    return ranking.evaluated_clients(
+      self.config, self.dataset.num_clients, having
+    )
 
   @functools.cached_property
   def validation_clients(self) -> np.ndarray:
@@ -709,6 +714,7 @@ def build(
       f'`select_by={config.evaluation.select_by}`: there is no metric '
       f'{selection[1]}; one of ' + ', '.join((*metrics_lib.RANKING, *own_names))
     )
+  _check_targets(simulation)
   round_lib.check_size(simulation.abstract_state)
   params = simulation.abstract_state.server.params
   groups.check(params, config.client.frozen_groups, 'freeze')
@@ -718,6 +724,16 @@ def build(
     )
   groups.check(params, warm_start_lib.named_parameters(config), 'load')
   return simulation
+
+
+def _check_targets(simulation: Simulation) -> None:
+  """Raises UserError if nothing could be validated or tested."""
+  for split, what in (('val', 'validation'), ('test', 'test')):
+    if not len(simulation.ranked_targets(split).client):
+      raise UserError(
+        f'{simulation.dataset.name}: no {what} item has an item before it that '
+        'its client may know of; see `split_by` and `eval_clients`'
+      )
 
 
 def _check_trainable(config: RunConfig, dataset: Dataset) -> None:

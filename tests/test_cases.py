@@ -245,6 +245,16 @@ def test_columns_by_position(tmp_path):
   assert 'no column 7' in error_of(read, path, 'csv,user=3,item=7')
 
 
+def test_dates_without_a_header_may_be_times(tmp_path):
+  lines = ['1,2,2020-01-01', '1,3,2020-01-02', '1,4,2020-01-03']
+  written(tmp_path / 'log.csv', '\n'.join(lines) + '\n')
+  message = error_of(read, tmp_path, 'csv,user=1,item=2')
+  assert '3 may hold some; say `dataset=auto,time=3`' in message
+  assert histories(read(tmp_path, 'csv,user=1,item=2,time=3')) == {
+    '1': ['2', '3', '4']
+  }
+
+
 def test_which_column_is_whose_is_said(tmp_path):
   path = written(tmp_path / 'log.csv', log('1,2,3'))
   assert read(path).notes == (

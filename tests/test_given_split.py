@@ -14,7 +14,13 @@ from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.data.dataset import client_view, taking_part
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
-from fedmmr_jax.evaluation import audit, ranking, user_results
+from fedmmr_jax.evaluation import (
+  ablation,
+  audit,
+  ranking,
+  recommendation,
+  user_results,
+)
 from tests import small
 
 # Of clients 0 to 8 (`small.dataset`) the training, validation and test items.
@@ -135,6 +141,94 @@ def test_who_trains_on_nothing_is_in_no_cohort():
   )
   states = [list(s.rounds(count=2))[-1].state for s in (simulation, changed)]
   small.assert_trees_equal(states[0].server, states[1].server)
+
+
+@pytest.mark.slow
+def test_a_client_that_is_all_training_trains_its_own_rows():
+  """A table of a client's own rows changes rounding only, for a client that
+  holds nothing out too."""
+  users = np.repeat(np.arange(2), (22, 8))
+  items = np.append(np.arange(1, 23), np.arange(21, 29))
+  parts = np.append(np.zeros(22), [0, 0, 0, 0, 0, 1, 2, 2]).astype(np.int8)
+  data = select(
+    'all', Interactions.of(users, items)._replace(parts=parts)
+  ).dataset
+  found = []
+  for vocabulary in ('local', 'dense'):
+    simulation = simulation_lib.build(
+      small.config(
+        split_by='given',
+        experts='none',
+        vocabulary=vocabulary,
+        batch_size=5,
+        client_optimizer='sgd',
+        num_negatives=4,
+        sampled_negatives=3,
+        client_fraction=1.0,
+      ),
+      data,
+    )
+    *_, last = simulation.rounds(count=1)
+    found.append(jax.device_get(last.state.server.params))
+  small.assert_trees_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_what_can_never_be_ranked_is_refused():
+  # The only validation item has nothing before it.
+  users = np.array([1] * 5 + [2] + [3] * 4)
+  items = np.array([1, 2, 3, 4, 5, 6, 1, 2, 3, 7])
+  parts = np.array([0, 0, 0, 0, 2, 1, 0, 0, 0, 2], np.int8)
+  data = select(
+    'few', Interactions.of(users, items)._replace(parts=parts)
+  ).dataset
+  message = small.error_of(
+    simulation_lib.build,
+    small.config(
+      split_by='given', experts='none', num_negatives=1, sampled_negatives=1
+    ),
+    data,
+  )
+  assert 'few: no validation item has an item before it' in message
+
+
+def test_ranked_clients_are_those_with_targets():
+  simulation = build(eval_clients=3)
+  for split in ('val', 'test'):
+    assert len(simulation.ranked_targets(split).client)
+
+
+def test_lists_for_who_never_trained_are_asked_after_something():
+  simulation = build()
+  people = recommendation.People.of_clients(simulation, [3, 4, 1], 'test')
+  # Clients 3 and 4 train on nothing; 3 has two validation items.
+  np.testing.assert_array_equal(people.length, [2, 1, 5])
+
+
+def test_an_ablation_takes_the_mean_of_a_client():
+  ranks = ranking.Ranks(
+    full=np.array([[0, 99, 99]]),
+    sampled=np.array([[0, 99, 99]]),
+    bad_scores=np.zeros((1, 3)),
+  )
+  outcome = ablation.Outcome(
+    {'test': ranks}, [1], {}, {}, 1.0, clients={'test': [4, 4, 7]}
+  )
+  np.testing.assert_array_equal(outcome.of_each_user('full', 'HR@10'), [0.5, 0])
+  assert outcome.of_each_seed('full', 'HR@10') == [0.25]
+
+
+def test_disliked_test_items_are_no_negatives_of_validation():
+  data = small.dataset()
+  later = [data.new_test_items(k) for k in range(data.num_clients)]
+  data = dataclasses.replace(
+    data,
+    disliked=np.concatenate(later).astype(np.int32),
+    dislike_offsets=np.concatenate([[0], np.cumsum([len(x) for x in later])]),
+  )
+  for seed in range(8):
+    simulation = simulation_lib.build(small.config(seed=seed), data)
+    drawn = np.asarray(simulation.data.sampled_negatives)
+    assert not any(np.isin(drawn[k], x).any() for k, x in enumerate(later))
 
 
 def test_negatives_of_validation_may_hold_any_test_item():

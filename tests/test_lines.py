@@ -107,6 +107,23 @@ def test_events_that_count_and_how_much(tmp_path):
   )
 
 
+def test_only_events_that_count_need_a_rating(tmp_path):
+  lines = ['1,2,1,,view', '1,3,2,5,rate', '1,4,3,1,rate']
+  found = read(tmp_path, 'events=rate,min_rating=3', *lines)
+  assert histories(found) == {'1': ['3']}
+
+
+def test_what_is_trained_on_is_no_repeat_of_a_target(tmp_path):
+  header = 'user,item,split'
+  lines = ['1,5,2', '1,5,0', '1,6,0', '1,7,2']
+  written(tmp_path / 'log.csv', log(*lines, header=header))
+  found = sources.read(
+    sources.find('auto,repeats=drop', str(tmp_path), given=True)
+  )
+  assert found.item_ids[found.items].tolist() == [5, 6, 7]
+  assert found.parts.tolist() == [0, 0, 2]
+
+
 def test_duplicates_and_repeats_can_be_dropped(tmp_path):
   lines = ['1,2,9,,', '1,2,3,,', '1,2,3,,', '1,4,5,,', '2,2,3,,']
   found = read(tmp_path, 'duplicates=drop', *lines)
@@ -214,3 +231,25 @@ def test_frames(library):
   found = Dataset.of_frame(frame, options)
   expected = Dataset.of_frame(pa.table(FRAME), options)
   assert found.fingerprint() == expected.fingerprint()
+
+
+def test_frames_of_odd_types():
+  pandas = pytest.importorskip('pandas')
+  frame = pandas.DataFrame(FRAME)
+  frame['item_id'] = frame['item_id'].astype('category')
+  dataset = Dataset.of_frame(frame, 'user=who')
+  assert dataset.item_ids[1:].tolist() == [1, 2, 3, 9]
+  table = pa.table({**FRAME, 'item_id': [1.0, 2.0**60, 3.0, 4.0]})
+  for options in ('user=who', 'user=who,time=none'):
+    message = error_of(Dataset.of_frame, table, options)
+    assert 'row 1: item_id is too large to be exact' in message
+  table = pa.table({**FRAME, 'stars': [[1]] * 4})
+  message = error_of(
+    Dataset.of_frame, table, 'user=who,rating=stars,dislikes=2'
+  )
+  assert 'stars is of type list<' in message
+  dates = pa.table(
+    {'user': ['a'] * 3, 'item': [1, 2, 3], 'bought': ['2020-01-01'] * 3}
+  )
+  message = error_of(Dataset.of_frame, dates)
+  assert 'bought may hold some' in message

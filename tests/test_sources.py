@@ -1,11 +1,12 @@
 """Which files are read: shards of one table, given splits, folders of other
 libraries."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fedmmr_jax.config import RunConfig
+from fedmmr_jax.config import DataConfig, RunConfig
 from fedmmr_jax.data import items, load, sources, users
 from tests.small import error_of
 from tests.test_cases import histories, log, written
@@ -20,6 +21,9 @@ def parquet_of(path, rows):
   table = pa.table(dict(zip(('user_id', 'item_id', 'timestamp'), zip(*rows))))
   parquet.write_table(table, path)
 
+
+LOG = [(user, item, 10 * user + item) for user in (1, 2) for item in (1, 2, 3)]
+LOG += [(2, 4, 90)]
 
 # Shards.
 
@@ -58,15 +62,47 @@ def test_shards_of_other_programs(tmp_path, names):
 def test_a_missing_shard_is_named(tmp_path):
   for number in (0, 2):
     parquet_of(tmp_path / f'x-0000{number}-of-00003.parquet', [('a', 1, 1)])
-  assert '2 of 3 files of one table, number 1 is missing' in error_of(
+  assert '2 of 3 files of one table (x-00000-of-00003' in error_of(
     read, tmp_path
   )
+  # Two generations of one table.
+  parquet_of(tmp_path / 'x-00001-of-00002.parquet', [('a', 1, 1)])
+  assert '3 of 2 or 3 files of one table' in error_of(read, tmp_path)
 
 
 def test_files_that_differ_in_more_than_numbers_are_no_shards(tmp_path):
   for name in ('clicks.csv', 'buys.csv'):
     written(tmp_path / name, log('1,2,3'))
   assert 'could each be the interactions' in error_of(read, tmp_path)
+
+
+def test_folders_of_other_sets_are_no_shards(tmp_path):
+  for name in ('ml-1m', 'ml-10m'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'ratings.dat').write_text('1::2::5::3\n')
+  message = error_of(read, tmp_path)
+  assert 'ml-10m/ratings.dat, ml-1m/ratings.dat could each be' in message
+  # As Hive names them they are; what is hidden is nobody's.
+  for day in (9, 10):
+    parquet_of(tmp_path / 'log' / 'x.parquet', [('a', day, day)])
+    (tmp_path / 'log').rename(tmp_path / f'day={day}')
+  (tmp_path / '.cache').mkdir()
+  written(tmp_path / '.cache' / 'y.csv', log('1,2,3'))
+  for name in ('ml-1m', 'ml-10m'):
+    (tmp_path / name / 'ratings.dat').unlink()
+  assert histories(read(tmp_path)) == {'a': ['9', '10']}
+
+
+def test_what_lies_beside_a_folder_of_one_file_is_found(tmp_path):
+  parquet_of(tmp_path / 'data' / 'train-00000-of-00001.parquet', LOG)
+  written(tmp_path / 'items.csv', 'item_id,title\n1,One\n2,Two\n')
+  matrix = np.arange(10, dtype=np.float32).reshape(5, 2)
+  matrix[0] = 0
+  np.save(tmp_path / 'text_features.npy', matrix)
+  found = load.load(DataConfig(dataset='auto', data_dir=str(tmp_path)), 0)
+  assert found.dataset.name == tmp_path.name
+  assert found.dataset.titles == ('', 'One', 'Two', '', '')
+  assert found.dataset.features['text'][:, 0].tolist() == [0, 2, 4, 6, 8]
 
 
 def test_shards_must_agree(tmp_path):
@@ -76,6 +112,14 @@ def test_shards_must_agree(tmp_path):
   written(tmp_path / 'x-2.csv', log('1,4', header='user_id,item_id'))
   message = error_of(read, tmp_path)
   assert 'x-2.csv: no times, but' in message and 'x-1.csv has some' in message
+  written(tmp_path / 'x-2.csv', log('1,4,3', header='uid,item_id,timestamp'))
+  assert 'x-2.csv: columns uid = users, item_id' in error_of(read, tmp_path)
+  # Which column is whose is not decided for each file alone.
+  for old in tmp_path.iterdir():
+    old.unlink()
+  written(tmp_path / 'r_0.csv', 'B000000001,u1,5.0,1\nB000000002,u1,5.0,2\n')
+  written(tmp_path / 'r_1.csv', 'x1,u1,5.0,1\nx2,u1,5.0,2\n')
+  assert 'r_1.csv: columns 1 = users, 2 = items' in error_of(read, tmp_path)
 
 
 # Folders of other libraries.
@@ -131,6 +175,16 @@ def test_mind(tmp_path):
   ):
     written(tmp_path / 'behaviors.tsv', bad)
     assert told in error_of(read, tmp_path)
+
+
+def test_several_files_of_mind_are_refused(tmp_path):
+  # The histories of one part would be targets of another.
+  for part in ('train', 'dev', 'test'):
+    (tmp_path / f'MIND_{part}').mkdir()
+    written(tmp_path / f'MIND_{part}' / 'behaviors.tsv', MIND)
+  assert 'of MIND each hold the histories' in error_of(
+    sources.find, 'auto', str(tmp_path), given=True
+  )
 
 
 def test_yelp(tmp_path):
@@ -222,6 +276,47 @@ def test_a_split_without_validation_takes_the_last_training_items(tmp_path):
   assert targets(dataset, test=False) == [(1, 3)]
   assert targets(dataset, test=True) == [(1, 5), (1, 6), (2, 6)]
   assert any('last training item is its validation' in n for n in found.notes)
+
+
+def test_filters_leave_what_validation_is(tmp_path):
+  lines = [f'1\t{i}\t{i}\t0' for i in range(1, 8)] + ['1\t8\t9\t2']
+  lines += ['2\t1\t1\t0', '2\t9\t2\t1', '2\t2\t3\t2', '3\t10\t1\t0']
+  text = '\n'.join(('user_id\titem_id\ttimestamp\tsplit', *lines))
+  written(tmp_path / 'x.inter', text + '\n')
+  assert loaded(tmp_path).dataset.num_train.tolist() == [7, 1]
+  # Without user 2 nothing is for validation, and nothing is cut for it.
+  one = loaded(tmp_path, top_k_users=1).dataset
+  assert one.num_train.tolist() == [7]
+  assert one.num_validation.tolist() == [0]
+
+
+@pytest.mark.parametrize('k_core', [0, 3])
+def test_a_core_counts_in_a_given_split_too(tmp_path, k_core):
+  lines = [
+    f'{user}\t{1 + (user + n) % 5}\t{n}\t{2 * (n == 4)}'
+    for user in range(1, 6)
+    for n in range(5)
+  ]
+  lines += ['6\t1\t1\t0', '6\t2\t2\t2']
+  text = '\n'.join(('user_id\titem_id\ttimestamp\tsplit', *lines))
+  written(tmp_path / 'x.inter', text + '\n7\t9\t1\t0\n')
+  lengths = loaded(tmp_path, k_core=k_core).dataset.lengths
+  assert lengths.min() == (5 if k_core else 2)
+
+
+def test_a_column_of_parts_needs_a_test(tmp_path):
+  lines = ['1\t1\t1\t0', '1\t2\t2\t0', '1\t3\t3\t1']
+  text = '\n'.join(('user_id\titem_id\ttimestamp\tsplit', *lines))
+  written(tmp_path / 'x.inter', text + '\n')
+  assert 'no line is of the test part (test, or 2); the column has 0, 1' in (
+    error_of(loaded, tmp_path)
+  )
+
+
+def test_items_of_a_given_split_are_those_of_all_parts(tmp_path):
+  split_files(tmp_path, NAMES, PARTS)
+  table = load.read_items(DataConfig(dataset='auto', data_dir=str(tmp_path)))
+  assert table.ids.tolist() == [1, 2, 3, 4, 5, 6, 9]
 
 
 def test_targets_from_the_past_are_told(tmp_path):

@@ -199,6 +199,12 @@ def test_users_can_be_sliced_by_what_they_are():
     '22 to 29': 8,
   }
   assert not sizes['zip']  # nobody can read thirty slices
+  sessions = results._replace(users=np.array([f'u#{n}' for n in range(30)]))
+  assert user_results.slices(sessions, {'kind': {'u': 'x'}})['kind'].keys() == {
+    'x'
+  }
+  message = small.error_of(user_results.slices, results, {'kind': {'u': 'x'}})
+  assert 'kind: the file of users tells of none of 30 users (0, …)' in message
 
 
 def test_of_a_user_with_several_targets_the_mean_counts():

@@ -36,7 +36,7 @@ from fedmmr_jax.client.windows import (
   window_stride,
 )
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.data.dataset import ClientData, MIN_HELD_OUT
+from fedmmr_jax.data.dataset import ClientData
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models.experts import MemoryView, TEXT
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
@@ -371,7 +371,8 @@ def _round_vocabulary(model, config, client, key) -> Vocabulary:
   if config.client.vocabulary == 'dense':
     return catalogue
   epochs = jnp.arange(config.client.local_epochs)
-  steps = jnp.arange(num_steps(client.history.shape[0] - MIN_HELD_OUT, config))
+  # With a given split a client may hold nothing out.
+  steps = jnp.arange(num_steps(client.history.shape[0], config))
 
   def negative(epoch, i):  # the draw that the step will make again
     negative_key, _ = _step_keys(key, epoch, i)

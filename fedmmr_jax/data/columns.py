@@ -92,6 +92,10 @@ def ids_of(
   """
   if column.null_count:
     raise Doubt
+  if pa.types.is_dictionary(column.type) and not (
+    pa.types.is_string(column.type.value_type)
+  ):
+    column = column.cast(column.type.value_type)
   if pa.types.is_integer(column.type):
     try:
       column = column.cast(pa.int64())

@@ -423,7 +423,9 @@ def to_device(
       _draw_uniform(
         generator(seed, Stream.NEGATIVES, _as_seed(user)),
         items,
-        dataset.new_test_items(client),
+        np.setdiff1d(
+          dataset.new_test_items(client), dataset.disliked_by(client)
+        ),
         dataset.num_rows - dataset.num_cold,
         sampled_negatives,
       )

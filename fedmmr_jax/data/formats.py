@@ -221,7 +221,9 @@ def _read_headless(
   time where the others have theirs, it may be a header."""
   first = _split(text_files.head(path)[0], separator)
   known = tuple(map(str, range(1, len(first) + 1)))
-  picked = roles.pick_all(known, lines, f'{path}, line 1')
+  rows = [_split(line, separator) for line in text_files.head(path)[1:]]
+  examples = dict(zip(known, zip(*(r for r in rows if len(r) == len(known)))))
+  picked = roles.pick_all(known, lines, f'{path}, line 1', examples)
   time = picked.time
   has_header = (
     may_have_header and bool(time) and not _is_time(first[int(time) - 1])

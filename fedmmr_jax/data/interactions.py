@@ -91,8 +91,8 @@ def joined(
     names: of the files, for errors.
 
   Raises:
-    UserError: some have times and others none, or numbers as ids and others
-      texts.
+    UserError: some have times and others none, numbers as ids and others texts,
+      or other columns.
   """
   first, *others = tables
   if not others:
@@ -103,6 +103,17 @@ def joined(
       f'{names[timed.index(False)]}: no times, but {names[timed.index(True)]} '
       'has some; name the column of both with `dataset=auto,time=…`'
     )
+  columns = [
+    [note.partition(':')[0] for note in table.notes if note[:7] == 'columns']
+    for table in tables
+  ]
+  for number, own in enumerate(columns):
+    if own != columns[0]:
+      raise UserError(
+        f'{names[number]}: {" ".join(own[0].split())}, but in {names[0]} '
+        f'{" ".join(columns[0][0].split())}; say which is which with '
+        '`dataset=auto,user=…,item=…`'
+      )
   for what in ('user', 'item'):
     kinds = [getattr(t, f'{what}_ids').dtype.kind for t in tables]
     if len(set(kinds)) > 1:

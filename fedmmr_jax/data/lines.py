@@ -157,7 +157,7 @@ def apply(found: Interactions, lines: Lines, place: str) -> Interactions:
         f'{place}: this format has no {what}s; leave the options of `dataset` '
         'that need them out'
       )
-  for rule in (_by_rating, _by_event, _by_part, _once, _first, _sessions):
+  for rule in (_by_event, _by_rating, _by_part, _once, _first, _sessions):
     found = rule(found, lines, place)
     if not len(found.users):
       raise UserError(
@@ -247,7 +247,13 @@ def _by_part(found: Interactions, lines: Lines, place: str) -> Interactions:
       f'{place}: {unknown[0]!r} in the column of the parts is none of '
       'train, validation and test (or 0, 1, 2)'
     )
-  return found._replace(parts=np.array(of_text, np.int8)[codes])
+  parts = np.array(of_text, np.int8)[codes]
+  if split.TEST not in of_text:
+    raise UserError(
+      f'{place}: no line is of the test part (test, or 2); the column has '
+      + ', '.join(texts[:_SHOWN])
+    )
+  return found._replace(parts=parts)
 
 
 def _once(found: Interactions, lines: Lines, place: str) -> Interactions:
@@ -258,7 +264,10 @@ def _once(found: Interactions, lines: Lines, place: str) -> Interactions:
       f'{place}: no times, so that nothing tells duplicates from repeats; say '
       'repeats=drop instead of duplicates=drop'
     )
-  order = np.lexsort((found.times, found.items, found.users))
+  keys = [found.times, found.items, found.users]
+  if found.parts is not None:  # what is trained on stays
+    keys.insert(0, found.parts)
+  order = np.lexsort(keys)
   same = np.ones(max(len(order) - 1, 0), bool)
   for column in (found.users, found.items, found.times):
     same &= np.diff(column[order]) == 0
@@ -276,8 +285,9 @@ def _first(found: Interactions, lines: Lines, place: str) -> Interactions:
   liked = np.arange(len(found.users))
   if found.disliked is not None:
     liked = liked[~found.disliked]
-  if found.times is not None:
-    liked = liked[np.argsort(found.times[liked], kind='stable')]
+  keys = [x[liked] for x in (found.times, found.parts) if x is not None]
+  if keys:  # what is trained on comes first
+    liked = liked[np.lexsort(keys)]
   pairs = found.users[liked].astype(np.int64) * len(found.item_ids)
   pairs += found.items[liked]
   _, first = np.unique(pairs, return_index=True)

@@ -89,7 +89,8 @@ def read_items(config: DataConfig) -> ItemTable:
   """
   if config.synthetic:
     raise UserError('`dataset=synthetic` has no item files; name a data set')
-  source = source_of(config)
+  # All items of a given split, whatever their part.
+  source = sources.find(config.dataset, config.data_dir, given=None)
   return items.table(sources.read(source), items.find(source, config.item_file))
 
 
@@ -277,4 +278,4 @@ def _name(source: Source) -> str:
   """MovieLens sets are known by their format, others by their file."""
   if source.format.startswith('ml-'):
     return source.format
-  return source.path.name.partition('.')[0]
+  return source.path.absolute().name.partition('.')[0]

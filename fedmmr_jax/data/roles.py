@@ -54,7 +54,7 @@ _TIME_WORDS = set(
   'updated added published watched'.split()
 )
 # Columns that hold the items before a line's own.
-_HISTORY = re.compile(r'(.*:token_seq|history|item_id_list)', re.IGNORECASE)
+_HISTORY = re.compile(r'(history|.*_list)', re.IGNORECASE)
 _DATE = re.compile(r'[0-9]{4}-[0-9]{2}-[0-9]{2}([T ].*)?')
 
 
@@ -100,9 +100,9 @@ def pick(fields: Sequence[str], lines: Lines, what: str) -> str:
   asked = getattr(lines, what)
   if asked and asked != _usual(what):
     return asked if asked in fields else ''
-  by_name = {
-    field.partition(':')[0].lower().replace(' ', '_'): field for field in fields
-  }
+  by_name: dict[str, str] = {}
+  for field in fields:  # of two that differ in case, the one before
+    by_name.setdefault(field.partition(':')[0].lower().replace(' ', '_'), field)
   return next((by_name[a] for a in ALIASES[what] if a in by_name), '')
 
 

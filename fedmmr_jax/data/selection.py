@@ -52,12 +52,15 @@ class Filters(NamedTuple):
       the lower id (0 = all).
     test_from: date of a timeline split, in seconds since 1970; None =
       leave-one-out, or the parts that the interactions have.
+    cut_validation: whether a given split has no part for validation, so that
+      the last training items are; `select` sees to it.
   """
 
   k_core: int = 0
   min_interactions: int = MIN_INTERACTIONS
   top_k_users: int = 0
   test_from: float | None = None
+  cut_validation: bool = False
 
 
 class Selected(NamedTuple):
@@ -94,6 +97,10 @@ def select(
   if everything.disliked is not None:
     interactions = everything.where(~everything.disliked)
   table = in_order(interactions)
+  if table.parts is not None:  # decided before a filter leaves some out
+    filters = filters._replace(
+      cut_validation=not (table.parts == split.VALIDATION).any()
+    )
   notes = [
     *_about_times(table, interactions.unit),
     *_about_repeats(table),
@@ -226,7 +233,7 @@ class Table(NamedTuple):
     counts = np.bincount(self.users, minlength=num_users)
     one = np.ones(num_users, int)
     if self.parts is not None:
-      return self._given_sizes(counts)
+      return self._given_sizes(counts, filters.cut_validation)
     if filters.test_from is None:
       return _Sizes(counts, HELD_OUT * one, one)
     before = np.bincount(
@@ -235,12 +242,12 @@ class Table(NamedTuple):
     has_test = counts > before
     return _Sizes(before + has_test, HELD_OUT - 1 + has_test, one)
 
-  def _given_sizes(self, counts: np.ndarray) -> _Sizes:
+  def _given_sizes(self, counts: np.ndarray, cut_validation: bool) -> _Sizes:
     train, validation = (
       np.bincount(self.users[self.parts == part], minlength=len(counts))
       for part in (split.TRAIN, split.VALIDATION)
     )
-    if not validation.any():  # nothing is given for it
+    if cut_validation:
       validation = (train > 1).astype(int)
       train = train - validation
     return _Sizes(counts, counts - train, validation)
@@ -277,10 +284,10 @@ def _order(columns: list[np.ndarray | None]) -> np.ndarray:
 
 def needed(interactions: Interactions, filters: Filters) -> int:
   """How many interactions a user needs."""
-  least = max(filters.min_interactions, filters.k_core)
+  least = filters.min_interactions
   if interactions.parts is not None and least == MIN_INTERACTIONS:
-    return MIN_INTERACTIONS - 1  # a target, and an item before it
-  return least
+    least -= 1  # a target, and an item before it
+  return max(least, filters.k_core)
 
 
 def _filtered(

@@ -44,13 +44,13 @@ class Source(NamedTuple):
   """Where the interactions are.
 
   Attributes:
-    path: the file, or the folder of several.
+    path: the file, or the folder of several or of folders.
     format: its name, see `formats.format_of`.
     detected: whether it was detected from the file, not given by a flag.
     lines: what the options of `dataset` say of its lines.
     files: those that are read, in this order.
     parts: of a given split, the part of each file; empty where no name tells.
-    given: whether the data come with a split.
+    folder: where item file and features are looked for.
   """
 
   path: pathlib.Path
@@ -59,12 +59,7 @@ class Source(NamedTuple):
   lines: Lines = Lines()
   files: tuple[pathlib.Path, ...] = ()
   parts: tuple[int, ...] = ()
-  given: bool = False
-
-  @property
-  def folder(self) -> pathlib.Path:
-    """Where item file and features are looked for."""
-    return self.path if self.path.is_dir() else self.path.parent
+  folder: pathlib.Path = pathlib.Path()
 
   def __str__(self) -> str:
     how = 'detected' if self.detected else 'as named'
@@ -99,7 +94,10 @@ def _within(path: pathlib.Path, folder: pathlib.Path) -> str:
 
 
 def find(
-  dataset: str, data_dir: str, setting: str = 'data_dir', given: bool = False
+  dataset: str,
+  data_dir: str,
+  setting: str = 'data_dir',
+  given: bool | None = False,
 ) -> Source:
   """The interaction files, and their format.
 
@@ -109,7 +107,8 @@ def find(
       'csv,user=who,item=what'.
     data_dir: the file, or the folder that holds it.
     setting: where `data_dir` comes from, for errors.
-    given: whether the files come split into training, validation and test.
+    given: whether the data come split into training, validation and test; None
+      = it does not matter.
 
   Raises:
     UserError: no such file, several that are not one table, one of no known
@@ -129,10 +128,11 @@ def find(
       f'`{setting}={data_dir}`: no such file or folder; name the folder of '
       'the data set, or its interaction file'
     )
-  files, of_parts = [path], ()
+  files, of_parts, folder = [path], (), path.parent
   if path.is_dir():
+    folder = path
     files, of_parts = _choose(path, name, given)
-    if len(files) == 1:
+    if len(files) == 1 and files[0].parent == path:
       path = files[0]
   if given and not of_parts:
     lines = dataclasses.replace(lines, part=lines.part or AUTO)
@@ -141,13 +141,19 @@ def find(
       f'`dataset={dataset}`: part is read with `split_by=given`, from one file'
     )
   form = name if name != AUTO else formats.detect(files[0], lines)
+  if form == 'mind' and len(files) > 1:
+    raise UserError(
+      f'{path}: {", ".join(_within(x, path) for x in files)} of MIND each hold '
+      'the histories of their users; name one with `data_dir`, and split it '
+      'with `split_by=timeline,test_from=…`'
+    )
   if lines.names_columns and not format_of(form).named:
     raise UserError(
       f'{path}: {format_of(form).description}, has no named columns; '
       '`dataset` cannot name any'
     )
   return Source(
-    path, form, name == AUTO, lines, tuple(files), tuple(of_parts), given
+    path, form, name == AUTO, lines, tuple(files), tuple(of_parts), folder
   )
 
 
@@ -171,7 +177,7 @@ def read(source: Source) -> Interactions:
 
 
 def _choose(
-  folder: pathlib.Path, dataset: str, given: bool
+  folder: pathlib.Path, dataset: str, given: bool | None
 ) -> tuple[list[pathlib.Path], tuple[int, ...]]:
   """(Files of one table, the part of each in a given split or nothing)."""
   wanted = FORMATS if dataset == AUTO else {dataset: format_of(dataset)}
@@ -179,7 +185,11 @@ def _choose(
   found = _matching(folder, patterns)
   if not found:
     # As the `datasets` library and Spark lay them out.
-    inner = sorted(path for path in folder.iterdir() if path.is_dir())
+    inner = sorted(
+      path
+      for path in folder.iterdir()
+      if path.is_dir() and not path.name.startswith('.')
+    )
     found = [path for one in inner for path in _matching(one, patterns)]
   if not found:
     raise UserError(
@@ -192,7 +202,8 @@ def _choose(
   names = [_within(path, folder) for path in found]
   of_parts = [split.part_of_name(name) for name in names]
   told = ', '.join(names)
-  if given and any(part is not None for part in of_parts):
+  known = {part for part in of_parts if part is not None}
+  if (given and known) or (given is None and len(known) > 1):
     by_part = {
       part: [path for path, own in zip(found, of_parts) if own == part]
       for part in range(len(split.PARTS))
@@ -211,7 +222,7 @@ def _choose(
       [path for paths in shards.values() for path in paths],
       tuple(part for part, paths in shards.items() for _ in paths),
     )
-  if len({part for part in of_parts if part is not None}) > 1:
+  if len(known) > 1:
     raise UserError(
       f'{folder}: {told} look like training, validation and test of one set; '
       'say `split_by=given` to keep them so, or put them into one file in the '
@@ -245,28 +256,34 @@ def _one_table(
   """
   names = [_within(path, folder) for path in found]
   plain = [_UUID.sub('', name) for name in names]
-  if len({_NUMBER.sub('#', name) for name in plain}) > 1:
+  if len(set(map(_stem, plain))) > 1:
     raise UserError(
       f'{folder}: {", ".join(names)} could each be the interactions; name one: '
       f'`data_dir={found[0]}`'
     )
-  told = [_OF.search(name) for name in plain]
-  if all(told):
-    number = {int(match[1]) for match in told if match}
-    total = max(int(match[2]) for match in told if match)
-    # From 0, or from 1.
-    missing = set(range(min(number | {1}), min(number | {1}) + total)) - number
-    if missing:
-      raise UserError(
-        f'{folder}: {len(names)} of {total} files of one table, number '
-        f'{min(missing)} is missing; fetch it, or name one file with '
-        '`data_dir`'
-      )
+  totals = {int(match[2]) for match in map(_OF.search, plain) if match}
+  if totals and totals != {len(found)}:
+    wanted = ' or '.join(map(str, sorted(totals)))
+    raise UserError(
+      f'{folder}: {len(found)} of {wanted} files of one table '
+      f'({_told(names)}); fetch what is missing, take away what is of another '
+      'table, or name one file with `data_dir`'
+    )
   order = sorted(
     range(len(found)),
     key=lambda i: [int(x) for x in _NUMBER.findall(plain[i])] + [i],
   )
   return [found[i] for i in order]
+
+
+def _stem(name: str) -> str:
+  """What shards of one table have in common: numbers may differ in their own
+  names, and in folders as in day=3, not in those as in ml-1m and ml-10m."""
+  *folders, own = name.split('/')
+  return '/'.join(
+    [_NUMBER.sub('#', x) if '=' in x else x for x in folders]
+    + [_NUMBER.sub('#', own)]
+  )
 
 
 def _is_about_items(path: pathlib.Path) -> bool:

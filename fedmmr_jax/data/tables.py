@@ -16,13 +16,16 @@ from fedmmr_jax.data.lines import Lines
 from fedmmr_jax.data.roles import Roles
 from fedmmr_jax.errors import UserError
 
+_HEAD = 16  # rows that may tell what a column holds
+
 
 def read_parquet(path: pathlib.Path, lines: Lines) -> Interactions:
   """Of the columns that are read, and no others."""
   try:
     with text_files.readable(path):
       file = arrow_parquet.ParquetFile(path)
-      picked = _roles(file.schema_arrow, lines, str(path))
+      head = next(file.iter_batches(_HEAD), None)
+      picked = _roles(file.schema_arrow, lines, str(path), head)
       table = file.read(columns=picked.columns)
   except pa.ArrowInvalid as error:
     raise UserError(f'{path}: not a readable Parquet file ({error})') from None
@@ -40,8 +43,9 @@ def read_arrow(path: pathlib.Path, lines: Lines) -> Interactions:
         if begins_as_file
         else pa.ipc.open_stream(source)
       )
-      picked = _roles(opened.schema, lines, str(path))
-      table = opened.read_all().select(picked.columns)
+      table = opened.read_all()
+      picked = _roles(table.schema, lines, str(path), table.slice(0, _HEAD))
+      table = table.select(picked.columns)
       return from_table(table, picked, str(path))
   except pa.ArrowInvalid as error:
     raise UserError(f'{path}: not a readable Arrow file ({error})') from None
@@ -61,20 +65,28 @@ def of_frame(frame: Any, lines: Lines, place: str) -> Interactions:
       f'{place}: {type(frame).__name__} is no table ({error}); give a frame of '
       'pandas or polars, or an Arrow table'
     ) from None
-  picked = _roles(table.schema, lines, place)
+  picked = _roles(table.schema, lines, place, table.slice(0, _HEAD))
   return from_table(table.select(picked.columns), picked, place)
 
 
-def _roles(schema: pa.Schema, lines: Lines, place: str) -> Roles:
-  dates = {
-    field.name: ['2000-01-01']
-    for field in schema
-    if pa.types.is_timestamp(field.type) or pa.types.is_date(field.type)
-  }
-  picked = roles.pick_all(schema.names, lines, place, dates)
+def _roles(
+  schema: pa.Schema,
+  lines: Lines,
+  place: str,
+  head: pa.Table | pa.RecordBatch | None,
+) -> Roles:
   if len(set(schema.names)) < len(schema.names):
     raise UserError(f'{place}: two columns of one name')
-  return picked
+  examples: dict[str, list] = {}
+  for field in schema:
+    if pa.types.is_timestamp(field.type) or pa.types.is_date(field.type):
+      examples[field.name] = ['2000-01-01']
+    elif head is not None and (
+      pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+    ):
+      values = head.column(field.name).to_pylist()
+      examples[field.name] = [x for x in values if x is not None]
+  return roles.pick_all(schema.names, lines, place, examples)
 
 
 def from_table(table: pa.Table, picked: Roles, place: str) -> Interactions:
@@ -108,8 +120,18 @@ def from_table(table: pa.Table, picked: Roles, place: str) -> Interactions:
       raise UserError(
         f'{place}: {name} is of type {kind}; ids are whole numbers or strings'
       )
+  for name in picked.further.values():
+    try:
+      columns_lib.texts_of(table[name].slice(0, 1))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+      raise UserError(
+        f'{place}: {name} is of type {table.schema.field(name).type}, which is '
+        'no text or number'
+      ) from None
   try:
     return as_is(table, picked)._replace(notes=picked.notes)
+  except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    raise UserError(f'{place}: {error}') from None
   except Doubt:
     raise UserError(f'{place}, {_fault_of(table, picked)}') from None
 
@@ -146,6 +168,8 @@ def _fault_of(table: pa.Table, picked: Roles) -> str:
       )
       if not isinstance(value, str) and abs(value) >= 2**63:
         problem = 'is beyond 63 bits'
+      if isinstance(value, float) and abs(value) >= 2**53:
+        problem = 'is too large to be exact as a floating-point number'
       if problem:
         return f'row {row}: {name} {problem}: {value!r}'
   name = picked.time

@@ -7,6 +7,7 @@ with a header, Parquet.
 
 import pathlib
 
+import pyarrow as pa
 from pyarrow import parquet as arrow_parquet
 
 from fedmmr_jax.data import items, text_files
@@ -33,8 +34,13 @@ def read(path: pathlib.Path) -> Attributes:
     raise UserError(f'{path}: no such file of users')
   name = text_files.plain_name(path).lower()
   if name.endswith('.parquet'):
-    with text_files.readable(path):
-      table = arrow_parquet.read_table(path)
+    try:
+      with text_files.readable(path):
+        table = arrow_parquet.read_table(path)
+    except pa.ArrowInvalid as error:
+      raise UserError(
+        f'{path}: not a readable Parquet file ({error})'
+      ) from None
     header = table.column_names
     rows = list(enumerate(zip(*(c.to_pylist() for c in table.columns)), 1))
   elif name in _HEADLESS:

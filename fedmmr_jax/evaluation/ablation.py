@@ -14,7 +14,7 @@ Differences are relative to the first variant. All rounds of a variant are run;
 import dataclasses
 import statistics
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,8 @@ class Outcome(NamedTuple):
     records: of each seed, a record for each round with what it cost and its
       validation, as in `metrics.jsonl`; empty if no rounds were trained.
     num_train: [users] training items of the test split's users.
+    clients: split -> [targets] whose each is, ascending; a client of a given
+      split may have several.
   """
 
   ranks: dict[str, Ranks]
@@ -76,6 +78,7 @@ class Outcome(NamedTuple):
   metrics: tuple[Metric, ...] = ()
   records: Sequence[list[dict[str, Any]]] = ()
   num_train: Sequence[int] = ()
+  clients: Mapping[str, Sequence[int]] = {}
 
   @property
   def headlines(self) -> tuple[tuple[str, str], ...]:
@@ -87,18 +90,27 @@ class Outcome(NamedTuple):
     self, protocol: str, metric: str, split: str = 'test'
   ) -> np.ndarray:
     """[users] a metric, mean over the seeds."""
-    ranks = getattr(self.ranks[split], protocol)
-    return np.mean(
-      [metrics_lib.ranking_of_each(r, self.metrics)[metric] for r in ranks],
-      axis=0,
+    values = [
+      metrics_lib.ranking_of_each(r, self.metrics)[metric]
+      for r in getattr(self.ranks[split], protocol)
+    ]
+    return metrics_lib.of_users(
+      np.mean(values, axis=0), self._clients_of(split)
     )
+
+  def _clients_of(self, split: str) -> np.ndarray | None:
+    own = self.clients.get(split)
+    return None if own is None else np.asarray(own)
 
   def of_each_seed(
     self, protocol: str, metric: str, split: str = 'test'
   ) -> list[float]:
     """A metric, mean over the users."""
     ranks = getattr(self.ranks[split], protocol)
-    return [metrics_lib.ranking(r, self.metrics)[metric] for r in ranks]
+    return [
+      metrics_lib.ranking(r, self.metrics, self._clients_of(split))[metric]
+      for r in ranks
+    ]
 
   def difference(
     self, baseline: 'Outcome', protocol: str, metric: str
@@ -172,6 +184,7 @@ def run_trained(
     base.metrics,
     records,
     _num_train(base),
+    _clients(base),
   )
   return outcome, simulations, states
 
@@ -286,7 +299,7 @@ def run_special(
     ranks = _rank(
       [s.with_features(variant.special[1:]) for s in simulations], states
     )
-    num_train = _num_train(simulations[0])
+    num_train, clients = _num_train(simulations[0]), _clients(simulations[0])
   else:
     base = simulation_lib.build(config, loaded.dataset, loaded.cold)
     found = []
@@ -299,7 +312,7 @@ def run_special(
       else:
         found.append(simulation.rank_local_only(simulation.init_state()))
     ranks = {split: _stacked([f[split] for f in found]) for split in found[0]}
-    num_train = _num_train(base)
+    num_train, clients = _num_train(base), _clients(base)
   return Outcome(
     ranks,
     [],
@@ -308,6 +321,7 @@ def run_special(
     time.perf_counter() - started,
     metrics_lib.further_metrics(config.evaluation.metric_names),
     num_train=num_train,
+    clients=clients,
   )
 
 
@@ -328,7 +342,14 @@ def _rank(
 
 def _num_train(simulation: Simulation) -> list[int]:
   """[users] training items of the test split's users."""
-  return simulation.num_train[simulation.targets('test')[0]].tolist()
+  return simulation.num_train[simulation.targeted('test')].tolist()
+
+
+def _clients(simulation: Simulation) -> dict[str, list[int]]:
+  """Split -> [targets] whose each is."""
+  return {
+    split: simulation.targets(split)[0].tolist() for split in simulation.splits
+  }
 
 
 def _stacked(ranks: Sequence[Ranks]) -> Ranks:

@@ -21,8 +21,8 @@ The checks, and how each is made:
       memory that holds the validation item
     catalogue filter: the items that negatives avoid, and those that a k-core
       counts, are training items
-    given split: no client trains on one of its own targets; where clients
-      consume things again in training too, they may
+    given split: clients train on their own targets no more often than twice
+      what they consume things again in training
     evaluation negatives: unseen before the target, distinct, and candidates
     validation candidates: the later test item is ranked above the validation
       item; it must count there, and be drawn as a negative as often as any
@@ -482,6 +482,7 @@ def given_split(simulation: Simulation) -> list[Check]:
     dataset.sequence(k)[:n] for k, n in enumerate(simulation.num_train.tolist())
   ]
   again = sum(len(items) - len(np.unique(items)) for items in own)
+  total = sum(map(len, own))
   targets = [
     (k, row)
     for split in ranking.SPLITS
@@ -491,9 +492,9 @@ def given_split(simulation: Simulation) -> list[Check]:
   return [
     Check(
       'given split',
-      not trained or bool(again),
+      not trained or trained / len(targets) <= 2 * again / max(total, 1),
       f'{trained:,} of {len(targets):,} targets are training items of their '
-      f'client; within training {again:,} items come again',
+      f'client; of {total:,} within training {again:,} come again',
     )
   ]
 
@@ -582,11 +583,12 @@ def validation_candidates(simulation: Simulation) -> Check:
 
 class Trained(NamedTuple):
   """Ranks of the test items: by popularity, and of the same training with clean
-  and with leaky negatives."""
+  and with leaky negatives; [n] whose each item is."""
 
   popularity: Ranks
   clean: Ranks
   leaky: Ranks
+  clients: np.ndarray
 
 
 def canary(simulation: Simulation) -> tuple[Check, Trained]:
@@ -601,7 +603,10 @@ def canary(simulation: Simulation) -> tuple[Check, Trained]:
   for leaky in (False, True):
     alone = _with_leak(simulation, config, leaky)
     found[leaky] = alone.rank_local_only(alone.init_state())['test']
-  trained = Trained(simulation.rank_by_popularity('test'), *found.values())
+  clients = simulation.targets('test')[0]
+  trained = Trained(
+    simulation.rank_by_popularity('test'), *found.values(), clients=clients
+  )
   # What a client has trained on it may know.
   new = np.array(
     [
@@ -616,9 +621,14 @@ def canary(simulation: Simulation) -> tuple[Check, Trained]:
       'cannot tell: every client has consumed its test item in training too',
     ), trained
   trained = Trained(
-    *(jax.tree.map(lambda x: np.asarray(x)[new], ranks) for ranks in trained)
+    *(
+      jax.tree.map(lambda x: np.asarray(x)[new], ranks) for ranks in trained[:3]
+    ),
+    clients=trained.clients[new],
   )
-  by_popularity, clean, leaky = (hit_rate(ranks) for ranks in trained)
+  by_popularity, clean, leaky = (
+    hit_rate(ranks, trained.clients) for ranks in trained[:3]
+  )
   if by_popularity + MARGIN >= 1:
     return Check(
       'canary',
@@ -631,14 +641,18 @@ def canary(simulation: Simulation) -> tuple[Check, Trained]:
   )
   lead = paired_bootstrap(
     *(
-      metrics_lib.ranking_of_each(ranks.sampled)[metrics_lib.HR]
+      metrics_lib.of_users(
+        metrics_lib.ranking_of_each(ranks.sampled)[metrics_lib.HR],
+        trained.clients,
+      )
       for ranks in (own, trained.popularity)
     )
   )
   return Check(
     'canary',
     lead.low <= MARGIN,
-    f'HR@10 (sampled) of clients that train alone: {hit_rate(own):.3f}, of '
+    'HR@10 (sampled) of clients that train alone: '
+    f'{hit_rate(own, trained.clients):.3f}, of '
     f'popularity {by_popularity:.3f} (difference {lead.low:+.3f} to '
     f'{lead.high:+.3f}); with leaky negatives {leaky:.3f}, without '
     f'{clean:.3f}',
@@ -651,12 +665,16 @@ def federated(simulation: Simulation, rounds: int) -> Trained:
   for leaky in (False, True):
     one = _with_leak(simulation, simulation.config, leaky)
     found[leaky] = one.evaluate(_trained(one, rounds), 'test')[1]
-  return Trained(simulation.rank_by_popularity('test'), *found.values())
+  return Trained(
+    simulation.rank_by_popularity('test'),
+    *found.values(),
+    clients=simulation.targets('test')[0],
+  )
 
 
-def hit_rate(ranks: Ranks) -> float:
-  """HR@10 of the sampled protocol."""
-  return metrics_lib.ranking(ranks.sampled)[metrics_lib.HR]
+def hit_rate(ranks: Ranks, clients: np.ndarray | None = None) -> float:
+  """HR@10 of the sampled protocol; `clients` as for `metrics.ranking`."""
+  return metrics_lib.ranking(ranks.sampled, users=clients)[metrics_lib.HR]
 
 
 def _trained(simulation: Simulation, rounds: int) -> FederationState:

@@ -384,10 +384,20 @@ def rank_shard(
   )
 
 
-def evaluated_clients(config: RunConfig, num_clients: int) -> np.ndarray:
+def evaluated_clients(
+  config: RunConfig, num_clients: int, having: np.ndarray | None = None
+) -> np.ndarray:
   """[n] clients that are ranked, of those that are not new, ascending; the same
-  in each round."""
+  in each round.
+
+  Args:
+    config: settings.
+    num_clients: K.
+    having: those with a target; None = all.
+  """
   clients = old_clients(num_clients, config.data.new_clients)
+  if having is not None:
+    clients = clients[np.isin(clients, having)]
   wanted = config.evaluation.eval_clients
   if not wanted or wanted >= len(clients):
     return clients

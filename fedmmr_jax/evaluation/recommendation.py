@@ -69,9 +69,10 @@ class People(NamedTuple):
     num_train = simulation.num_train[numbers].astype(np.int32)
     length = dataset.lengths[numbers].astype(np.int32)
     if split is not None:
-      length = num_train.copy()
-      if split == 'test':
-        length += dataset.num_validation[numbers].astype(np.int32)
+      # Asked about the first of its targets.
+      targets = simulation.ranked_targets(split)
+      first = np.searchsorted(targets.client, numbers)
+      length = num_train + targets.known[first].astype(np.int32)
     histories = [dataset.sequence(client) for client in numbers]
     further = [dataset.disliked_by(client) for client in numbers]
     if simulation.cold and split is None:

@@ -179,7 +179,7 @@ def slices(
       'new to the user (explore)': ~results.repeated,
     }
   for name, of_user in attributes.items():
-    found[name] = _by_attribute(results.users, of_user)
+    found[name] = _by_attribute(name, results.users, of_user)
   return {
     title: {
       label: results.where(chosen)
@@ -191,11 +191,23 @@ def slices(
 
 
 def _by_attribute(
-  users: np.ndarray, of_user: Mapping[str, str]
+  name: str, users: np.ndarray, of_user: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
-  """Value -> [n] bool; with many values quarters of numbers, else nothing: zip
-  codes make no slices."""
-  values = np.array([of_user.get(str(user), '') for user in users.tolist()])
+  """Value -> [n] bool; a session is of its user (`lines.py`). Of many values
+  quarters if they are numbers, else nothing: zip codes make no slices.
+
+  Raises:
+    UserError: nobody has a value.
+  """
+  texts = [str(user) for user in users.tolist()]
+  values = np.array(
+    [of_user.get(x, of_user.get(x.rpartition('#')[0], '')) for x in texts]
+  )
+  if not (values != '').any():
+    raise UserError(
+      f'{name}: the file of users tells of none of {len(texts)} users '
+      f'({texts[0]}, …); are its ids those of the interactions?'
+    )
   distinct = np.unique(values[values != ''])
   if len(distinct) > MOST_VALUES:
     known = values != ''
