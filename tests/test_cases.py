@@ -517,6 +517,17 @@ _HEADERS = [
 ]
 
 
+def _is_latin_1_alone(text):
+  """Whether its bytes are no UTF-8 too, which nobody could tell apart."""
+  try:
+    text.encode('latin-1').decode('utf-8')
+    return text.isascii()
+  except UnicodeEncodeError:
+    return False
+  except UnicodeDecodeError:
+    return True
+
+
 @st.composite
 def dialects(draw):
   """(Bytes of each file of a table, its `dataset`, the histories it holds)."""
@@ -566,7 +577,7 @@ def dialects(draw):
   cut = [len(rows) * n // shards for n in range(shards + 1)]
   texts = [text_of(rows[a:b]) for a, b in zip(cut[:-1], cut[1:])]
   encoding = draw(st.sampled_from(['utf-8', 'utf-8-sig', 'utf-16', 'latin-1']))
-  if encoding == 'latin-1' and max(map(max, texts)) > '\xff':
+  if encoding == 'latin-1' and not all(map(_is_latin_1_alone, texts)):
     encoding = 'utf-8'
   compress = draw(st.sampled_from([lambda text: text, *COMPRESSIONS.values()]))
   content = [compress(text.encode(encoding)) for text in texts]

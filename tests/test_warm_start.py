@@ -168,8 +168,7 @@ def as_text(dataset):
 @pytest.mark.parametrize(
   'ids, start_of_items',
   [
-    (lambda dataset: dataset, 'id'),
-    (as_text, 'content_init'),
+    (lambda dataset: dataset, 'content_init'),
     (as_text, 'content_plus_id,collaborative_dim=4'),
   ],
 )
@@ -238,10 +237,9 @@ def test_data_that_has_grown_brings_new_items_and_users(
   assert some
   # Both are counted, a line each.
   report = console.warm_start_report(simulation.warm_start, [])
-  how = 'as drawn' if start_of_items == 'id' else 'from their content'
   for line in (
     f'{earlier.num_items} items, matched by id',
-    f'{len(new)} new items, {how}',
+    f'{len(new)} new items, from their content',
     f'{len(places)} users, matched by id',
     '2 new users, empty',
   ):
