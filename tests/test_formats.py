@@ -404,7 +404,7 @@ def test_every_format_is_told_and_read(
   # The slow reader reads what the fast one does, and neither needs the other.
   if careful:
     monkeypatch.setattr(formats.delimited, '_read_fast', doubt)
-    monkeypatch.setattr(formats.tables, 'as_is', doubt)
+    monkeypatch.setattr(columns, 'interactions_of', doubt)
   else:
     monkeypatch.setattr(formats.delimited, '_read_carefully', doubt)
     monkeypatch.setattr(formats, '_reviews_carefully', doubt)

@@ -7,12 +7,13 @@ value anywhere in a column makes spreadsheets and data frames write it so.
 
 import datetime
 import re
+from typing import Mapping
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fedmmr_jax.data.interactions import Texts
+from fedmmr_jax.data.interactions import Interactions, Texts
 
 # Of the formats whose ids are whole numbers by definition.
 MAX_ID = 2**31 - 1
@@ -30,6 +31,40 @@ _MISSING = ('nan', 'null', 'none', 'n/a', '<na>')
 
 class Doubt(Exception):
   """The fast reader met something that the careful one must check."""
+
+
+def interactions_of(
+  table: pa.Table,
+  user: str,
+  item: str,
+  time: str,
+  further: Mapping[str, str] = {},
+  whole: bool = False,
+) -> Interactions:
+  """A table's rows; the names are those of its columns.
+
+  Args:
+    table: of any types.
+    user, item: of the ids.
+    time: of the times, '' = none.
+    further: what else is read (`Lines.further`) -> its column.
+    whole: see `unique_ids`.
+
+  Raises:
+    Doubt: a value is no id or time.
+  """
+  users, user_ids = ids_of(table[user], whole)
+  items, item_ids = ids_of(table[item], whole)
+  times, unit = seconds_of(table[time]) if time else (None, '')
+  return Interactions(
+    users,
+    items,
+    times,
+    user_ids,
+    item_ids,
+    unit=unit,
+    columns={what: texts_of(table[name]) for what, name in further.items()},
+  )
 
 
 def unique_ids(texts: list[str], whole: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -114,17 +114,13 @@ def _read_fast(path, layout) -> Interactions:
     column = table[name]
     if column.null_count or not np.isfinite(column.to_numpy()).all():
       raise Doubt
-  users, user_ids = columns_lib.ids_of(table[layout.user], layout.whole_ids)
-  items, item_ids = columns_lib.ids_of(table[layout.item], layout.whole_ids)
-  times, unit = (
-    columns_lib.seconds_of(table[layout.time]) if layout.time else (None, '')
-  )
-  further = {
-    what: columns_lib.texts_of(table[name])
-    for what, name in layout.further.items()
-  }
-  return Interactions(
-    users, items, times, user_ids, item_ids, unit=unit, columns=further
+  return columns_lib.interactions_of(
+    table,
+    layout.user,
+    layout.item,
+    layout.time,
+    layout.further,
+    layout.whole_ids,
   )
 
 

@@ -350,7 +350,7 @@ def _read_reviews(path, lines) -> Interactions:
           explicit_schema=schema, unexpected_field_behavior='ignore'
         ),
       )
-    found = tables.as_is(table, picked)
+    found = columns_lib.interactions_of(table, *picked[:4])
   except (
     Doubt,
     pa.ArrowInvalid,

@@ -129,31 +129,12 @@ def from_table(table: pa.Table, picked: Roles, place: str) -> Interactions:
         'no text or number'
       ) from None
   try:
-    return as_is(table, picked)._replace(notes=picked.notes)
+    found = columns_lib.interactions_of(table, *picked[:4])
+    return found._replace(notes=picked.notes)
   except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
     raise UserError(f'{place}: {error}') from None
   except Doubt:
     raise UserError(f'{place}, {_fault_of(table, picked)}') from None
-
-
-def as_is(table: pa.Table, picked: Roles) -> Interactions:
-  """The same without notes.
-
-  Raises:
-    Doubt: a value is no id or time.
-  """
-  users, user_ids = columns_lib.ids_of(table[picked.user], whole=False)
-  items, item_ids = columns_lib.ids_of(table[picked.item], whole=False)
-  times, unit = (
-    columns_lib.seconds_of(table[picked.time]) if picked.time else (None, '')
-  )
-  further = {
-    what: columns_lib.texts_of(table[name])
-    for what, name in picked.further.items()
-  }
-  return Interactions(
-    users, items, times, user_ids, item_ids, unit=unit, columns=further
-  )
 
 
 def _fault_of(table: pa.Table, picked: Roles) -> str:
