@@ -13,13 +13,19 @@ are built in their own modules.
 """
 
 import dataclasses
+import math
+import re
 from typing import Any, ClassVar, Iterator, Literal, Mapping
 
 from fedmmr_jax import parts
-from fedmmr_jax.data.lines import Lines
 from fedmmr_jax.errors import UserError
 
 SYNTHETIC = 'synthetic'
+# What else than users, items and times is read of a line, if asked for.
+RATING, EVENT, PART = 'rating', 'event', 'part'
+KEEP, DROP = 'keep', 'drop'
+_SECONDS = {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86_400}
+_GAP = re.compile(r'([0-9]+(?:\.[0-9]+)?)([smhd]?)')
 # Options of the formats whose columns have names.
 COLUMNS = ('user', 'item', 'time')
 # Names of `load` and `freeze`; which parameters they mean:
@@ -65,6 +71,114 @@ class Off(Part):
 
   def __bool__(self) -> Literal[False]:
     return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+  """Options of a format: which column is whose, and which lines count.
+
+  The name of a column is '' for one of the usual ones (`roles.ALIASES`). In a
+  file without a header, names are positions, from 1.
+  """
+
+  user: str = _field('', 'column of the users')
+  item: str = _field('', 'column of the items')
+  time: str = _field('', 'column of the times; none: the order of lines counts')
+  rating: str = _field('', 'column of the ratings, for the next two')
+  min_rating: str = _field('', 'what is rated lower is no interaction')
+  dislikes: str = _field(
+    '',
+    'what is rated so or lower is a dislike: a negative of its client alone, '
+    'and no candidate for it',
+  )
+  event: str = _field('', 'column of what happened, for the next one')
+  events: str = _field(
+    '',
+    'which of these count, as in cart|purchase, or with their weights in the '
+    'loss, as in view:0.2|purchase:1',
+  )
+  part: str = _field('', 'column of the part of a line, with `split_by=given`')
+  duplicates: str = _field(
+    KEEP, 'lines of the same user, item and time', choices=(KEEP, DROP)
+  )
+  repeats: str = _field(
+    KEEP,
+    'further interactions of a user with the same item',
+    choices=(KEEP, DROP),
+  )
+  session_gap: str = _field(
+    '',
+    'a longer pause begins a new session, and each session is a client; in '
+    'seconds, or as in 30m, 2h, 1d',
+  )
+
+  def __post_init__(self):
+    if (
+      self.least_rating is not None
+      and self.greatest_dislike is not None
+      and self.greatest_dislike >= self.least_rating
+    ):
+      raise ValueError('dislikes is not below min_rating')
+    _ = self.weights, self.gap  # refused here, not after minutes of reading
+
+  @property
+  def least_rating(self) -> float | None:
+    """Of an interaction; None = any."""
+    return _number('min_rating', self.min_rating)
+
+  @property
+  def greatest_dislike(self) -> float | None:
+    """Rating of a dislike; None = there are none."""
+    return _number('dislikes', self.dislikes)
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """Event that counts -> its weight."""
+    found = {}
+    for word in filter(None, self.events.split('|')):
+      name, colon, weight = word.rpartition(':')
+      value = _number('events', weight) if colon else 1.0
+      name = (name if colon else weight).strip()
+      if not name or value is None:
+        raise ValueError('events is not a list as in view:0.2|purchase:1')
+      found[name] = value
+    return found
+
+  @property
+  def gap(self) -> float | None:
+    """Seconds of a pause between sessions; None = no sessions."""
+    if not self.session_gap:
+      return None
+    match = _GAP.fullmatch(self.session_gap)
+    if not match or not float(match[1]):
+      raise ValueError('session_gap is no duration as in 30m')
+    return float(match[1]) * _SECONDS[match[2]]
+
+  @property
+  def further(self) -> tuple[str, ...]:
+    """What is read of each line beside user, item and time."""
+    wanted = []
+    if self.min_rating or self.dislikes:
+      wanted.append(RATING)
+    if self.events:
+      wanted.append(EVENT)
+    if self.part:
+      wanted.append(PART)
+    return tuple(wanted)
+
+  @property
+  def names_columns(self) -> bool:
+    """Whether a column is called by its name."""
+    return any((self.user, self.item, self.time, self.rating, self.event))
+
+
+def _number(option: str, text: str) -> float | None:
+  if not text:
+    return None
+  value = float(text) if re.fullmatch(r'[-+.\deE]+', text) else math.nan
+  if not math.isfinite(value) or (option == 'events' and value <= 0):
+    raise ValueError(f'{option}={text} is not a number')
+  return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,6 +111,7 @@ def test_every_field_has_help(field):
     'evidence',
     'choices',
     'parts',
+    'options',
     'minimum',
     'maximum',
   }

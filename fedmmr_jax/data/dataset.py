@@ -147,10 +147,11 @@ class Dataset:
     """
     # These build on this module.
     from fedmmr_jax import parts  # pylint: disable=g-import-not-at-top
+    from fedmmr_jax.config import Lines  # pylint: disable=g-import-not-at-top
     from fedmmr_jax.data import lines, tables  # pylint: disable=g-import-not-at-top
 
     _, given = parts.split(f'{name},{options}' if options else name)
-    asked = parts.make(lines.Lines, given, f'{name}: {options}')
+    asked = parts.make(Lines, given, f'{name}: {options}')
     found = lines.apply(tables.of_frame(frame, asked, name), asked, name)
     return cls._of(name, found, visual, text, titles, others)
 

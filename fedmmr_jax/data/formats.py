@@ -33,12 +33,12 @@ import pyarrow as pa
 from pyarrow import json as arrow_json
 
 from fedmmr_jax import parts
+from fedmmr_jax.config import Lines, RATING
 from fedmmr_jax.data import columns as columns_lib
 from fedmmr_jax.data import delimited, mind, roles, tables, text_files
 from fedmmr_jax.data.columns import Doubt
 from fedmmr_jax.data.delimited import Column, Layout, Numbering
 from fedmmr_jax.data.interactions import Interactions
-from fedmmr_jax.data.lines import Lines, RATING
 from fedmmr_jax.data.roles import Roles
 from fedmmr_jax.errors import UserError
 

@@ -11,10 +11,10 @@ import datetime
 import pathlib
 import re
 
+from fedmmr_jax.config import Lines
 from fedmmr_jax.data import delimited, text_files
 from fedmmr_jax.data.delimited import Numbering
 from fedmmr_jax.data.interactions import Interactions
-from fedmmr_jax.data.lines import Lines
 from fedmmr_jax.errors import UserError
 
 _FIELDS = 5

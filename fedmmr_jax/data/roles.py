@@ -4,7 +4,7 @@ ones, never by a guess."""
 import re
 from typing import Any, Mapping, NamedTuple, Sequence
 
-from fedmmr_jax.data.lines import Lines
+from fedmmr_jax.config import Lines
 from fedmmr_jax.errors import UserError
 
 NONE = 'none'

@@ -9,11 +9,11 @@ from typing import NamedTuple, Sequence
 import numpy as np
 
 from fedmmr_jax import parts
+from fedmmr_jax.config import Lines
 from fedmmr_jax.data import formats, split, text_files
 from fedmmr_jax.data import lines as lines_lib
 from fedmmr_jax.data.formats import AUTO, format_of, FORMATS
 from fedmmr_jax.data.interactions import Interactions, joined
-from fedmmr_jax.data.lines import Lines
 from fedmmr_jax.errors import UserError
 
 _NUMBER = re.compile(r'[0-9]+')

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet as arrow_parquet
 
+from fedmmr_jax.config import Lines
 from fedmmr_jax.data import columns as columns_lib
 from fedmmr_jax.data import roles, text_files
 from fedmmr_jax.data.columns import Doubt
 from fedmmr_jax.data.interactions import Interactions
-from fedmmr_jax.data.lines import Lines
 from fedmmr_jax.data.roles import Roles
 from fedmmr_jax.errors import UserError
 
