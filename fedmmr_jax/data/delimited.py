@@ -26,7 +26,7 @@ class Layout(NamedTuple):
     columns: names of all fields, in order.
     user, item: which of them hold the ids.
     time: which holds the time; '' = none, the order of the lines counts.
-    further: what else is read of each line (`config.Lines.further`) -> its column.
+    further: what else is read (`config.Lines.further`) -> its column.
     numbers: which others must be numbers; all else is passed over.
     whole_ids: ids must be whole numbers from 1 (else any text will do).
     quoted: fields may stand in double quotes.
