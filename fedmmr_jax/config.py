@@ -910,8 +910,9 @@ class ModelConfig(_Settings):
     '(docs/extending.md); none: the plain backbone',
     evidence='both against none after 95 rounds: MovieLens-1M, 1,000 users, '
     'three seeds, full NDCG@10 +0.0027 [-0.0013, +0.0067], sampled HR@10 '
-    '+0.0097 [+0.0013, +0.0183]; one seed, full NDCG@10: Amazon Beauty +0.0048 '
-    '[+0.0020, +0.0076], MicroLens-50k +0.0022 [-0.0003, +0.0048]; '
+    '+0.0097 [+0.0013, +0.0183]; Amazon Beauty, three seeds, full NDCG@10 '
+    '+0.0034 [+0.0018, +0.0050]; MicroLens-50k, one, +0.0022 [-0.0003, '
+    '+0.0048]; '
     'docs/results.md',
   )
   expert_form: AttentionForm | SimilarityForm = _choice(

@@ -21,7 +21,6 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.streams import generator, Stream
 
 HELD_OUT = 2  # validation and test item at the end of a sequence
-MIN_HELD_OUT = 1  # the validation item, where a client has no test item
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays
@@ -41,7 +40,7 @@ class Dataset:
     num_cold: items at the end of the catalogue that nobody consumed, so that
       training never draws them as negatives (see `cold.py`).
     held_out: number of items at the end of each client that are not trained on;
-      [K] if it differs (MIN_HELD_OUT for clients without a test item).
+      [K] if it differs (in a timeline 1 for clients without a test item).
     validation: how many of these are for validation, the first ones; [K] if it
       differs. The others are for the test.
     weights: [total] float32, how much each item counts in the loss as a target;
@@ -275,11 +274,11 @@ class Dataset:
     return sequence[: len(sequence) - held_out + after_train + 1]
 
   def new_test_items(self, client: int) -> np.ndarray:
-    """[n] the client's test items that it had not consumed before. At
-    validation they are unseen items like any other."""
+    """[n] the client's test items that it had not consumed or disliked before.
+    At validation they are unseen items like any other."""
     before = self.num_validation[client] - 1
     return np.setdiff1d(
-      self.sequence(client), self.until_target(client, before)
+      self.sequence(client), self.no_candidates(client, before)
     )
 
   def fingerprint(self) -> str:
@@ -424,9 +423,7 @@ def to_device(
       _draw_uniform(
         generator(seed, Stream.NEGATIVES, _as_seed(user)),
         items,
-        np.setdiff1d(
-          dataset.new_test_items(client), dataset.disliked_by(client)
-        ),
+        dataset.new_test_items(client),
         dataset.num_rows - dataset.num_cold,
         sampled_negatives,
       )
@@ -623,9 +620,7 @@ def draw_popular(
     consumed = np.append(dataset.sequence(client), dataset.disliked_by(client))
     is_left[consumed] = False
     drawn[client] = _draw_by_popularity(rng, stream, is_left, popularity, count)
-    new = np.setdiff1d(
-      dataset.new_test_items(client), dataset.disliked_by(client)
-    )
+    new = dataset.new_test_items(client)
     if new.size:  # the same stream: it is passed over no longer
       is_left[new] = True
       drawn[client, 0] = _draw_by_popularity(

@@ -200,7 +200,7 @@ def _read_headed(
       header_lines=1 + (start != header),
     ),
   )
-  return found._replace(notes=picked.notes)
+  return found._replace(roles=picked, notes=picked.notes)
 
 
 def _by_position(lines: Lines, fields: Sequence[str]) -> bool:
@@ -241,7 +241,8 @@ def _read_headless(
   )
   start = 'a header' if has_header else 'an interaction'
   return found._replace(
-    notes=(f'{picked.notes[0]}, by position; the first line is {start}',)
+    roles=picked,
+    notes=(f'{picked.notes[0]}, by position; the first line is {start}',),
   )
 
 
@@ -359,7 +360,7 @@ def _read_reviews(path, lines) -> Interactions:
     *text_files.DAMAGED,
   ):
     found = _reviews_carefully(path, picked)
-  return found._replace(notes=picked.notes)
+  return found._replace(roles=picked, notes=picked.notes)
 
 
 def _reviews_carefully(path, picked: Roles) -> Interactions:

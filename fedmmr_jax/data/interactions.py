@@ -4,6 +4,7 @@ from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
 
+from fedmmr_jax.data.roles import Roles
 from fedmmr_jax.errors import UserError
 
 
@@ -34,6 +35,7 @@ class Interactions(NamedTuple):
       whole numbers.
     item_ids: likewise.
     unit: what the times were written in ('seconds', 'dates', …); '' = unknown.
+    roles: which column was whose, where columns have names.
     notes: what the reader took for granted, for people to check.
     columns: what else was read of each line, by what it is (`lines.py`).
     weights: [n] float32, how much each counts in the loss; None = all alike.
@@ -47,6 +49,7 @@ class Interactions(NamedTuple):
   user_ids: np.ndarray
   item_ids: np.ndarray
   unit: str = ''
+  roles: Roles | None = None
   notes: tuple[str, ...] = ()
   columns: Mapping[str, Texts] = {}
   weights: np.ndarray | None = None
@@ -103,16 +106,11 @@ def joined(
       f'{names[timed.index(False)]}: no times, but {names[timed.index(True)]} '
       'has some; name the column of both with `dataset=auto,time=…`'
     )
-  columns = [
-    [note.partition(':')[0] for note in table.notes if note[:7] == 'columns']
-    for table in tables
-  ]
-  for number, own in enumerate(columns):
-    if own != columns[0]:
+  for name, table in zip(names, tables):
+    if table.roles != first.roles:
       raise UserError(
-        f'{names[number]}: {" ".join(own[0].split())}, but in {names[0]} '
-        f'{" ".join(columns[0][0].split())}; say which is which with '
-        '`dataset=auto,user=…,item=…`'
+        f'{name}: columns {table.roles}, but in {names[0]} columns '
+        f'{first.roles}; say which is which with `dataset=auto,user=…,item=…`'
       )
   for what in ('user', 'item'):
     kinds = [getattr(t, f'{what}_ids').dtype.kind for t in tables]
@@ -133,6 +131,7 @@ def joined(
     user_ids,
     item_ids,
     ' and '.join(dict.fromkeys(t.unit for t in tables)),
+    first.roles,
     tuple(dict.fromkeys(note for t in tables for note in t.notes)),
     {
       what: _joined_texts([t.columns[what] for t in tables])

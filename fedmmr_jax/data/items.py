@@ -24,7 +24,6 @@ import re
 from typing import Any, Iterator, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from pyarrow import parquet as arrow_parquet
 
 from fedmmr_jax.data import text_files
@@ -285,24 +284,38 @@ def _read_mind(path) -> Iterator[tuple[str, Item]]:
 
 
 def _read_headed(path) -> Iterator[tuple[str, Item]]:
-  """CSV, or RecBole's tabs with a type behind each name."""
-  separator = max(',;\t', key=text_files.head(path)[0].count)
-  found = rows(
-    path,
-    separator,
-    quoted=not text_files.plain_name(path).lower().endswith('.item'),
-  )
-  _, header = next(found)
-  header = [field.partition(':')[0].strip().lower() for field in header]
+  header, found = headed(path)
+  header = [field.lower() for field in header]
   picked = _pick(header, f'{path}, line 1')
-  for number, fields in found:
-    if len(fields) != len(header):
-      raise UserError(
-        f'{path}, line {number}: {len(fields)} fields instead of '
-        f'{len(header)} in {separator.join(fields)[:60]!r}'
-      )
+  for _, fields in found:
     values = dict(zip(header, fields))
     yield values[picked['id']].strip(), _item(values, picked)
+
+
+def headed(
+  path: pathlib.Path,
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+  """(Names of fields, `rows`) of a small CSV, or of a file of RecBole, where
+  each name has its type behind it and a quote is part of a text.
+
+  Raises:
+    UserError: a line has more or fewer fields than the first one.
+  """
+  separator = max(',;\t', key=text_files.head(path)[0].count)
+  of_recbole = text_files.plain_name(path).lower().endswith(('.item', '.user'))
+  found = rows(path, separator, quoted=not of_recbole)
+  _, first = next(found)
+
+  def checked() -> Iterator[tuple[int, list[str]]]:
+    for number, fields in found:
+      if len(fields) != len(first):
+        raise UserError(
+          f'{path}, line {number}: {len(fields)} fields instead of '
+          f'{len(first)} in {separator.join(fields)[:60]!r}'
+        )
+      yield number, fields
+
+  return [field.partition(':')[0].strip() for field in first], checked()
 
 
 def rows(
@@ -364,11 +377,8 @@ def _read_json(path) -> Iterator[tuple[str, Item]]:
 
 
 def _read_parquet(path) -> list[tuple[str, Item]]:
-  try:
-    with text_files.readable(path):
-      found = arrow_parquet.read_table(path)
-  except pa.ArrowInvalid as error:
-    raise UserError(f'{path}: not a readable Parquet file ({error})') from None
+  with text_files.readable(path, 'Parquet'):
+    found = arrow_parquet.read_table(path)
   found = found.rename_columns([name.lower() for name in found.column_names])
   if len(set(found.column_names)) < len(found.column_names):
     raise UserError(f'{path}: two columns of one name')

@@ -8,7 +8,7 @@ others; and each session of a user can be a client.
 import numpy as np
 
 from fedmmr_jax.config import EVENT, KEEP, Lines, PART, RATING
-from fedmmr_jax.data import split
+from fedmmr_jax.data import columns, split
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.errors import UserError
 
@@ -82,10 +82,9 @@ def _by_rating(found: Interactions, lines: Lines, place: str) -> Interactions:
 
 def _rating(text: str) -> float:
   try:
-    value = float(text)
+    return columns.parse_number(text)
   except ValueError:
     return np.nan
-  return value if np.isfinite(value) else np.nan
 
 
 def _by_event(found: Interactions, lines: Lines, place: str) -> Interactions:

@@ -80,13 +80,16 @@ class Roles(NamedTuple):
     named = (self.user, self.item, self.time, *self.further.values())
     return list(dict.fromkeys(name for name in named if name))
 
-  @property
-  def notes(self) -> tuple[str, ...]:
-    """Which is whose, for people to check."""
+  def __str__(self) -> str:
     told = [f'{self.user} = users', f'{self.item} = items']
     told += [f'{self.time} = times'] if self.time else []
     told += [f'{name} = {what}s' for what, name in self.further.items()]
-    notes = [f'columns    {", ".join(told)}']
+    return ', '.join(told)
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """Which is whose, for people to check."""
+    notes = [f'columns    {self}']
     if self.unread:
       notes.append(
         f'columns    {", ".join(self.unread)}: not read; a history is what the '

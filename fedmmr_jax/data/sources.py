@@ -117,11 +117,8 @@ def find(
   name, options = parts.split(dataset)
   # Refused before anything is looked for.
   lines = parts.make(Lines, options, f'`dataset={dataset}`')
-  if lines.names_columns and name != AUTO and not format_of(name).named:
-    raise UserError(
-      f'`dataset={dataset}`: {format_of(name).description}, has no named '
-      'columns; leave user, item, time, rating and event out'
-    )
+  if name != AUTO:
+    _check_named(name, lines, f'`dataset={dataset}`')
   path = pathlib.Path(data_dir)
   if not path.exists():
     raise UserError(
@@ -147,14 +144,19 @@ def find(
       'the histories of their users; name one with `data_dir`, and split it '
       'with `split_by=timeline,test_from=…`'
     )
-  if lines.names_columns and not format_of(form).named:
-    raise UserError(
-      f'{path}: {format_of(form).description}, has no named columns; '
-      '`dataset` cannot name any'
-    )
+  _check_named(form, lines, str(path))
   return Source(
     path, form, name == AUTO, lines, tuple(files), tuple(of_parts), folder
   )
+
+
+def _check_named(form: str, lines: Lines, place: str) -> None:
+  """Refuses names of columns where a format has none."""
+  if lines.names_columns and not format_of(form).named:
+    raise UserError(
+      f'{place}: {format_of(form).description}, has no named columns; '
+      '`dataset` cannot name any'
+    )
 
 
 def read(source: Source) -> Interactions:

@@ -21,34 +21,25 @@ _HEAD = 16  # rows that may tell what a column holds
 
 def read_parquet(path: pathlib.Path, lines: Lines) -> Interactions:
   """Of the columns that are read, and no others."""
-  try:
-    with text_files.readable(path):
-      file = arrow_parquet.ParquetFile(path)
-      head = next(file.iter_batches(_HEAD), None)
-      picked = _roles(file.schema_arrow, lines, str(path), head)
-      table = file.read(columns=picked.columns)
-  except pa.ArrowInvalid as error:
-    raise UserError(f'{path}: not a readable Parquet file ({error})') from None
+  with text_files.readable(path, 'Parquet'):
+    file = arrow_parquet.ParquetFile(path)
+    head = next(file.iter_batches(_HEAD), None)
+    picked = _roles(file.schema_arrow, lines, str(path), head)
+    table = file.read(columns=picked.columns)
   return from_table(table, picked, str(path))
 
 
 def read_arrow(path: pathlib.Path, lines: Lines) -> Interactions:
   """Arrow's streams and files (Feather too), mapped into memory."""
-  try:
-    with text_files.readable(path), pa.memory_map(str(path)) as source:
-      begins_as_file = source.read(6) == b'ARROW1'
-      source.seek(0)
-      opened = (
-        pa.ipc.open_file(source)
-        if begins_as_file
-        else pa.ipc.open_stream(source)
-      )
-      table = opened.read_all()
-      picked = _roles(table.schema, lines, str(path), table.slice(0, _HEAD))
-      table = table.select(picked.columns)
-      return from_table(table, picked, str(path))
-  except pa.ArrowInvalid as error:
-    raise UserError(f'{path}: not a readable Arrow file ({error})') from None
+  with text_files.readable(path, 'Arrow'), pa.memory_map(str(path)) as source:
+    begins_as_file = source.read(6) == b'ARROW1'
+    source.seek(0)
+    opened = (
+      pa.ipc.open_file(source) if begins_as_file else pa.ipc.open_stream(source)
+    )
+    table = opened.read_all()
+    picked = _roles(table.schema, lines, str(path), table.slice(0, _HEAD))
+    return from_table(table.select(picked.columns), picked, str(path))
 
 
 def of_frame(frame: Any, lines: Lines, place: str) -> Interactions:
@@ -130,7 +121,7 @@ def from_table(table: pa.Table, picked: Roles, place: str) -> Interactions:
       ) from None
   try:
     found = columns_lib.interactions_of(table, *picked[:4])
-    return found._replace(notes=picked.notes)
+    return found._replace(roles=picked, notes=picked.notes)
   except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
     raise UserError(f'{place}: {error}') from None
   except Doubt:

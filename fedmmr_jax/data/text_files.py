@@ -257,16 +257,25 @@ def json_object(text: str) -> dict:
 
 
 class readable:
-  """Turns errors while reading a file into a UserError."""
+  """Turns errors while reading a file into a UserError.
 
-  def __init__(self, path: pathlib.Path):
-    self._path = path
+  Args:
+    path: the file.
+    kind: what Arrow reads it as, if it does: 'Parquet' or 'Arrow'.
+  """
+
+  def __init__(self, path: pathlib.Path, kind: str = ''):
+    self._path, self._kind = path, kind
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, error, trace):
     del kind, trace
+    if self._kind and isinstance(error, pa.ArrowInvalid):
+      raise UserError(
+        f'{self._path}: not a readable {self._kind} file ({error})'
+      ) from None
     if isinstance(error, DAMAGED):
       raise UserError(
         f'{self._path}: the compressed file is cut off or damaged; fetch it '

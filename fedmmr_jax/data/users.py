@@ -7,7 +7,6 @@ with a header, Parquet.
 
 import pathlib
 
-import pyarrow as pa
 from pyarrow import parquet as arrow_parquet
 
 from fedmmr_jax.data import items, text_files
@@ -34,25 +33,16 @@ def read(path: pathlib.Path) -> Attributes:
     raise UserError(f'{path}: no such file of users')
   name = text_files.plain_name(path).lower()
   if name.endswith('.parquet'):
-    try:
-      with text_files.readable(path):
-        table = arrow_parquet.read_table(path)
-    except pa.ArrowInvalid as error:
-      raise UserError(
-        f'{path}: not a readable Parquet file ({error})'
-      ) from None
+    with text_files.readable(path, 'Parquet'):
+      table = arrow_parquet.read_table(path)
     header = table.column_names
-    rows = list(enumerate(zip(*(c.to_pylist() for c in table.columns)), 1))
+    rows = enumerate(zip(*(c.to_pylist() for c in table.columns)), 1)
   elif name in _HEADLESS:
     separator, names = _HEADLESS[name]
     header = list(names)
-    rows = list(items.rows(path, separator, quoted=False))
+    rows = items.rows(path, separator, quoted=False)
   else:
-    separator = max(',;\t', key=text_files.head(path)[0].count)
-    (_, first), *rows = items.rows(
-      path, separator, quoted=not name.endswith('.user')
-    )
-    header = [field.partition(':')[0].strip() for field in first]
+    header, rows = items.headed(path)
   lowered = [field.lower() for field in header]
   whose = next(
     (lowered.index(a) for a in (*ALIASES['user'], 'id') if a in lowered), None

@@ -125,10 +125,9 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
   clients, targets = simulation.targets(split)
   dataset = simulation.ranked_dataset(split)
   where = simulation.ranked_targets(split)
-  known = [dataset.until_target(k, n - 1) for k, n in zip(clients, where.known)]
+  asked = list(zip(clients, where.known - 1, targets))
   closed = [
-    len(np.union1d(np.append(items, target), dataset.disliked_by(k)))
-    for k, items, target in zip(clients, known, targets)
+    len(np.union1d(dataset.no_candidates(k, n), [t])) for k, n, t in asked
   ]
   counts = popularity.training_counts(simulation.dataset)
   return UserResults(
@@ -136,7 +135,7 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
     dataset.item_ids[targets],
     simulation.num_train[clients],
     counts[targets],
-    np.array([target in items for items, target in zip(known, targets)], bool),
+    np.array([t in dataset.until_target(k, n) for k, n, t in asked], bool),
     dataset.num_items - dataset.num_cold - np.array(closed, int),
     simulation.data.sampled_negatives.shape[-1],
     ranks.full,

@@ -155,7 +155,8 @@ def load(
   source = rounds.path(number)
   wanted = _wanted(config, fresh.server.params)
   refuse = _refuser(source)
-  _check_meaning(wanted, config, dataset, run, refuse)
+  moves_content = _moves_content(wanted, config, dataset, run)
+  _check_meaning(wanted, config, dataset, run, moves_content, refuse)
   asker = _asker(vocabulary.ITEM_TABLE, _askers(wanted))
   items = asker and _match_items(dataset, run, partial(refuse, asker))
   from_content = isinstance(config.model.item_embedding, ContentInit)
@@ -167,7 +168,7 @@ def load(
     from_content,
     refuse,
   )
-  if _moves_content(wanted, config, dataset, run) and items:
+  if moves_content and items:
     before = items.taken(run.content())
     params |= _on_other_content(params, before, np.asarray(content), items.new)
   memories = None
@@ -336,16 +337,25 @@ _MEANING = {
 
 
 def _check_meaning(
-  wanted, config: RunConfig, dataset: Dataset, run: RunFolder, refuse
+  wanted,
+  config: RunConfig,
+  dataset: Dataset,
+  run: RunFolder,
+  moves_content: bool,
+  refuse,
 ) -> None:
   """Refuses parameters that would fit but mean something else."""
   # Whatever their files and flags are called.
   same_data = run.data_fingerprint() == dataset.fingerprint()
-  moves = _moves_content(wanted, config, dataset, run)
   for name in wanted:
     for group in _groups_of(name):
       _check_group(
-        group, config, run.config(), same_data, moves, partial(refuse, name)
+        group,
+        config,
+        run.config(),
+        same_data,
+        moves_content,
+        partial(refuse, name),
       )
 
 
