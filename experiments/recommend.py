@@ -90,7 +90,10 @@ def main() -> None:
   run = app.open_run()
   rounds = Rounds(run.path)
   number = app.find_round(rounds, _ROUND.value)
-  given = {} if _DATA_DIR.value is None else {'data_dir': _DATA_DIR.value}
+  # Lists are for all clients, whomever the run itself ranked.
+  given: dict[str, Any] = {'eval_clients': 0}
+  if _DATA_DIR.value is not None:
+    given['data_dir'] = _DATA_DIR.value
   _, simulation, state = app.load_round(run, rounds, number, given)
   catalogue = _Catalogue(simulation)
   allowed = catalogue.allowed()

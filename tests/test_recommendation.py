@@ -193,9 +193,13 @@ def test_nothing_is_compiled_twice(trained):
 @pytest.mark.slow
 def test_lists_from_the_shell(ml_1m, tmp_path):
   workdir = tmp_path / 'run'
-  run('train', *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}')
+  few = '--eval_clients=2'
+  run('train', *TINY, f'--data_dir={ml_1m}', f'--workdir={workdir}', few)
   to = f'--workdir={workdir}'
   output = tmp_path / 'lists.csv'
+  # For everybody, whomever the run ranked.
+  _, err = run('recommend', to, '--split=test', '--k=1', f'--output={output}')
+  assert f'6 rows in {output}' in err
   _, err = run('recommend', to, '--k=3', f'--output={output}', '--why')
   lines = output.read_text().splitlines()
   assert lines[0] == '"user_id","item_id","rank","score","title","why"'
