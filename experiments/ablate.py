@@ -35,7 +35,7 @@ from fedmmr_jax.evaluation.ablation import Differences, Outcome, Variant
 from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.federation import communication
 from fedmmr_jax.metrics import FULL, HEADLINES, HR, NDCG, PROTOCOLS, SAMPLED
-from fedmmr_jax.runs import provenance, run_folder
+from fedmmr_jax.runs import provenance, run_folder, training
 from fedmmr_jax.simulation import NEW_CLIENTS
 
 _VARIANTS = flags.DEFINE_string(
@@ -153,11 +153,15 @@ def _trained(variant: Variant, config: RunConfig, loaded, seeds):
     desc=variant.name,
   ) as bar:
 
-    def on_round(number, text):
-      if text:
+    def on_round(number, validations):
+      if validations:
+        values = ''.join(
+          f' {training.selection_value(found, number, config):.4f}'
+          for found in validations
+        )
         tqdm.write(
           f'{variant.name}  round {number}/{config.server.num_rounds}'
-          f'  val {config.evaluation.select_by}{text}',
+          f'  val {config.evaluation.select_by}{values}',
           file=sys.stdout,
         )
         sys.stdout.flush()

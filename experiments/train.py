@@ -7,22 +7,23 @@
 Flags after the preset override it; `--helpfull` lists all flags.
 """
 
-import contextlib
 import pathlib
 import signal
 import sys
 import time
+import warnings
 from typing import Any, Callable
 
 from absl import flags
 from tqdm import tqdm
 
-from experiments import app, console, stages, tensorboard
+from experiments import app, console, stages
+from fedmmr_jax import parts
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.runs import report, run_folder, supervision, training
+from fedmmr_jax.runs import loggers, report, run_folder, supervision, training
 from fedmmr_jax.runs.checkpoint import Rounds, saved_rounds
 from fedmmr_jax.runs.run_folder import RunFolder
 
@@ -40,10 +41,12 @@ _STAGES = flags.DEFINE_string(
   'the best round of the one before; see experiments/stages.py',
 )
 
-_TENSORBOARD = flags.DEFINE_boolean(
-  'tensorboard',
-  False,
-  'write the metrics as TensorBoard events too, into WORKDIR/tensorboard',
+_LOGGERS = flags.DEFINE_multi_string(
+  'logger',
+  [],
+  'log the run elsewhere too; may be given several times. '
+  + ', '.join(parts.usage(name, x) for name, x in loggers.LOGGERS.items())
+  + ', or your own as my_package.module:Thing; see docs/tracking.md',
 )
 
 _STUCK_MINUTES = flags.DEFINE_float(
@@ -58,8 +61,8 @@ app.define_config_flags()
 
 
 def main() -> None:
-  if _TENSORBOARD.value:
-    tensorboard.check_installed()  # before anything is written
+  loggers.of(_LOGGERS.value)  # refused before anything is read or written
+  warnings.formatwarning = lambda message, *_: f'warning: {message}\n'
   workdir = pathlib.Path(_workdir())
   stop = StopSignal()
   try:
@@ -109,13 +112,7 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
   print('compiling, the first round takes longer\n', flush=True)
 
   done, figures = max(rounds.numbers(), default=0), {}
-  events = (
-    tensorboard.TensorBoard(run.path, done)
-    if _TENSORBOARD.value
-    else contextlib.nullcontext()
-  )
   with (
-    events as board,
     supervision.Supervisor(
       run.path,
       _STUCK_MINUTES.value,
@@ -130,8 +127,6 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
       file=sys.stdout,
     ) as bar,
   ):
-    if board and done:  # a kill may have come before its event was written
-      board.log(rounds.metadata(done)['record'])
 
     def on_round(record):
       tqdm.write(
@@ -141,12 +136,12 @@ def train_run(run: RunFolder, config: RunConfig, stop: 'StopSignal') -> None:
       figures.update(console.progress(record))
       bar.set_postfix(figures)
       bar.update()
-      if board:
-        board.log(record)
       stop.check()  # leaving waits for the round to be saved
 
     stop.note = supervisor.note
-    summary = training.train(simulation, run, on_round, supervisor.step)
+    summary = training.train(
+      simulation, run, on_round, supervisor.step, loggers.of(_LOGGERS.value)
+    )
   path = report.write(run)
   print(console.final_table(summary))
   print(f'\nrun folder  {run.path}   report  {path}')

@@ -51,8 +51,10 @@ _PLACES = {
   'load': 'data.load',
   'Loaded': 'data.load',
   'LocalResult': 'client.drift',
+  'Logger': 'runs.loggers',
   'metrics_of': 'evaluation.ranking',
   'MimeLite': 'client.drift',
+  'MLflow': 'runs.loggers',
   'paired_bootstrap': 'evaluation.bootstrap',
   'People': 'evaluation.recommendation',
   'preset': 'presets',
@@ -67,8 +69,10 @@ _PLACES = {
   'set_workers': 'federation.devices',
   'similar_items': 'evaluation.recommendation',
   'Simulation': 'simulation',
+  'TensorBoard': 'runs.loggers',
   'train': 'runs.training',
   'UserError': 'errors',
+  'WandB': 'runs.loggers',
 }
 
 __all__ = ['__version__', *sorted(_PLACES)]
@@ -109,6 +113,7 @@ if TYPE_CHECKING:  # for type checkers and the pages of the reference
   from fedmmr_jax.models.experts import Entries, Expert
   from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
   from fedmmr_jax.presets import preset
+  from fedmmr_jax.runs.loggers import Logger, MLflow, TensorBoard, WandB
   from fedmmr_jax.runs.run_folder import RunFolder
   from fedmmr_jax.runs.training import train
   from fedmmr_jax.simulation import Round, Simulation

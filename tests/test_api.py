@@ -19,6 +19,7 @@ from examples import (
   feddyn,
   median,
   own_data,
+  own_logger,
   own_metric,
   own_slice,
   third_modality,
@@ -52,6 +53,7 @@ LAYERS = [
     'runs.run_folder',
     'runs.checkpoint',
     'runs.warm_start',
+    'runs.loggers',
   ],
   ['simulation'],
   ['evaluation', 'runs'],
@@ -184,6 +186,7 @@ def test_docstrings_run(module):
   [
     own_slice,
     pytest.param(own_data, marks=pytest.mark.slow),
+    pytest.param(own_logger, marks=pytest.mark.slow),
     pytest.param(own_metric, marks=pytest.mark.slow),
     pytest.param(clipped, marks=pytest.mark.slow),
     pytest.param(third_modality, marks=pytest.mark.slow),

@@ -122,6 +122,10 @@ class Outcome(NamedTuple):
     )
 
 
+# Number of a round -> what the validation of each seed found.
+OnRound = Callable[[int, Sequence[dict[str, dict[str, float]]]], None]
+Record = dict[str, Any]  # name -> training metric
+
 # Variant -> (protocol, metric) of headlines -> difference to the first variant.
 Differences = dict[str, dict[tuple[str, str], Difference]]
 
@@ -139,10 +143,7 @@ def differences(outcomes: dict[str, Outcome]) -> Differences:
 
 
 def run_trained(
-  config: RunConfig,
-  loaded: Loaded,
-  seeds: Sequence[int],
-  on_round: Callable[[int, str], None],
+  config: RunConfig, loaded: Loaded, seeds: Sequence[int], on_round: OnRound
 ) -> tuple[Outcome, list[Simulation], list[FederationState]]:
   """Trains a variant with every seed and tests each at its best round.
 
@@ -150,7 +151,7 @@ def run_trained(
     config: the variant's settings; its own seed is ignored.
     loaded: the data.
     seeds: of the runs.
-    on_round: called with each finished round and its results.
+    on_round: see `train_seeds`.
 
   Returns:
     The outcome, and each seed's simulation and best state.
@@ -158,22 +159,7 @@ def run_trained(
   started = time.perf_counter()
   base = simulation_lib.build(config, loaded.dataset, loaded.cold)
   simulations = [base.with_seed(seed) for seed in seeds]
-  size = round_lib.state_bytes(base.abstract_state) * len(seeds)
-  groups = (
-    [simulations]
-    if size <= round_lib.MOST_STATE_BYTES
-    else [[s] for s in simulations]
-  )
-  best: list[_Best] = []
-  first, last, records = [], [], []
-  for group in groups:
-    best_of_group, first_means, last_means, lines = _train_group(
-      group, on_round
-    )
-    best += best_of_group
-    first += first_means
-    last += last_means
-    records += lines
+  best, first, last, records = train_seeds(simulations, on_round)
   states = [b.state for b in best]
   outcome = Outcome(
     _rank(simulations, states),
@@ -189,7 +175,48 @@ def run_trained(
   return outcome, simulations, states
 
 
-class _Best(NamedTuple):
+def train_seeds(
+  simulations: Sequence[Simulation], on_round: OnRound
+) -> tuple[
+  list['Best'], list[Record], list[Record], list[list[dict[str, Any]]]
+]:
+  """Trains simulations that differ only in their seed: in parallel, as one
+  compiled program, or one after the other if their states together are too
+  large.
+
+  Args:
+    simulations: one per seed.
+    on_round: called with the number of each finished round, and with what the
+      validation of each seed that takes part in it found (protocol -> metric ->
+      value); with none if the round was not validated.
+
+  Returns:
+    Of each seed: the best round, the training metrics of the first and of the
+    last round, and the records (`Outcome.records`).
+
+  Raises:
+    UserError: the training of a seed diverged.
+  """
+  size = round_lib.state_bytes(simulations[0].abstract_state) * len(simulations)
+  groups = (
+    [simulations]
+    if size <= round_lib.MOST_STATE_BYTES
+    else [[s] for s in simulations]
+  )
+  best: list[Best] = []
+  first, last, records = [], [], []
+  for group in groups:
+    best_of_group, first_means, last_means, lines = _train_group(
+      group, on_round
+    )
+    best += best_of_group
+    first += first_means
+    last += last_means
+    records += lines
+  return best, first, last, records
+
+
+class Best(NamedTuple):
   """The best round of one seed so far, by `select_by`."""
 
   value: float
@@ -226,20 +253,12 @@ def run_round(
 
 
 def _train_group(simulations, on_round):
-  """Trains several seeds in parallel, as one compiled program.
-
-  Returns:
-    (best of each seed, its training metrics in the first and in the last
-    round, its records).
-
-  Raises:
-    UserError: the training of a seed diverged.
-  """
+  """As `train_seeds`, in parallel."""
   config = simulations[0].config
   states = jax.tree.map(
     lambda *x: jnp.stack(x), *[s.init_state() for s in simulations]
   )
-  best = [_Best(-1.0, 0, None)] * len(simulations)
+  best = [Best(-1.0, 0, None)] * len(simulations)
   records: list[list[dict[str, Any]]] = [[] for _ in simulations]
   first = None
   for number in range(1, config.server.num_rounds + 1):
@@ -260,7 +279,7 @@ def _train_group(simulations, on_round):
           )._asdict(),
         }
       )
-    text = ''
+    validations = []
     if training.due(number, config):
       for i, simulation in enumerate(simulations):
         state = jax.tree.map(lambda x: x[i], states)
@@ -270,9 +289,9 @@ def _train_group(simulations, on_round):
         records[i][-1]['val'] = found
         value = training.selection_value(found, number, config)
         if value > best[i].value:
-          best[i] = _Best(value, number, state)
-        text += f' {value:.4f}'
-    on_round(number, text)
+          best[i] = Best(value, number, state)
+        validations.append(found)
+    on_round(number, validations)
   return best, first, last, records
 
 

@@ -192,6 +192,13 @@ class RunFolder:
       IntegrityReport(**report) for report in self._read(CONFIG, 'integrity')
     ]
 
+  def told(self) -> dict[str, Any]:
+    """What loggers get: 'flags' (the settings), 'versions', 'machine' and
+    'data_fingerprint'; raises as `config`."""
+    content = self._read(CONFIG)
+    names = ('flags', 'versions', 'machine', 'data_fingerprint')
+    return {name: content[name] for name in names if name in content}
+
   def flags(self) -> dict[str, Any]:
     """Flag name -> value of the run in this folder; raises as `config`."""
     return self._read(CONFIG, 'flags')

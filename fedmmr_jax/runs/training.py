@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 import time
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from fedmmr_jax.federation.communication import Traffic
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.runs import acceptance
 from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
+from fedmmr_jax.runs.loggers import Logger, Started
 from fedmmr_jax.runs.run_folder import RunFolder
 from fedmmr_jax.simulation import Round, Simulation
 
@@ -29,6 +30,7 @@ def train(
   run: RunFolder,
   on_round: Callable[[Record], None],
   on_step: Callable[[str], None] = lambda step: None,
+  loggers: Sequence[Logger] = (),
 ) -> dict[str, Any]:
   """Trains to the end, from the last saved round if there is one.
 
@@ -38,12 +40,14 @@ def train(
       are written.
     on_round: called with each finished round's record.
     on_step: called with what comes next, as in 'training round 3'.
+    loggers: where else each round and the summary go; one that fails in
+      between is left out with a warning.
 
   Returns:
     The content of `summary.json`.
 
   Raises:
-    UserError: training diverged.
+    UserError: training diverged, or a logger cannot start.
     ValueError: the run folder is not started.
   """
   if not run.is_started:
@@ -63,33 +67,38 @@ def train(
     return wall_before + time.perf_counter() - started
 
   saving_seconds = 0.0
-  # Leaving it, by an exception too, waits for the last round to be on disk.
-  with Saver(rounds, config.keep) as saver:
-    for done in _rounds_left(simulation, checkpoint, last_round, on_step):
-      run.remove_results()  # of an earlier, shorter run
-      checkpoint, record = validated(
-        simulation, done, checkpoint.progress, on_step
-      )
-      record['saving_seconds'] = saving_seconds
-      on_step(f'saving round {done.number}')
-      start = time.perf_counter()
-      saver.save(done.number, checkpoint, record, wall_seconds())
-      saving_seconds = time.perf_counter() - start
-      run.append(record)
-      on_round(record)
-      if out_of_patience(done.number, checkpoint.progress, config):
-        break
-      on_step(f'training round {done.number + 1}')
+  with Started(loggers, run.path, run.told()) as log:
+    for record in run.records():  # of earlier processes
+      log.log(record)
+    # Leaving it, by an exception too, waits for the last round to be on disk.
+    with Saver(rounds, config.keep) as saver:
+      for done in _rounds_left(simulation, checkpoint, last_round, on_step):
+        run.remove_results()  # of an earlier, shorter run
+        checkpoint, record = validated(
+          simulation, done, checkpoint.progress, on_step
+        )
+        record['saving_seconds'] = saving_seconds
+        on_step(f'saving round {done.number}')
+        start = time.perf_counter()
+        saver.save(done.number, checkpoint, record, wall_seconds())
+        saving_seconds = time.perf_counter() - start
+        run.append(record)
+        log.log(record)
+        on_round(record)
+        if out_of_patience(done.number, checkpoint.progress, config):
+          break
+        on_step(f'training round {done.number + 1}')
 
-  best_round = rounds.best()
-  on_step(f'testing round {best_round}')
-  summary = test(simulation, rounds.load(best_round, checkpoint).state)
-  records = run.records()
-  summary |= describe(simulation, records, best_round, wall_seconds())
-  summary['acceptance'] = acceptance.judge(
-    config, records, summary['test'], run.integrity()
-  )
-  run.write_summary(summary)
+    best_round = rounds.best()
+    on_step(f'testing round {best_round}')
+    summary = test(simulation, rounds.load(best_round, checkpoint).state)
+    records = run.records()
+    summary |= describe(simulation, records, best_round, wall_seconds())
+    summary['acceptance'] = acceptance.judge(
+      config, records, summary['test'], run.integrity()
+    )
+    run.write_summary(summary)
+    log.finish(summary)
   return summary
 
 
