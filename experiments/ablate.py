@@ -56,7 +56,7 @@ def main() -> None:
     raise UserError('name a folder for the results with --workdir')
   pyplot = figures.pyplot()  # before hours of training
   workdir = pathlib.Path(app.WORKDIR.value)
-  seeds = _seeds()
+  seeds = variants_lib.seeds(_SEEDS.value)
   base = app.config_from_flags()
   if base.evaluation.eval_clients and len(seeds) > 1:
     raise UserError(
@@ -463,27 +463,6 @@ def draw(
   axes[0][0].invert_yaxis()
   figure.suptitle(f'Differences to “{baseline}”, 95 % intervals')
   figure.savefig(path, dpi=150)
-
-
-def _seeds() -> list[int]:
-  try:
-    seeds = [int(text) for text in _SEEDS.value]
-  except ValueError:
-    raise UserError(
-      f'--seeds={",".join(_SEEDS.value)}: not whole numbers with '
-      'commas between them'
-    ) from None
-  if (
-    not seeds
-    or len(set(seeds)) < len(seeds)
-    or min(seeds) < 0
-    or max(seeds) >= 2**32
-  ):
-    raise UserError(
-      f'--seeds={",".join(_SEEDS.value)}: name distinct seeds '
-      'from 0 to 4294967295'
-    )
-  return seeds
 
 
 def _configured(base: RunConfig, variant: Variant) -> RunConfig:

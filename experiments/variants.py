@@ -13,6 +13,7 @@ or before them, a line may name something that needs no training rounds:
 
 import pathlib
 import re
+from typing import Sequence
 
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation.ablation import FROM_FIRST, SPECIAL, Variant
@@ -69,3 +70,26 @@ def _parse(line: str, place: str) -> Variant:
       'variant with other features'
     )
   return Variant(name.strip(), special, flags)
+
+
+def seeds(words: Sequence[str]) -> list[int]:
+  """The seeds that --seeds names.
+
+  Raises:
+    UserError: they are no seeds, or one comes twice.
+  """
+  text = ','.join(words)
+  try:
+    found = [int(word) for word in words]
+  except ValueError:
+    raise UserError(
+      f'--seeds={text}: not whole numbers with commas between them'
+    ) from None
+  if (
+    not found
+    or len(set(found)) < len(found)
+    or min(found) < 0
+    or max(found) >= 2**32
+  ):
+    raise UserError(f'--seeds={text}: name distinct seeds from 0 to 4294967295')
+  return found
