@@ -20,9 +20,8 @@ class Table(fm.Logger):
 
   def log(self, record):
     hits = record.get('val', {}).get('full', {}).get('HR@10', '')
-    print(
-      record['round'], record['train']['loss'], hits, sep=',', file=self._file
-    )
+    loss = record['train']['loss']
+    print(f'{record["round"]},{loss},{hits}', file=self._file)
 
   def close(self):
     self._file.close()

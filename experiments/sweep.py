@@ -51,9 +51,9 @@ _METRIC = flags.DEFINE_string(
 _PRUNER = flags.DEFINE_string(
   'pruner',
   'median',
-  'which trials end early: '
-  + ', '.join(parts.usage(name, x) for name, x in PRUNERS.items())
-  + ', or your own as my_package.module:Thing',
+  'which trials end early: median,trials=4,rounds=0 (once so many trials are '
+  'complete, and a trial has so many rounds, those below the median); '
+  'hyperband,rounds=10,factor=3; none; or your own as my_package.module:Thing',
 )
 _SEEDS = flags.DEFINE_list(
   'seeds', ['0'], 'seeds that each trial is trained with'

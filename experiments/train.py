@@ -18,7 +18,6 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import app, console, stages
-from fedmmr_jax import parts
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import load
@@ -44,9 +43,9 @@ _STAGES = flags.DEFINE_string(
 _LOGGERS = flags.DEFINE_multi_string(
   'logger',
   [],
-  'log the run elsewhere too; may be given several times. '
-  + ', '.join(parts.usage(name, x) for name, x in loggers.LOGGERS.items())
-  + ', or your own as my_package.module:Thing; see docs/tracking.md',
+  'log the run elsewhere too: tensorboard; wandb, as in wandb,project=x; '
+  'mlflow, as in mlflow,uri=sqlite:///runs.db; or your own as '
+  'my_package.module:Thing. May be given several times; see docs/tracking.md',
 )
 
 _STUCK_MINUTES = flags.DEFINE_float(
