@@ -1,27 +1,26 @@
-"""A logger of one's own: a table of the rounds that a spreadsheet opens.
+"""A logger of one's own: a table of the rounds.
 
 python -m experiments.train --flagfile=… --logger=examples.own_logger:Table
 """
 
-import dataclasses
 import pathlib
 import tempfile
+from dataclasses import dataclass
 
 import fedmmr_jax as fm
 
 
-@dataclasses.dataclass
+@dataclass
 class Table(fm.Logger):
-  name: str = 'rounds.csv'
+  name: str = 'rounds.txt'
 
   def start(self, folder, told):
     self._file = (folder / self.name).open('w')  # a resumed run gives all again
-    print('round,loss,HR@10 full', file=self._file)
+    print('round loss HR@10', file=self._file)
 
   def log(self, record):
-    hits = record.get('val', {}).get('full', {}).get('HR@10', '')
-    loss = record['train']['loss']
-    print(f'{record["round"]},{loss},{hits}', file=self._file)
+    hits = record['val']['full']['HR@10'] if 'val' in record else ''
+    print(record['round'], record['train']['loss'], hits, file=self._file)
 
   def close(self):
     self._file.close()

@@ -121,13 +121,13 @@ def test_a_logger_that_is_none_is_refused(text, message):
 
 
 def test_loggers_by_name(tmp_path):
-  [table] = loggers.of(['examples.own_logger:Table,name=x.csv'])
-  assert table == own_logger.Table('x.csv')
+  [table] = loggers.of(['examples.own_logger:Table,name=x.txt'])
+  assert table == own_logger.Table('x.txt')
   with started(table, tmp_path) as log:
     log.log(RECORD)
-  assert (tmp_path / 'x.csv').read_text().splitlines() == [
-    'round,loss,HR@10 full',
-    '3,2.0,0.25',
+  assert (tmp_path / 'x.txt').read_text().splitlines() == [
+    'round loss HR@10',
+    '3 2.0 0.25',
   ]
 
 

@@ -133,7 +133,7 @@ class WandB(Logger):
     entity: a user or a team; '' = your own.
     name: of the run; '' = that of the run folder.
     group: of runs that belong together.
-    mode: online, offline or disabled; '' = what WANDB_MODE says, or online.
+    mode: online, offline, disabled, or auto: what WANDB_MODE says, or online.
       `wandb sync RUN/wandb/latest-run` uploads what was logged offline.
   """
 
@@ -142,7 +142,8 @@ class WandB(Logger):
   name: str = ''
   group: str = ''
   mode: str = dataclasses.field(
-    default='', metadata={'choices': ('', 'online', 'offline', 'disabled')}
+    default='auto',
+    metadata={'choices': ('auto', 'online', 'offline', 'disabled')},
   )
   extra = 'wandb'
 
@@ -158,7 +159,7 @@ class WandB(Logger):
       entity=self.entity or None,
       name=self.name or folder.resolve().name,
       group=self.group or None,
-      mode=self.mode or None,
+      mode=None if self.mode == 'auto' else self.mode,
       id=_kept_id(folder / 'wandb.id', lambda: uuid.uuid4().hex[:12]),
       resume='allow',
       dir=str(folder),
