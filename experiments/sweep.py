@@ -232,7 +232,8 @@ def _write(
   replace(workdir / TABLE, markdown(study, space, seeds))
   best = sweep.complete(study)[:1]
   if best:
-    replace(workdir / BEST, flagfile(best[0], base, seeds, len(study.trials)))
+    count = len(sweep.finished(study))
+    replace(workdir / BEST, flagfile(best[0], base, seeds, count))
 
 
 def flagfile(
