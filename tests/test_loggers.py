@@ -9,7 +9,6 @@ import pytest
 import fedmmr_jax as fm
 from examples import own_logger
 from fedmmr_jax.runs import loggers
-from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
 
 RECORD = {
@@ -258,35 +257,3 @@ def test_mlflow_in_a_file(tmp_path):
   assert 'logger MLflow cannot start' in small.error_of(
     started, fm.MLflow('nothing://x'), tmp_path / 'other'
   )
-
-
-@pytest.mark.slow
-def test_a_run_that_is_resumed_gives_each_round_once(tmp_path):
-  def train(num_rounds, *its):
-    simulation = small.simulation(num_rounds=num_rounds, eval_every=1)
-    run = RunFolder(tmp_path)
-    run.start(simulation.config, simulation.dataset)
-    return fm.train(simulation, run, lambda record: None, loggers=its)
-
-  class Stopped(Exception):
-    pass
-
-  first = Recorder(fails=('close', None))
-  with pytest.warns(UserWarning, match='failed at the end'):
-    train(2, first)
-  assert first.calls == [
-    ('start', None),
-    ('log', 1),
-    ('log', 2),
-    ('finish', None),
-  ]
-  # A killed process has a line of a round that was not saved.
-  RunFolder(tmp_path).append({'round': 3, 'train': {}})
-  second = Recorder()
-  summary = train(4, second)
-  assert [n for name, n in second.calls if name == 'log'] == [1, 2, 3, 4]
-  assert second.calls[-2:] == [('finish', None), ('close', None)]
-  assert second.summary == summary and second.folder == tmp_path
-  assert second.told['flags']['num_rounds'] == 4
-  assert second.told['data_fingerprint'] == small.dataset().fingerprint()
-  assert 'jax' in second.told['versions'] and 'cores' in second.told['machine']

@@ -17,17 +17,18 @@ from fedmmr_jax.runs import run_folder, training
 from fedmmr_jax.runs.checkpoint import Progress, Rounds
 from fedmmr_jax.runs.run_folder import RunFolder
 from tests import small
+from tests.test_loggers import Recorder
 
 ROUNDS = 4
 
 
-def train(path, num_rounds=ROUNDS, **changes):
+def train(path, num_rounds=ROUNDS, loggers=(), **changes):
   simulation = simulation_lib.build(
     small.config(num_rounds=num_rounds, **changes), small.dataset()
   )
   run = RunFolder(path)
   run.start(simulation.config, small.dataset())
-  return training.train(simulation, run, lambda record: None)
+  return training.train(simulation, run, lambda record: None, loggers=loggers)
 
 
 def final_state(path, number=ROUNDS):
@@ -122,12 +123,27 @@ def test_the_same_seed_gives_the_same_run(straight, tmp_path):
 
 def test_resumed_run_equals_the_straight_one(straight, tmp_path):
   path, _ = straight
-  train(tmp_path / 'run', num_rounds=2)
-  train(tmp_path / 'run')
+  broken, recorder = Recorder(fails=('log', 2)), Recorder()
+  with pytest.warns(UserWarning, match='failed at round 2'):
+    train(tmp_path / 'run', num_rounds=2, loggers=[broken])
+  # What a killed process had not saved.
+  RunFolder(tmp_path / 'run').append({'round': 3, 'train': {}})
+  summary = train(tmp_path / 'run', loggers=[recorder])
   small.assert_trees_equal(final_state(tmp_path / 'run'), final_state(path))
   assert without_times(RunFolder(tmp_path / 'run').records()) == (
     without_times(RunFolder(path).records())
   )
+  # A logger gets each round once, those of the first process too.
+  assert recorder.calls == [
+    ('start', None),
+    *(('log', number) for number in (1, 2, 3, 4)),
+    ('finish', None),
+    ('close', None),
+  ]
+  assert recorder.summary == summary and recorder.folder == tmp_path / 'run'
+  assert recorder.told['flags']['num_rounds'] == ROUNDS
+  assert recorder.told['data_fingerprint'] == small.dataset().fingerprint()
+  assert {'versions', 'machine'} < set(recorder.told)
 
 
 @pytest.mark.slow
