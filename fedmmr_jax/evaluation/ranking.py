@@ -252,7 +252,7 @@ def question_of(
   return Question(
     jnp.where(position >= 0, history[position], 0),
     memory,
-    jnp.where(jnp.arange(len(history)) < now - length, history, 0),
+    jnp.where(jnp.arange(history.shape[0]) < now - length, history, 0),
   )
 
 

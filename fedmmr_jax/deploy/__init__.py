@@ -1,0 +1,1 @@
+"""A trained or training federation outside the simulation."""
