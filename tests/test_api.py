@@ -57,6 +57,7 @@ LAYERS = [
   ],
   ['simulation'],
   ['evaluation', 'runs'],
+  ['deploy'],
 ]
 
 

@@ -85,21 +85,34 @@ def writing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     UserError: the folder holds something, or cannot be written.
   """
-  if folder.exists() and not folder.is_dir():
-    raise UserError(f'{folder} is a file; name a folder')
+  folder = folder.absolute()
+  partial = folder.with_name(f'.{folder.name}.{os.getpid()}')
   try:
+    if folder.exists() and not folder.is_dir():
+      raise UserError(f'{folder} is a file; name a folder')
     if folder.is_dir() and any(folder.iterdir()):
       raise UserError(f'{folder} is not empty; name another folder')
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f'.{folder.name}.{os.getpid()}')
     partial.mkdir()
-    try:
-      yield partial
-      os.replace(partial, folder)
-    finally:
-      shutil.rmtree(partial, ignore_errors=True)
   except OSError as error:
-    raise UserError(f'{folder}: cannot be written ({error.strerror})') from None
+    raise _not_writable(folder, error) from None
+  try:
+    yield partial
+    os.replace(partial, folder)
+  except OSError as error:
+    if error.filename and not _is_under(partial, error.filename):
+      raise  # it is about a file of the run
+    raise _not_writable(folder, error) from None
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _not_writable(folder: pathlib.Path, error: OSError) -> UserError:
+  return UserError(f'{folder}: cannot be written ({error.strerror})')
+
+
+def _is_under(folder: pathlib.Path, name: Any) -> bool:
+  return pathlib.Path(os.fsdecode(name)).is_relative_to(folder)
 
 
 def write(
@@ -135,7 +148,15 @@ def program_of(scorer: Scorer, weights: Weights) -> jax.export.Exported:
     n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in weights.items()
   }
   history = jax.ShapeDtypeStruct(export.symbolic_shape('b, h'), jnp.int32)
-  return export.export(jax.jit(scorer), platforms=PLATFORMS)(shapes, history)
+  try:
+    return export.export(jax.jit(scorer), platforms=PLATFORMS)(shapes, history)
+  except (NotImplementedError, TypeError, ValueError) as error:
+    line = str(error).strip().partition('\n')[0]
+    raise UserError(
+      'this model cannot be exported for any number of people '
+      f'({type(error).__name__}: {line}); has it a form of your own that needs '
+      'fixed shapes?'
+    ) from error
 
 
 def check_installed() -> None:
@@ -299,7 +320,7 @@ def read_back(
     answers = pathlib.Path(place) / 'answers.npz'
     np.savez(questions, histories=asked.history, typical=middle[middle > 0])
     done = subprocess.run(
-      [sys.executable, '-I', probe.__file__, folder, questions, answers],
+      [sys.executable, '-I', '-B', probe.__file__, folder, questions, answers],
       stderr=subprocess.PIPE,
       text=True,
       check=False,

@@ -1,7 +1,8 @@
 """Runs an artefact as whoever has only its folder does: executed as a file by
-`artefact.read_back`, in a process that cannot import this package.
+`artefact.read_back`, in a process that cannot import this package, by what
+`run.py` of the folder is a copy of.
 
-    python -I probe.py FOLDER QUESTIONS.npz ANSWERS.npz
+    python -I -B probe.py FOLDER QUESTIONS.npz ANSWERS.npz
 
 QUESTIONS holds `histories` [n, h] and `typical`, one history; ANSWERS gets
 `scores` [n, V] and, in milliseconds a user, `alone` and `batched`.
@@ -21,7 +22,7 @@ def main(folder: str, questions: str, answers: str) -> None:
     sys.modules[name] = None  # type: ignore[assignment]
   import numpy as np
 
-  path = pathlib.Path(folder) / 'run.py'
+  path = pathlib.Path(__file__).with_name('standalone.py')
   spec = importlib.util.spec_from_file_location('run', path)
   assert spec and spec.loader
   run = importlib.util.module_from_spec(spec)
