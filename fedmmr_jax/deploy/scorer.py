@@ -126,7 +126,7 @@ class Scorer:
       self.model, self.config, broadcast, question.earlier
     )
     state = ranking.encode_last(self.model, broadcast, question.window, profile)
-    scores = scores.at[0].set(-jnp.inf)
+    scores = jnp.where(jnp.arange(len(scores)) > 0, scores, -jnp.inf)
     best, rows = jax.lax.top_k(scores.at[history].set(-jnp.inf), self.count)
     return {
       'scores': scores,
