@@ -24,11 +24,20 @@ SETTINGS = dict(
 )
 
 
+def moved(state):
+  """A state in which no parameter has a special value, as if trained."""
+  leaves, structure = jax.tree.flatten(state.server.params)
+  rng = np.random.default_rng(0)
+  leaves = [x + 0.1 * rng.normal(size=x.shape).astype(x.dtype) for x in leaves]
+  params = jax.tree.unflatten(structure, leaves)
+  return state._replace(server=state.server._replace(params=params))
+
+
 @pytest.fixture(scope='module')
 def exported():
   """(simulation, state, what its program gives after a trip to disk)."""
   simulation = small.simulation(**SETTINGS)
-  state = simulation.init_state()
+  state = moved(simulation.init_state())
   weights = scorer_lib.weights_of(simulation, state)
   program = artefact.program_of(
     Scorer.of(simulation, simulation.dataset.num_items), weights
@@ -101,7 +110,7 @@ def test_int8_by_hand():
 @pytest.mark.slow
 def test_vectors_are_the_whole_score_without_experts(tmp_path):
   simulation = small.simulation(**SETTINGS | {'experts': 'none'})
-  state = simulation.init_state()
+  state = moved(simulation.init_state())
   weights = scorer_lib.weights_of(simulation, state)
   assert not [name for name in weights if name.startswith('features')]
   found = vectors.write(tmp_path, simulation, weights)
@@ -191,7 +200,7 @@ def test_the_program_that_is_shipped_needs_no_other():
 def test_ranks_are_those_of_the_evaluation():
   """Of clients that never trained: their memories are made from histories."""
   simulation = small.simulation(**SETTINGS)
-  state = simulation.init_state()
+  state = moved(simulation.init_state())
   weights = scorer_lib.weights_of(simulation, state)
   found = quality.rank(simulation, weights, simulation.ranked_targets('test'))
   _, ranks = simulation.evaluate(state, 'test')
