@@ -109,7 +109,8 @@ def test_int8_by_hand():
 
 @pytest.mark.slow
 def test_vectors_are_the_whole_score_without_experts(tmp_path):
-  simulation = small.simulation(**SETTINGS | {'experts': 'none'})
+  settings = {'experts': 'none', 'max_seq_len': 12}
+  simulation = small.simulation(**SETTINGS | settings)
   state = moved(simulation.init_state())
   weights = scorer_lib.weights_of(simulation, state)
   assert not [name for name in weights if name.startswith('features')]
@@ -124,6 +125,7 @@ def test_vectors_are_the_whole_score_without_experts(tmp_path):
   assert user_ids == simulation.dataset.user_ids.tolist()
   # Its profile is known if there is something before the window.
   long = simulation.dataset.lengths > simulation.config.model.max_seq_len
+  assert 0 < long.sum() < len(long)
   np.testing.assert_array_equal(users[:, 1].any(axis=1), long)
   client = int(np.flatnonzero(long)[0])
   rows, scores = simulation.recommend(state, client, K)
