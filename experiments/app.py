@@ -178,8 +178,14 @@ def load_round(
   config = run.config().changed(given).validate()
   loaded = load.load(config)
   run.check_data(loaded.dataset)
-  simulation = simulation_lib.build(config, loaded.dataset, loaded.cold)
-  saved = rounds.load(number, training.structure(simulation))
+  # Of a federation over a network, what the nodes have made together.
+  of_network = run.is_of_network(loaded.dataset)
+  content = run.content() if of_network else None
+  simulation = simulation_lib.build(
+    config, loaded.dataset, loaded.cold, content=content
+  )
+  like = training.structure(simulation, with_controls=not of_network)
+  saved = rounds.load(number, like)
   return loaded, simulation, saved.state
 
 

@@ -1,7 +1,9 @@
 """Presets by name, for the library; the binaries take them as flagfiles."""
 
 import importlib.resources
-from typing import Any
+import pathlib
+import shlex
+from typing import Any, Sequence
 
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
@@ -39,3 +41,48 @@ def preset(name: str, **changes: Any) -> RunConfig:
     if line.startswith('--')
   )
   return RunConfig.from_flat_dict(texts | changes).validate()
+
+
+def of_command_line(text: str, **defaults: Any) -> RunConfig:
+  """The settings of a command line of the binaries, as in
+  '--flagfile=recommended.flags --num_rounds=5'; a flagfile is a path, or the
+  name of a preset.
+
+  Args:
+    text: the flags.
+    **defaults: settings that it may leave out.
+
+  Raises:
+    UserError: no such file, something that is no flag, or a value out of
+      bounds.
+
+  >>> of_command_line('--flagfile=paper.flags --seed=3 --nosuch').seed
+  Traceback (most recent call last):
+    ...
+  fedmmr_jax.errors.UserError: unknown setting 'nosuch'
+  """
+  settings = defaults | _settings(shlex.split(text))
+  return RunConfig.from_flat_dict(settings).validate()
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+  """Name -> text or, of a flag alone, True."""
+  found: dict[str, Any] = {}
+  for word in words:
+    if not word.startswith('--'):
+      raise UserError(f'{word!r} is no flag; write --name=value')
+    name, equals, value = word.removeprefix('--').partition('=')
+    if name == 'flagfile':
+      lines = map(str.strip, _flagfile(value).splitlines())
+      found |= _settings([x for x in lines if x.startswith('--')])
+    else:
+      found[name] = value if equals else True
+  return found
+
+
+def _flagfile(name: str) -> str:
+  own = importlib.resources.files('experiments') / 'presets'
+  for file in (pathlib.Path(name).expanduser(), own / pathlib.Path(name).name):
+    if file.is_file():
+      return file.read_text('utf-8')
+  raise UserError(f'{name}: no such file')

@@ -345,7 +345,7 @@ class Simulation:
     `shrinkage`, items that were trained little lean on those like them."""
     if self._neighbours is None:
       return server
-    table = _shrunk_table(
+    table = shrunk_table(
       self.model, server.params, self.catalogue, self._neighbours
     )
     return server._replace(params={**server.params, ITEM_TABLE: table})
@@ -475,7 +475,7 @@ class Simulation:
     """The same with another seed for cohorts, initial state and negatives."""
     config = dataclasses.replace(self.config, seed=seed)
     return dataclasses.replace(
-      self, config=config, data=_to_device(config, self.dataset)
+      self, config=config, data=to_device(config, self.dataset)
     )
 
   def with_clients(self, count: int) -> 'Simulation':
@@ -563,7 +563,7 @@ class Simulation:
     cold = cast(ColdSplit, self.cold)
     return _Ranked(
       cold.dataset,
-      _to_device(self.config, cold.dataset, trains=False)._replace(
+      to_device(self.config, cold.dataset, trains=False)._replace(
         popular_negatives=self.data.popular_negatives
       ),
       Targets.of(cold.dataset, 'test').of_clients(cold.clients),
@@ -640,9 +640,10 @@ def _by_client(
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _shrunk_table(
+def shrunk_table(
   model: FedDMMR, params: Any, catalogue: Catalogue, found: Neighbours
 ) -> jax.Array:
+  """[V, D] the item table with which items are ranked, see `shrinkage`."""
   embedded = model.apply(
     {'params': params}, jnp.arange(model.num_rows), catalogue, method='embed'
   )
@@ -656,6 +657,7 @@ def build(
   aggregator: Aggregator | None = None,
   drift: DriftControl | None = None,
   metrics: Sequence[Metric] | None = None,
+  content: np.ndarray | None = None,
 ) -> Simulation:
   """Puts a data set on the devices and fits the model to it.
 
@@ -666,6 +668,7 @@ def build(
     aggregator: replaces the one that the config names.
     drift: a drift control, likewise.
     metrics: further ranking metrics, likewise.
+    content: of the items, as for `catalogue_of`.
 
   Raises:
     UserError: no client has anything to train on, a client with too few unseen
@@ -673,11 +676,48 @@ def build(
       variates, or nothing left to train.
   """
   _check_trainable(config, dataset)
-  modalities = _modalities(config, dataset)
+  simulation = assemble(
+    config,
+    dataset,
+    catalogue_of(config, dataset, content),
+    to_device(config, dataset),
+    cold,
+    aggregator,
+    drift,
+    metrics,
+  )
+  # Before hours of training:
+  own_names = metrics_lib.own_names(simulation.metrics)
+  selection = config.evaluation.selection
+  if selection and selection[1] not in (*metrics_lib.RANKING, *own_names):
+    raise UserError(
+      f'`select_by={config.evaluation.select_by}`: there is no metric '
+      f'{selection[1]}; one of ' + ', '.join((*metrics_lib.RANKING, *own_names))
+    )
+  _check_targets(simulation)
+  round_lib.check_size(simulation.abstract_state)
+  return simulation
+
+
+def catalogue_of(
+  config: RunConfig, dataset: Dataset, content: np.ndarray | None = None
+) -> Catalogue:
+  """The items' features and content on the devices.
+
+  Args:
+    config: settings.
+    dataset: its features.
+    content: [V, D] float32 or [V, 0] what their embeddings start from; None =
+      made of the features and, if so configured, of the clients' histories.
+
+  Raises:
+    UserError: texts that the config needs, or anything to start from, are
+      missing.
+  """
   # The experts' features; the item table may start from the others too.
   features = {
     name: _scaled(dataset.features[name], config)
-    for name in dict.fromkeys(m.features for m in modalities)
+    for name in dict.fromkeys(m.features for m in _modalities(config, dataset))
   }
   if (
     isinstance(config.memory, TwoTierMemory)
@@ -692,12 +732,43 @@ def build(
       f'`global_memory={config.global_memory}` needs the semantic expert and '
       'text features: the prototypes are clusters of texts'
     )
-  content = _content(config, dataset)
+  if content is None:
+    content = collaborative.put_into(
+      feature_content(config, dataset), dataset, config
+    )
+  return devices.copied(Catalogue.of(features, content))
+
+
+def assemble(
+  config: RunConfig,
+  dataset: Dataset,
+  catalogue: Catalogue,
+  data: FederatedData | None,
+  cold: ColdSplit | None = None,
+  aggregator: Aggregator | None = None,
+  drift: DriftControl | None = None,
+  metrics: Sequence[Metric] | None = None,
+) -> Simulation:
+  """A simulation of parts that are there already. `build` checks besides that
+  there is something to train on and to rank.
+
+  Args:
+    config: settings.
+    dataset: the clients; its features say by their names which experts there
+      are.
+    catalogue: of `dataset`, see `catalogue_of`.
+    data: `dataset` on the devices; None where nobody's data is read.
+    cold, aggregator, drift, metrics: as for `build`.
+
+  Raises:
+    UserError: an expert without features, a parameter group that is none, or
+      nothing left to train.
+  """
   simulation = Simulation(
     config=config,
-    model=FedDMMR(config.model, dataset.num_rows, modalities),
-    catalogue=devices.copied(Catalogue.of(features, content)),
-    data=_to_device(config, dataset),
+    model=FedDMMR(config.model, dataset.num_rows, _modalities(config, dataset)),
+    catalogue=catalogue,
+    data=cast(FederatedData, data),
     dataset=dataset,
     cold=cold,
     aggregator=aggregator or aggregators.of(config),
@@ -706,16 +777,6 @@ def build(
     if metrics is None
     else tuple(metrics),
   )
-  # Before hours of training:
-  own_names = metrics_lib.own_names(simulation.metrics)
-  selection = config.evaluation.selection
-  if selection and selection[1] not in (*metrics_lib.RANKING, *own_names):
-    raise UserError(
-      f'`select_by={config.evaluation.select_by}`: there is no metric '
-      f'{selection[1]}; one of ' + ', '.join((*metrics_lib.RANKING, *own_names))
-    )
-  _check_targets(simulation)
-  round_lib.check_size(simulation.abstract_state)
   params = simulation.abstract_state.server.params
   groups.check(params, config.client.frozen_groups, 'freeze')
   if all(jax.tree.leaves(optimizers.frozen(config.client, params))):
@@ -793,9 +854,10 @@ def _scaled(features: np.ndarray, config: RunConfig) -> np.ndarray:
   return features
 
 
-def _content(config: RunConfig, dataset: Dataset) -> np.ndarray:
+def feature_content(config: RunConfig, dataset: Dataset) -> np.ndarray:
   """[V, D] float32 the items' content, see `content.components`; [V, 0] where
-  their embeddings do not start from it.
+  their embeddings do not start from it. What clients' histories say of items is
+  not in it (`collaborative.put_into`).
 
   Raises:
     UserError: there is nothing to make it of.
@@ -809,15 +871,24 @@ def _content(config: RunConfig, dataset: Dataset) -> np.ndarray:
       f'`item_embedding={start}` needs item features; give some, or say '
       '`item_embedding=id`'
     )
-  content = content_lib.components(
+  return content_lib.components(
     list(dataset.features.values()) or [nothing], config.model.hidden_dim
   )
-  return collaborative.put_into(content, dataset, config)
 
 
-def _to_device(
+def to_device(
   config: RunConfig, dataset: Dataset, trains: bool = True
 ) -> FederatedData:
+  """A data set's clients on the devices, with what a config draws for them.
+
+  Args:
+    config: settings.
+    dataset: the clients.
+    trains: whether negatives are drawn for training.
+
+  Raises:
+    UserError: a client has too few unseen items.
+  """
   return devices.copied(
     dataset_lib.to_device(
       dataset,

@@ -281,6 +281,21 @@ class Dataset:
       self.sequence(client), self.no_candidates(client, before)
     )
 
+  def without_interactions(self) -> 'Dataset':
+    """The same clients and items, without anything that a client consumed: what
+    the server of a federation over a network knows."""
+    nothing = np.zeros(self.num_clients, int)
+    return dataclasses.replace(
+      self,
+      items=np.zeros(0, np.int32),
+      offsets=np.zeros(self.num_clients + 1, np.int64),
+      held_out=nothing,
+      validation=nothing,
+      weights=None,
+      disliked=None,
+      dislike_offsets=None,
+    )
+
   def fingerprint(self) -> str:
     """SHA-256 of everything a model could learn from."""
     digest = hashlib.sha256()

@@ -78,12 +78,16 @@ class Selected(NamedTuple):
 
 
 def select(
-  name: str, interactions: Interactions, filters: Filters = Filters()
+  name: str,
+  interactions: Interactions,
+  filters: Filters = Filters(),
+  whole_catalogue: bool = False,
 ) -> Selected:
   """Groups interactions by user and renumbers users and items.
 
   Users keep the order of their ids, items too; only items that a kept user
-  consumed are in the catalogue. Equal times keep the order of the source.
+  consumed are in the catalogue, with `whole_catalogue` all of `item_ids` (where
+  a federation has agreed on them). Equal times keep the order of the source.
 
   Raises:
     UserError: no user is left.
@@ -135,7 +139,8 @@ def select(
       'and one from it on; choose a date within ' + _span(table.times)
     )
   kept = kept.where(kept.positions(size) < sizes.used[kept.users])
-  kept, sated = _without_sated(kept, size)
+  num_items = len(interactions.item_ids) if whole_catalogue else None
+  kept, sated = _without_sated(kept, size, num_items)
   if sated.any():
     notes.append(
       f'users      {sated.sum()} have consumed every item '
@@ -146,7 +151,7 @@ def select(
   if filters.test_from is not None:
     notes.append(_about_split(table, filters, sizes))
   return Selected(
-    _dataset(name, kept, interactions, sizes, everything),
+    _dataset(name, kept, interactions, sizes, everything, whole_catalogue),
     dropped.tolist(),
     tuple(notes),
   )
@@ -310,14 +315,17 @@ def _filtered(
     table = table.where(keep)
 
 
-def _without_sated(table: Table, num_users: int) -> tuple[Table, np.ndarray]:
-  """Takes away users who have consumed every item there is; [num_users] bool,
-  who they are. Where all have, they stay: what needs unseen items says so."""
+def _without_sated(
+  table: Table, num_users: int, num_all: int | None
+) -> tuple[Table, np.ndarray]:
+  """Takes away users who have consumed every item there is (`num_all`, or those
+  that somebody has); [num_users] bool, who they are. Where all have, they stay:
+  what needs unseen items says so."""
   sated, before = np.zeros(num_users, bool), table
   while True:
     if not len(table.users):
       return before, np.zeros(num_users, bool)
-    num_items = np.count_nonzero(np.bincount(table.items))
+    num_items = num_all or np.count_nonzero(np.bincount(table.items))
     many = np.bincount(table.users, minlength=num_users) >= num_items
     now = np.zeros(num_users, bool)
     for user in np.flatnonzero(many):  # hardly any: a sort of all costs more
@@ -342,9 +350,11 @@ def _dataset(
   interactions: Interactions,
   sizes: _Sizes,
   everything: Interactions,
+  whole_catalogue: bool,
 ) -> Dataset:
   is_kept = np.bincount(kept.users, minlength=len(sizes.used)) > 0
   is_item = np.bincount(kept.items, minlength=len(interactions.item_ids)) > 0
+  is_item |= whole_catalogue
   rows = np.cumsum(is_item, dtype=np.int32)
   item_ids = interactions.item_ids[is_item]
   held_out, validation = sizes.held_out[is_kept], sizes.validation[is_kept]

@@ -29,19 +29,49 @@ def put_into(
   The clients in the sketch do not depend on the run's seed, so that seeds
   running in parallel share one catalogue.
   """
-  model, start = config.model, config.model.item_embedding
+  start = config.model.item_embedding
   if not isinstance(start, ContentInit) or not start.collaborative_dim:
     return content
-  rng = generator(0, Stream.COLLABORATIVE, 0)
-  clients = _asked(rng, config, dataset.num_train)
-  probe = rng.standard_normal((dataset.num_rows, model.hidden_dim))
-  found = factors(
-    sketch(dataset, clients, probe), probe, start.collaborative_dim
-  )
-  kept = content[:, : model.hidden_dim - start.collaborative_dim]
+  takes_part = taking_part(dataset.num_train, config.data.new_clients)
+  places, probe = draw(config, len(takes_part), dataset.num_rows)
+  sketched = sketch(dataset, takes_part[places], probe)
+  return with_factors(content, sketched, probe, start.collaborative_dim)
+
+
+def with_factors(
+  content: np.ndarray, sketched: np.ndarray, probe: np.ndarray, dim: int
+) -> np.ndarray:
+  """[V, D] content whose last dimensions are co-occurrence.
+
+  Args:
+    content: [V, ≤ D] of the features; D are the probe's columns.
+    sketched: [V, D] from `sketch`, of all clients that were asked.
+    probe: [V, D] Ω.
+    dim: how many dimensions.
+  """
+  found = factors(sketched, probe, dim)
+  hidden_dim = probe.shape[1]
+  kept = content[:, : hidden_dim - dim]
   # Without any features there is no content to keep.
-  free = model.hidden_dim - kept.shape[1] - found.shape[1]
+  free = hidden_dim - kept.shape[1] - found.shape[1]
   return np.concatenate([np.pad(kept, ((0, 0), (0, free))), found], axis=1)
+
+
+def draw(
+  config: RunConfig, taking_part: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """([n] places of the clients that are asked among those that take part, [V,
+  D] float64 Ω). Who knows the two numbers draws the same: a probe need not be
+  sent.
+
+  Args:
+    config: settings with a sketch.
+    taking_part: number of clients that cohorts are drawn of.
+    num_rows: V.
+  """
+  rng = generator(0, Stream.COLLABORATIVE, 0)
+  places = _places(rng, config, taking_part)
+  return places, rng.standard_normal((num_rows, config.model.hidden_dim))
 
 
 def asked(config: RunConfig, num_train: np.ndarray) -> np.ndarray:
@@ -51,22 +81,18 @@ def asked(config: RunConfig, num_train: np.ndarray) -> np.ndarray:
     config: settings.
     num_train: [K] training items of each client.
   """
-  rng = generator(0, Stream.COLLABORATIVE, 0)
-  return _asked(rng, config, num_train)
-
-
-def _asked(rng, config, num_train) -> np.ndarray:
   takes_part = taking_part(num_train, config.data.new_clients)
-  count = round(
+  rng = generator(0, Stream.COLLABORATIVE, 0)
+  return takes_part[_places(rng, config, len(takes_part))]
+
+
+def _places(rng, config, count) -> np.ndarray:
+  wanted = round(
     config.server.client_fraction
-    * len(takes_part)
+    * count
     * config.model.item_embedding.collaborative_rounds
   )
-  return takes_part[
-    rng.choice(
-      len(takes_part), min(max(1, count), len(takes_part)), replace=False
-    )
-  ]
+  return rng.choice(count, min(max(1, wanted), count), replace=False)
 
 
 def sketch(

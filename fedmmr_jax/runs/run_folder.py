@@ -217,11 +217,18 @@ class RunFolder:
     """Raises UserError if this is not the data the run was trained on, or if
     `check_format` does."""
     self.check_format()
-    if self.data_fingerprint() != dataset.fingerprint():
+    same = self.data_fingerprint() == dataset.fingerprint()
+    if not same and not self.is_of_network(dataset):
       raise UserError(
         f'{self.path}: the run was trained on other data; the files of '
         '`data_dir` have changed since'
       )
+
+  def is_of_network(self, dataset: Dataset) -> bool:
+    """Whether a server trained it that knew the clients and items of a data
+    set, and nobody's interactions."""
+    known = dataset.without_interactions().fingerprint()
+    return self.data_fingerprint() == known
 
   def data_fingerprint(self) -> str:
     """SHA-256 of the data it was trained on."""

@@ -122,9 +122,19 @@ def restore(
   return checkpoint, last, metadata['wall_seconds']
 
 
-def structure(simulation: Simulation) -> Checkpoint:
-  """Shapes and types of what is saved."""
-  return Checkpoint(simulation.abstract_state, jax.eval_shape(Progress.start))
+def structure(simulation: Simulation, with_controls: bool = True) -> Checkpoint:
+  """Shapes and types of what is saved.
+
+  Args:
+    simulation: of the run.
+    with_controls: whether clients' drift-control state is; over a network it
+      stays with them.
+  """
+  state = simulation.abstract_state
+  return Checkpoint(
+    state if with_controls else state._replace(controls=None),
+    jax.eval_shape(Progress.start),
+  )
 
 
 def _rounds_left(
@@ -140,7 +150,7 @@ def _rounds_left(
 
 
 # The outside contract has these in each line, null in a run without the expert.
-_ABSENT = {
+ABSENT = {
   family + name: None
   for family in (metrics_lib.ROUTER_WEIGHT, metrics_lib.GRADIENT)
   for name in ORIGINAL_EXPERTS
@@ -158,7 +168,7 @@ def validated(
   Raises:
     UserError: a score is not finite.
   """
-  record: Record = {'round': done.number, 'train': _ABSENT | done.metrics}
+  record: Record = {'round': done.number, 'train': ABSENT | done.metrics}
   if due(done.number, simulation.config):
     on_step(f'validating round {done.number}')
     start = time.perf_counter()

@@ -347,6 +347,7 @@ def _check_meaning(
   """Refuses parameters that would fit but mean something else."""
   # Whatever their files and flags are called.
   same_data = run.data_fingerprint() == dataset.fingerprint()
+  same_data = same_data or run.is_of_network(dataset)
   for name in wanted:
     for group in _groups_of(name):
       _check_group(
