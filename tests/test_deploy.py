@@ -1,0 +1,368 @@
+"""A federation of nodes, carried by function calls."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from fedmmr_jax import presets
+from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.deploy import server as server_lib
+from fedmmr_jax.deploy.catalogue import FILE, load_arrays, SharedCatalogue
+from fedmmr_jax.deploy.cut import cut, INTERACTIONS, NODES
+from fedmmr_jax.deploy.node import Node
+from fedmmr_jax.deploy.parcel import pack, Parcel, unpack
+from fedmmr_jax.deploy.server import Roster, Server
+from fedmmr_jax.federation.devices import PADDING_CLIENT
+from fedmmr_jax.runs import training
+from fedmmr_jax.runs.checkpoint import Rounds
+from fedmmr_jax.runs.run_folder import RunFolder
+from tests import small
+
+
+class Calls:
+  """A link by function calls, over what a network would carry: JSON, arrays.
+
+  Args:
+    folder: of a cut data set.
+    lost: (kind, round) -> nodes whose answer does not arrive.
+    changed: called with (kind, round, node, answer) -> the answer that does.
+  """
+
+  def __init__(self, folder, lost=(), changed=lambda *x: x[-1]):
+    self.folders = dict(enumerate(sorted((folder / NODES).iterdir())))
+    self._nodes = {node: Node(path) for node, path in self.folders.items()}
+    self.lost, self.changed = dict(lost), changed
+    self.answers = []
+
+  def nodes(self):
+    return list(self.folders)
+
+  def exchange(self, kind, parcels, timeout):
+    answers = {}
+    for node, parcel in parcels.items():
+      at = kind, parcel.facts.get('round')
+      answer = sent(self._nodes[node].answer(kind, sent(parcel)))
+      self.answers.append((kind, answer))
+      if node not in self.lost.get(at, ()):
+        answers[node] = self.changed(*at, node, answer)
+    return answers
+
+
+def sent(parcel):
+  return Parcel(
+    json.loads(json.dumps(parcel.facts, allow_nan=False)),
+    {name: np.array(x) for name, x in parcel.arrays.items()},
+  )
+
+
+SETTINGS = dict(
+  item_embedding='content_plus_id,collaborative_dim=4,shrinkage=1',
+  expert_form='attention,heads=2,projection_dim=8',
+  global_memory='prototypes,number=2',
+  drift_control='scaffold',
+  fusion='residual,similarity=dot',
+  objective='all_positions',
+  client_optimizer='sgd',
+  client_learning_rate=0.03,
+  # Adam's steps are rounding noise where a gradient is zero.
+  server_optimizer='fedavgm',
+  server_learning_rate=1.0,
+  client_schedule='linear',
+  aggregator='fednova',
+  vocabulary='local',
+  select_by='last',
+  num_rounds=3,
+  eval_every=3,
+)
+
+
+@pytest.fixture(scope='module')
+def dataset():
+  return small.dataset()
+
+
+@pytest.fixture(scope='module')
+def simulated(dataset):
+  """A simulation, its last round, and the training metrics of each."""
+  simulation = simulation_lib.build(small.config(**SETTINGS), dataset)
+  metrics = []
+  for done in simulation.rounds():
+    metrics.append(done.metrics)
+  return simulation, done, metrics
+
+
+@pytest.fixture
+def folder(dataset, tmp_path):
+  """The clients, dealt to three nodes."""
+  cut(dataset, tmp_path, 3)
+  return tmp_path
+
+
+def server_of(folder, config, link):
+  """(a server, what it says)"""
+  lines = []
+  catalogue = SharedCatalogue.load(folder / FILE)
+  run = RunFolder(folder / 'run')
+  return Server(config, catalogue, link, run, say=lines.append), lines
+
+
+def assert_same(params, expected):
+  small.assert_trees_close(params, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_rounds_are_those_of_the_simulation(dataset, folder, simulated):
+  simulation, done, metrics = simulated
+  config = simulation.config
+  link = Calls(folder)
+  server, _ = server_of(folder, config, link)
+  # Parameters, moments, prototypes, control variate.
+  assert_same(server.train(), done.state.server)
+  run = RunFolder(folder / 'run')
+  records = run.records()
+  for record, expected in zip(records, metrics, strict=True):
+    assert record['asked'] == record['answered']
+    for name, value in expected.items():
+      np.testing.assert_allclose(
+        np.array(record['train'][name], float),
+        np.array(value, float),
+        rtol=1e-4,
+        atol=1e-6,
+        err_msg=name,
+      )
+  validation = simulation.validate(done.state)
+  for protocol, values in validation.items():
+    assert records[-1]['val'][protocol] == pytest.approx(values)
+
+  # What a client keeps is where it is, and nowhere else.
+  for client in done.cohort[done.cohort >= 0]:
+    (path,) = folder.glob(f'{NODES}/*/state/*/clients/{client}.npz')
+    kept = load_arrays(path)
+    np.testing.assert_array_equal(
+      kept['after.memory.item'], done.state.memories.item[client]
+    )
+  for kind, answer in link.answers:
+    assert not {n for n in answer.arrays if n.startswith(('.memory', '.kept'))}
+    assert not set(answer.facts) - {'clients', 'notes', 'sums', 'count'}, kind
+
+  # Who has everybody's data can open the run.
+  opened = simulation_lib.build(config, dataset, content=run.content())
+  run.check_data(dataset)
+  like = training.structure(opened, with_controls=False)
+  saved = Rounds(run.path).load(3, like)
+  assert_same(saved.state.server.params, done.state.server.params)
+  assert np.isfinite(opened.evaluate(saved.state, 'test')[0]['full']['MRR'])
+  assert 'other data' in small.error_of(
+    run.check_data, dataclasses.replace(dataset, user_ids=dataset.user_ids + 1)
+  )
+
+
+@pytest.mark.slow
+def test_what_does_not_come_back_does_not_count(folder, simulated):
+  """Against the simulation of cohorts without those clients."""
+  simulation, *_ = simulated
+  config = simulation.config
+  cohorts = [simulation.sample_cohort(number) for number in (1, 2, 3)]
+  quiet, poisoned = cohorts[1].flat[0] % 3, cohorts[2].flat[0]
+
+  def changed(kind, number, node, answer):
+    if (kind, number, node) == ('train', 3, poisoned % 3):
+      row = answer.facts['clients'].index(poisoned)
+      answer.arrays[".delta['content_projection']"][row] = np.nan
+    return answer
+
+  lost = {('train', 1): {0, 1, 2}, ('train', 2): {quiet}}
+  server, lines = server_of(folder, config, Calls(folder, lost, changed))
+  state = server.train()
+
+  gone = [cohorts[0] >= 0, cohorts[1] % 3 == quiet, cohorts[2] == poisoned]
+  expected = simulation.init_state()
+  for number, (cohort, without) in enumerate(zip(cohorts, gone), 1):
+    kept = np.where(without, PADDING_CLIENT, cohort)
+    expected, _ = simulation.run_round(expected, number, kept)
+    record = RunFolder(folder / 'run').records()[number - 1]
+    assert record['answered'] == sorted(kept[kept >= 0].tolist())
+  assert 0 < (kept >= 0).sum() < 4
+  assert_same(state.params, expected.server.params)
+  assert 'round 1/3: 0 of 4 clients answered; the round is passed over' in lines
+  assert f'node {quiet}: no answer to train within 600 seconds' in lines
+  assert (
+    f'node {poisoned % 3}: client {poisoned} is left out: its update is NaN or '
+    'infinite'
+  ) in lines
+
+
+@pytest.mark.slow
+def test_a_killed_server_goes_on(folder, simulated):
+  simulation, done, _ = simulated
+  config = simulation.config
+
+  def killed(kind, number, node, answer):
+    if (kind, number) == ('train', 2) and node == 2:
+      raise KeyboardInterrupt
+    return answer
+
+  with pytest.raises(KeyboardInterrupt):
+    server_of(folder, config, Calls(folder, changed=killed))[0].train()
+  # The nodes have trained in round 2 before, and their clients' memories have
+  # moved on.
+  link = Calls(folder)
+  state = server_of(folder, config, link)[0].train()
+  assert_same(state, done.state.server)
+  assert 'sketch' not in {kind for kind, _ in link.answers}
+  assert [r['round'] for r in RunFolder(folder / 'run').records()] == [1, 2, 3]
+
+
+def test_a_cut_data_set_is_whole(dataset, folder):
+  catalogue = SharedCatalogue.load(folder / FILE)
+  assert catalogue.item_ids.tolist() == dataset.item_ids.tolist()
+  np.testing.assert_array_equal(
+    catalogue.features['text'], dataset.features['text']
+  )
+  found = {}
+  for node in Calls(folder).folders.values():
+    for line in (node / INTERACTIONS).read_text().split()[1:]:
+      user, item = line.split(',')
+      found.setdefault(int(user), []).append(int(item))
+  assert found == {
+    user: dataset.item_ids[dataset.sequence(client)].tolist()
+    for client, user in enumerate(dataset.user_ids.tolist())
+  }
+
+
+def enrol(folder, node=0, **changes):
+  """A node's answer to the first message."""
+  catalogue = SharedCatalogue.load(folder / FILE)
+  facts = {'federation': 'abc', 'config': small.config().as_flat_dict()}
+  asked = Parcel(facts | changes, {'item_ids': catalogue.item_ids})
+  return Node(Calls(folder).folders[node]).answer('enrol', asked)
+
+
+def test_who_a_node_has(dataset, folder):
+  at = range(1, dataset.num_clients, 3)
+  assert enrol(folder, 1).facts['clients'] == [
+    [dataset.user_ids[k], dataset.lengths[k], dataset.num_train[k], 0, True]
+    for k in at
+  ]
+
+
+def test_items_outside_the_catalogue_are_left_out(folder):
+  path = Calls(folder).folders[0] / INTERACTIONS
+  before = enrol(folder).facts['clients']
+  user = before[0][0]
+  path.write_text(path.read_text() + f'{user},9999\n')
+  answer = enrol(folder)
+  assert answer.facts['clients'] == before
+  assert answer.facts['notes'] == [
+    '1 of 40 items are not in the catalogue; their 1 interactions are left out'
+  ]
+  path.write_text('user_id,item_id\n1,7001\n1,7002\n1,7003\n')
+  assert 'has none of its items' in enrol(folder).facts['error']
+  path.unlink()
+  assert 'error' in enrol(folder).facts
+
+
+def test_a_node_that_is_not_set_up_says_so(folder):
+  enrol(folder)
+  node = Node(Calls(folder).folders[0])
+  asked = Parcel({'federation': 'abc', 'round': 1, 'clients': []})
+  assert node.answer('train', asked).facts['not_set_up']
+  assert 'same version' in node.answer('dance', asked).facts['error']
+  bad = Parcel({'federation': '../..'})
+  assert 'no name' in node.answer('enrol', bad).facts['error']
+
+
+def test_a_client_has_one_node(folder):
+  one, other = list(Calls(folder).folders.values())[:2]
+  shutil.copy(one / INTERACTIONS, other / INTERACTIONS)
+  server, _ = server_of(folder, small.config(), Calls(folder))
+  assert 'client 1 is on nodes 0 and 1' in small.error_of(server.train)
+
+
+def test_the_roster_is_in_the_order_of_ids():
+  clients = [[10, 5, 3, 0, True], [9, 7, 5, 2, True], [2, 5, 3, 0, False]]
+  roster = Roster.of(clients)
+  assert roster.ids == [2, 9, 10]
+  assert roster.max_items == 9
+  # Whole numbers and texts are texts, as where one file holds them.
+  assert Roster.of([*clients, ['x', 4, 2, 0, True]]).ids == [
+    '10',
+    '2',
+    '9',
+    'x',
+  ]
+  # The most active; among equals the lower id.
+  assert Roster.of(clients, top=2).ids == [2, 9]
+
+
+@pytest.mark.parametrize(
+  'changes, told',
+  [
+    ({'k_core': 5}, '`k_core=5`'),
+    ({'cold_items': 0.1}, '`cold_items=0.1`'),
+    ({'text_features': 'x.npy'}, '`text_features=x.npy`'),
+    ({'load': 'all,memories', 'pretrained_path': 'x'}, 'memories stay'),
+  ],
+)
+def test_settings_that_need_everybodys_data(changes, told):
+  assert told in small.error_of(server_lib.check, small.config(**changes))
+
+
+def test_a_catalogue_is_checked(tmp_path):
+  path = tmp_path / 'catalogue.npz'
+  assert 'no such file' in small.error_of(SharedCatalogue.load, path)
+  path.write_text('nothing')
+  assert 'no .npz file' in small.error_of(SharedCatalogue.load, path)
+  np.savez(path, a=np.zeros(1))
+  assert 'no item_ids' in small.error_of(SharedCatalogue.load, path)
+  assert 'item a is there 2 times' in small.error_of(
+    SharedCatalogue.of, ['a', 'a']
+  )
+  assert '3 rows of text for 2 items' in small.error_of(
+    SharedCatalogue.of, ['a', 'b'], text=np.ones((3, 2))
+  )
+  made = SharedCatalogue.of(['b', 'a'], ['B', 'A'], text=np.ones((2, 3)))
+  made.save(path)
+  again = SharedCatalogue.load(path)
+  assert (again.item_ids.tolist(), again.titles) == (
+    ['', 'b', 'a'],
+    ('', 'B', 'A'),
+  )
+  assert again.features['text'].sum(axis=1).tolist() == [0, 3, 3]
+
+
+def test_what_is_packed_is_unpacked():
+  tree = {'a': np.arange(3), 'b': (np.float32(2), None)}
+  arrays = pack(tree)
+  small.assert_trees_equal(unpack(arrays, tree, 'it'), tree)
+  del arrays["['a']"]
+  assert small.error_of(unpack, arrays, tree, 'it') == "it: ['a'] is missing"
+  arrays["['a']"] = np.arange(4)
+  assert "it: ['a'] is int64[4], not int64[3]" == small.error_of(
+    unpack, arrays, tree, 'it'
+  )
+
+
+def test_what_cannot_be_cut(dataset, folder, tmp_path):
+  for number, told in ((0, '0 nodes for 9 clients'), (10, '10 nodes')):
+    assert told in small.error_of(cut, dataset, tmp_path / 'x', number)
+  assert 'already' in small.error_of(cut, dataset, folder, 2)
+  weighted = dataclasses.replace(dataset, weights=np.ones(len(dataset.items)))
+  assert 'weights' in small.error_of(cut, weighted, tmp_path / 'x', 2)
+
+
+def test_a_command_line_without_a_binary(tmp_path):
+  own = tmp_path / 'own.flags'
+  own.write_text('# mine\n--flagfile=synthetic.flags\n--num_rounds=7\n')
+  config = presets.of_command_line(f'--flagfile={own} --seed=3')
+  assert (config.server.num_rounds, config.seed) == (7, 3)
+  assert config.model.hidden_dim == presets.preset('synthetic').model.hidden_dim
+  for text, told in (
+    ('seed=3', "'seed=3' is no flag"),
+    ('--flagfile=nowhere.flags', 'nowhere.flags: no such file'),
+    ('--seeds=3', "unknown setting 'seeds'"),
+  ):
+    assert told in small.error_of(presets.of_command_line, text)
