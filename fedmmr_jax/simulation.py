@@ -112,6 +112,10 @@ class Simulation:
   aggregator: Aggregator = FedAvg()
   drift: DriftControl = DriftControl()
   metrics: tuple[Metric, ...] = ()
+  # Of `ready_to_rank`.
+  _ready: tuple[ServerState, ServerState, Catalogue] | None = dataclasses.field(
+    default=None, init=False, repr=False
+  )
 
   @classmethod
   def of(
@@ -350,6 +354,18 @@ class Simulation:
     )
     return server._replace(params={**server.params, ITEM_TABLE: table})
 
+  def ready_to_rank(self, server: ServerState) -> tuple[ServerState, Catalogue]:
+    """`as_ranked`, and a catalogue that holds the embeddings of all items, kept
+    for the last state that was asked about: for one person they cost more than
+    the ranking."""
+    ready = self._ready
+    if ready is None or ready[0] is not server:
+      ranked = self.as_ranked(server)
+      embedding = _embedded(self.model, ranked.params, self.catalogue)
+      ready = server, ranked, self.catalogue._replace(embedding=embedding)
+      object.__setattr__(self, '_ready', ready)
+    return ready[1:]
+
   @functools.cached_property
   def _neighbours(self) -> Neighbours | None:
     start = self.config.model.item_embedding
@@ -380,16 +396,17 @@ class Simulation:
     history = self.dataset.sequence(client)
     padded = np.zeros(self.max_items, np.int32)
     padded[: len(history)] = history
+    server, catalogue = self.ready_to_rank(state.server)
     scores = np.array(
       ranking.score_client(
         self.model,
         self.compiled_config,
-        self.as_ranked(state.server),
+        server,
         padded,
         np.int32(len(history)),
         self.num_train[client].astype(np.int32),
         jax.tree.map(lambda x: x[client], state.memories),
-        self.catalogue,
+        catalogue,
       )
     )
     if not np.isfinite(scores[1:]).all():
@@ -637,6 +654,14 @@ def _by_client(
   found[client, place] = each
   ends = np.cumsum([len(x.client) for x in targets])[:-1]
   return found, np.split(place, ends)
+
+
+@functools.partial(devices.jit, static_argnames='model')
+def _embedded(model: FedDMMR, params: Any, catalogue: Catalogue) -> jax.Array:
+  """[V, D] embeddings of all items."""
+  rows = jnp.arange(model.num_rows)
+  embedded = model.apply({'params': params}, rows, catalogue, method='embed')
+  return cast(jax.Array, embedded)
 
 
 @functools.partial(jax.jit, static_argnames='model')

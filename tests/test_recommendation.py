@@ -1,5 +1,6 @@
 """Lists for many people at once, and what they lean on."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import fedmmr_jax as fm
 from fedmmr_jax.evaluation import recommendation
 from fedmmr_jax.evaluation.recommendation import WINDOW
+from fedmmr_jax.federation import devices
 from tests import small
 from tests.test_cli import refused, run, TINY
 
@@ -188,6 +190,41 @@ def test_nothing_is_compiled_twice(trained):
   before = shard._cache_size()
   fm.recommend(simulation, state, everybody(simulation), K)
   assert shard._cache_size() == before
+
+
+def test_embeddings_are_kept_for_one_state_only(trained):
+  """Whichever state was asked about before."""
+  simulation, state = trained
+  people = everybody(simulation)
+  fm.recommend(simulation, state, people, K)
+  params = dict(state.server.params)
+  params['item_embedding'] = params['item_embedding'][::-1]
+  other = state._replace(server=state.server._replace(params=params))
+  fresh = dataclasses.replace(simulation)
+  lists = fm.recommend(simulation, other, people, K)
+  expected = fm.recommend(fresh, other, people, K)
+  np.testing.assert_array_equal(lists.rows, expected.rows)
+  assert (lists.rows != fm.recommend(fresh, state, people, K).rows).any()
+  similar = fm.similar_items(simulation, state, 7, K)[0]
+  assert (similar != fm.similar_items(simulation, other, 7, K)[0]).any()
+
+
+def test_one_person_is_one_shard(trained, monkeypatch):
+  """And not seven more of padding."""
+  simulation, state = trained
+  ran = []
+
+  def run(program, static, shards, *shared):
+    ran.append(shards)
+    return devices_run(program, static, shards, *shared)
+
+  devices_run = devices.run
+  monkeypatch.setattr(devices, 'run', run)
+  alone = fm.People.of_clients(simulation, [2])
+  lists = fm.recommend(simulation, state, alone, K)
+  assert ran[0].tolist() == [[[0]]]
+  rows, _ = simulation.recommend(state, 2, K)
+  np.testing.assert_array_equal(lists.rows[0], rows)
 
 
 @pytest.mark.slow

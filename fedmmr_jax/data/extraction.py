@@ -174,18 +174,8 @@ def image_inputs(items: ItemTable, folder: pathlib.Path) -> Inputs:
   Raises:
     UserError: no such folder, or no file of it belongs to an item.
   """
-  if not folder.is_dir():
-    raise UserError(f'{folder}: no such folder')
+  by_item = find_images(folder)
   rows = _rows_by_id(items)
-  found = [
-    path
-    for path in folder.iterdir()
-    if path.suffix.lower() in IMAGE_ENDS and path.is_file()
-  ]
-  found.sort(key=lambda p: (IMAGE_ENDS.index(p.suffix.lower()), p.name))
-  by_item = {}
-  for path in found:
-    by_item.setdefault(path.stem, path)
   unknown = [item for item in by_item if item not in rows]
   known = sorted(
     ((item, path) for item, path in by_item.items() if item in rows),
@@ -199,6 +189,26 @@ def image_inputs(items: ItemTable, folder: pathlib.Path) -> Inputs:
     for item, path in known
   ]
   return _inputs(VISUAL, known, rows, unknown, state)
+
+
+def find_images(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Item id -> the file `<item id>.jpg`, `.jpeg`, `.png`, `.webp` of a folder.
+
+  Raises:
+    UserError: no such folder.
+  """
+  if not folder.is_dir():
+    raise UserError(f'{folder}: no such folder')
+  found = [
+    path
+    for path in folder.iterdir()
+    if path.suffix.lower() in IMAGE_ENDS and path.is_file()
+  ]
+  found.sort(key=lambda p: (IMAGE_ENDS.index(p.suffix.lower()), p.name))
+  by_item: dict[str, pathlib.Path] = {}
+  for path in found:
+    by_item.setdefault(path.stem, path)
+  return by_item
 
 
 def _rows_by_id(items: ItemTable) -> dict[str, int]:

@@ -210,13 +210,7 @@ def similar_items(
     ([k] int rows of the catalogue, best first, without the item itself; [k]
     float32 cosines); fewer if fewer are allowed.
   """
-  model = simulation.model
-  embedded = model.apply(
-    {'params': simulation.as_ranked(state.server).params},
-    jnp.arange(model.num_rows),
-    simulation.catalogue,
-    method='embed',
-  )
+  embedded = simulation.ready_to_rank(state.server)[1].embedding
   cosines = np.array(unit(embedded) @ unit(embedded[row]))
   cosines[[0, row]] = -np.inf
   if allowed is not None:
@@ -228,17 +222,21 @@ def similar_items(
 
 def _each(program, static, simulation, state, people: People, *more):
   """Results of a program for all people, axis n first, on the host."""
-  config = simulation.compiled_config
+  server, catalogue = simulation.ready_to_rank(state.server)
   chunks = round_lib.in_chunks(
-    np.arange(len(people.client)), config.evaluation.clients_per_eval_chunk
+    np.arange(len(people.client)),
+    simulation.config.evaluation.clients_per_eval_chunk,
   )
+  shards = devices.deal(chunks)
+  if devices.count() == 1:  # a mesh needs those of padding alone, too
+    shards = shards[: len(chunks)]
   _, found = devices.run(
     program,
-    (simulation.model, config, *static),
-    devices.deal(chunks),
-    simulation.as_ranked(state.server),
+    (simulation.model, simulation.compiled_config, *static),
+    shards,
+    server,
     state.memories,
-    simulation.catalogue,
+    catalogue,
     people,
     *more,
   )

@@ -130,7 +130,7 @@ def undealt(shards: list[Any], num_chunks: int) -> Any:
 
   def join(*parts):
     whole = np.concatenate([np.asarray(part) for part in parts])
-    dealt = whole.reshape(num_shards(), -1, *whole.shape[1:])
+    dealt = whole.reshape(len(parts), -1, *whole.shape[1:])
     return np.moveaxis(dealt, 0, 1).reshape(whole.shape)[:num_chunks]
 
   return jax.tree.map(join, *shards)

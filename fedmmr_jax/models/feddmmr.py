@@ -54,11 +54,14 @@ class Catalogue(NamedTuple):
     has: name of a matrix -> [V] bool, which items have such a feature.
     content: [V, D] float32, see `content.components`; width 0 with
       `item_embedding=id`.
+    embedding: [V, D] float32 what `FedDMMR.embed` would compute of all items,
+      for who ranks many lists with the same parameters; None = compute it.
   """
 
   features: dict[str, jax.Array]
   has: dict[str, jax.Array]
   content: jax.Array
+  embedding: jax.Array | None = None
 
   @classmethod
   def of(
@@ -174,6 +177,8 @@ class FedDMMR(nn.Module):
       catalogue: item features.
       train: whether `id_dropout` acts (consumes the `dropout` key).
     """
+    if catalogue.embedding is not None:
+      return catalogue.embedding[items]
     embedded = self.item_embedding[items]
     start = self.config.item_embedding
     if not isinstance(start, ContentPlusId):

@@ -189,15 +189,20 @@ def _common(summaries: Iterable[dict[str, Any] | None]) -> list[str]:
   ]
 
 
-def _render(**content: Any) -> str:
+def render(page: str, **content: Any) -> str:
+  """A page of `templates/`, with everything in it escaped."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('fedmmr_jax.runs'),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  template = ('comparison' if 'names' in content else 'report') + '.html.j2'
-  return environment.get_template(template).render(
+  return environment.get_template(f'{page}.html.j2').render(**content)
+
+
+def _render(**content: Any) -> str:
+  return render(
+    'comparison' if 'names' in content else 'report',
     width=WIDTH,
     height=HEIGHT,
     left=_LEFT,
