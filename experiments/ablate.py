@@ -45,6 +45,11 @@ _VARIANTS = flags.DEFINE_string(
   'line, name: --flag=value …; see experiments/variants.py',
 )
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds of each variant')
+_AT = flags.DEFINE_list(
+  'at',
+  None,
+  'compare also by HR and NDCG at these cut-offs; trains nothing again',
+)
 
 app.define_config_flags()
 
@@ -57,6 +62,7 @@ def main() -> None:
   pyplot = figures.pyplot()  # before hours of training
   workdir = pathlib.Path(app.WORKDIR.value)
   seeds = variants_lib.seeds(_SEEDS.value)
+  at = metrics_lib.parse_cutoffs(_AT.value) if _AT.present else ()
   base = app.config_from_flags()
   if base.evaluation.eval_clients and len(seeds) > 1:
     raise UserError(
@@ -66,6 +72,8 @@ def main() -> None:
   variants = variants_lib.read(app.find_file(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
   loaded = load.load(base)
+  if at:
+    metrics_lib.check_cutoffs(at, loaded.dataset.num_items)
   print('\n'.join([console.data_report(loaded), *console.no_gpu(base)]))
   print(
     f'\n{len(variants)} variants x {len(seeds)} seeds, {workdir}\n', flush=True
@@ -74,7 +82,7 @@ def main() -> None:
   with run_folder.hold(folder) as lock:
     if lock.note:
       print(lock.note, flush=True)
-    outcomes = _outcomes(variants, configs, loaded, seeds, folder)
+    outcomes = _outcomes(variants, configs, loaded, seeds, folder, at)
   differences = ablation.differences(outcomes)
   table = markdown(outcomes, differences, base, seeds)
   (workdir / TABLE).write_text(table, 'utf-8')
@@ -91,8 +99,10 @@ def _outcomes(
   loaded: Loaded,
   seeds: Sequence[int],
   folder: pathlib.Path,
+  at: tuple[int, ...],
 ) -> dict[str, Outcome]:
-  """Each variant's outcome: as an earlier call left it, or found now."""
+  """Each variant's outcome, to be compared at these cut-offs too: as an earlier
+  call left it, or found now."""
   outcomes = {}
   program = provenance.program()
   further = metrics_lib.further_metrics(configs[0].evaluation.metric_names)
@@ -106,7 +116,7 @@ def _outcomes(
     if not path.exists():
       _tell_of_others(variant.name, folder, key, program)
     if path.exists():
-      outcome = _load(path)._replace(metrics=further)
+      outcome = _load(path)
       print(f'{variant.name}: found in {path}')
     else:
       if from_first and trained is None:  # an earlier call kept its ranks only
@@ -119,6 +129,8 @@ def _outcomes(
         outcome, *states = _train(variant, config, loaded, seeds)
         trained = trained or states
       _save(path, outcome, program)
+    # A variant may measure more, to select its round by.
+    outcome = outcome._replace(metrics=further, at=at)
     outcomes[variant.name] = outcome
     print(_line(variant.name, outcome), flush=True)
   return outcomes
@@ -412,7 +424,7 @@ def as_json(
         split: {
           f'{protocol} {metric}': o.of_each_seed(protocol, metric, split)
           for protocol in PROTOCOLS
-          for metric in (HR, NDCG, *metrics_lib.own_names(o.metrics))
+          for metric in dict.fromkeys(metric for _, metric in o.headlines)
         }
         for split in o.ranks
       },

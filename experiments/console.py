@@ -324,9 +324,11 @@ def progress(record: dict[str, Any]) -> dict[str, float]:
   return figures
 
 
-def ranking_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+def ranking_table(
+  found: dict[str, dict[str, dict[str, float]]], cutoff: int = 10
+) -> str:
   """Rows: split and protocol; columns: each metric at its cutoffs or, if those
-  are too many for a line, only at 10."""
+  are too many for a line, only at one."""
   first = next(iter(next(iter(found.values())).values()))
   kinds = list(dict.fromkeys(name.partition('@')[0] for name in first))
   kinds.sort(key=lambda kind: kind in first)  # what has no cutoff last
@@ -334,7 +336,7 @@ def ranking_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
     name for kind in kinds for name in first if name.partition('@')[0] == kind
   ]
   if len(names) > MAX_METRICS:
-    names = [n for n in names if '@' not in n or n.endswith('@10')]
+    names = [n for n in names if '@' not in n or n.endswith(f'@{cutoff}')]
   return table(
     ['', *names],
     [

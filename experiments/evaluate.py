@@ -3,6 +3,7 @@
     python -m experiments.evaluate --workdir=RUN --round=best --split=test
     python -m experiments.evaluate --workdir=RUN --compare=OTHER --slices \\
         --per_user=users.parquet
+    python -m experiments.evaluate --workdir=RUN --beyond --fairness --at=10,50
 
 The run's own settings are used. If the data has moved, `--data_dir`,
 `--visual_features` and `--text_features` name its new place; `--eval_clients`
@@ -12,20 +13,21 @@ ranks more or fewer clients. Protocols: fedmmr_jax/evaluation/user_results.py.
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import app, console
+from experiments import app, beyond, console
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.data import users
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation import user_results
+from fedmmr_jax.evaluation import beyond_accuracy, user_results
 from fedmmr_jax.evaluation.ranking import SPLITS
 from fedmmr_jax.evaluation.user_results import PROTOCOLS, UserResults
+from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.runs import warm_start
 from fedmmr_jax.runs.checkpoint import Rounds
-from fedmmr_jax.simulation import NEW_CLIENTS
+from fedmmr_jax.simulation import NEW_CLIENTS, Simulation
 
 _ROUND = flags.DEFINE_string('round', 'best', 'a number, best or last')
 _SPLIT = flags.DEFINE_enum(
@@ -49,6 +51,25 @@ _METRICS = flags.DEFINE_string(
   'ranking metrics beside HR, NDCG and MRR, with commas between; recbole: hit, '
   'recall, precision, mrr, map and ndcg as RecBole has them; or your own as '
   'my_package.module:Thing; default: as the run',
+)
+_AT = flags.DEFINE_list(
+  'at',
+  None,
+  'cut-offs of HR and NDCG, of the metrics of RecBole, and of the lists of '
+  '--beyond, as 1,5,10,50; default: 5, 10 and 20, and lists of 10',
+)
+_BEYOND = flags.DEFINE_boolean(
+  'beyond',
+  False,
+  'also what the lists are beside accurate: coverage, Gini index, novelty, '
+  'diversity, popularity bias, calibration of genres, with intervals',
+)
+_FAIRNESS = flags.DEFINE_boolean(
+  'fairness',
+  False,
+  'all metrics of groups of users by history length and by the columns of '
+  '--user_file, and how far the groups are apart; ranked in full unless '
+  '--protocol names another',
 )
 _SLICES = flags.DEFINE_boolean(
   'slices',
@@ -93,14 +114,13 @@ _FEATURES = flags.DEFINE_enum(
 )
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 
-# What the tables of slices and differences show.
-_HEADLINES = (metrics_lib.HR, metrics_lib.NDCG)
-
 
 def main() -> None:
   # Before minutes of ranking.
   if _PER_USER.value:
     user_results.check_path(_PER_USER.value)
+  _check_flags()
+  at = None if _AT.value is None else metrics_lib.parse_cutoffs(_AT.value)
   attributes = (
     users.read(pathlib.Path(_USER_FILE.value)) if _USER_FILE.value else {}
   )
@@ -108,7 +128,8 @@ def main() -> None:
   rounds = Rounds(run.path)
   number = app.find_round(rounds, _ROUND.value)
   other = warm_start.find(_COMPARE.value, 'compare') if _COMPARE.value else None
-  config, results = _results(run, rounds, number, _FEATURES.value)
+  ranked = _ranked(run, rounds, number, _FEATURES.value, at)
+  results = ranked.results
   told = {'round': number, _SPLIT.value: _chosen(results.means())}
   if _SLICES.value or attributes:
     told['slices'] = {
@@ -118,12 +139,14 @@ def main() -> None:
       }
       for title, parts in user_results.slices(results, attributes).items()
     }
-  if other:
-    told['difference'] = _difference(config, results, *other)
+  theirs = _other(ranked, *other, at) if other else None
+  if theirs:
+    told['difference'] = _difference(results, theirs.results, *other)
+  lists = _tell_of_lists(told, ranked, theirs, at, attributes)
   if _PER_USER.value:
-    user_results.write(results, pathlib.Path(_PER_USER.value))
+    user_results.write(results, pathlib.Path(_PER_USER.value), lists)
   if _JSON.value:
-    print(json.dumps(told, indent=2, allow_nan=False))
+    print(json.dumps(beyond.as_json(told), indent=2, allow_nan=False))
   else:
     print(
       f'{run.path}, round {number}, {_SPLIT.value} items of '
@@ -135,18 +158,56 @@ def main() -> None:
       )
       + '\n'
     )
-    print(_tables(told))
+    print(_tables(told, results.cutoffs))
   if _PER_USER.value:
     print(f'\na row for each target in {_PER_USER.value}', file=sys.stderr)
 
 
-def _results(
-  run, rounds, number, features: str, seed: int | None = None, **same: Any
-) -> tuple[Any, UserResults]:
-  """The settings of a run and the ranks of one of its rounds.
+class _Ranked(NamedTuple):
+  """A round of a run, and its ranks."""
+
+  simulation: Simulation
+  state: FederationState
+  results: UserResults
+
+  def offers(self, protocol: str, cutoffs: tuple[int, ...]) -> beyond.Offers:
+    """Its lists."""
+    return beyond.offers(
+      self.simulation, self.state, _SPLIT.value, protocol, cutoffs
+    )
+
+
+def _check_flags() -> None:
+  """Refuses flags that contradict one another, before anything is read."""
+  if not (_BEYOND.value or _FAIRNESS.value):
+    return
+  asked = '--beyond' if _BEYOND.value else '--fairness'
+  if _PROTOCOL.value not in ('all', *beyond_accuracy.PROTOCOLS):
+    raise UserError(
+      f'{asked}: --protocol={_PROTOCOL.value} estimates a metric and has no '
+      'lists; one of ' + ', '.join(beyond_accuracy.PROTOCOLS)
+    )
+  if _SPLIT.value == 'cold':
+    raise UserError(
+      f'{asked}: --split=cold ranks new items one at a time, among the others, '
+      'so that there are no lists of them'
+    )
+
+
+def _ranked(
+  run,
+  rounds,
+  number,
+  features: str,
+  at: tuple[int, ...] | None,
+  seed: int | None = None,
+  **same: Any,
+) -> _Ranked:
+  """One of a run's rounds with the ranks of the split.
 
   Args:
     features: what the experts see, see `--features`.
+    at: cut-offs; None = the usual ones.
     seed: of the draws of negatives, if not the run's own.
     same: settings that stand for the run's own.
   """
@@ -157,6 +218,8 @@ def _results(
   }
   loaded, simulation, state = app.load_round(run, rounds, number, given)
   print(console.data_report(loaded) + '\n', file=sys.stderr)
+  if at:
+    metrics_lib.check_cutoffs(at, loaded.dataset.num_items)
   if _SPLIT.value not in simulation.splits:
     needed = {'cold': '--cold_items', NEW_CLIENTS: '--new_clients'}
     raise UserError(
@@ -168,23 +231,28 @@ def _results(
   simulation = simulation.with_popular_negatives()
   if features != 'trained':
     simulation = simulation.with_features(features)
-  return simulation.config, user_results.evaluate(
-    simulation, state, _SPLIT.value
-  )
+  results = user_results.evaluate(simulation, state, _SPLIT.value)
+  return _Ranked(simulation, state, results.at(at) if at else results)
 
 
-def _difference(config, results, run, number) -> dict[str, Any]:
-  """This run minus the other, which is ranked against the same draws."""
-  _, theirs = _results(
+def _other(mine: _Ranked, run, number, at) -> _Ranked:
+  """The run of --compare, ranked against the same draws."""
+  config = mine.simulation.config
+  return _ranked(
     run,
     Rounds(run.path),
     number,
     'trained',
+    at,
     config.seed,
     sampled_negatives=config.data.sampled_negatives,
     eval_clients=config.evaluation.eval_clients,
     metrics=config.evaluation.metrics,
   )
+
+
+def _difference(results, theirs, run, number) -> dict[str, Any]:
+  """This run minus the other."""
   found = _chosen(user_results.difference(results, theirs))
   as_trained = '' if _FEATURES.value == 'trained' else ', features as trained'
   return {'to': f'{run.path}, round {number}{as_trained}'} | {
@@ -195,6 +263,40 @@ def _difference(config, results, run, number) -> dict[str, Any]:
   }
 
 
+def _tell_of_lists(
+  told: dict[str, Any], mine: _Ranked, theirs: _Ranked | None, at, attributes
+) -> dict[str, Any]:
+  """Adds what --beyond and --fairness ask for.
+
+  Returns:
+    What is of each user, for --per_user.
+  """
+  if not (_BEYOND.value or _FAIRNESS.value):
+    return {}
+  of_each = {}
+  if _BEYOND.value:
+    lengths = at or (10,)
+    found = mine.offers(_PROTOCOL.value, lengths)
+    told['beyond'] = beyond.figures(found)
+    of_each = beyond.of_each_user(found)
+    if theirs:
+      told['beyond_difference'] = beyond.differences(
+        found, theirs.offers(_PROTOCOL.value, lengths)
+      )
+  if _FAIRNESS.value:
+    k = metrics_lib.headline_cutoff(mine.results.cutoffs)
+    protocol = 'full' if _PROTOCOL.value == 'all' else _PROTOCOL.value
+    found = mine.offers(protocol, (k,))
+    told['fairness'] = {'protocol': protocol, 'at': k} | beyond.fairness(
+      found,
+      mine.results,
+      attributes,
+      mine.simulation.num_train[found.asked.clients],
+    )
+  told['left_out'] = beyond.left_out(found.asked)
+  return of_each
+
+
 def _chosen(by_protocol: dict[str, Any]) -> dict[str, Any]:
   """Of all protocols those that are asked for."""
   if _PROTOCOL.value == 'all':
@@ -202,14 +304,15 @@ def _chosen(by_protocol: dict[str, Any]) -> dict[str, Any]:
   return {_PROTOCOL.value: by_protocol[_PROTOCOL.value]}
 
 
-def _tables(told: dict[str, Any]) -> str:
-  parts = [console.ranking_table({_SPLIT.value: told[_SPLIT.value]})]
+def _tables(told: dict[str, Any], cutoffs: tuple[int, ...]) -> str:
+  k = metrics_lib.headline_cutoff(cutoffs)
+  parts = [console.ranking_table({_SPLIT.value: told[_SPLIT.value]}, k)]
   for title, by_label in told.get('slices', {}).items():
     columns = [
       (protocol, metric)
       for protocol, found in told[_SPLIT.value].items()
       for metric in found
-      if _is_shown(metric)
+      if _is_shown(metric, k)
       and (protocol != 'corrected' or _PROTOCOL.value != 'all')
     ]
     parts.append(
@@ -242,18 +345,33 @@ def _tables(told: dict[str, Any]) -> str:
           ]
           for protocol, found in by_protocol
           for metric in found
-          if metric == metrics_lib.MRR or _is_shown(metric)
+          if metric == metrics_lib.MRR or _is_shown(metric, k)
         ],
       )
     )
-  return '\n\n'.join(parts)
+  if 'beyond' in told:
+    parts.append(
+      'the lists, with 95 % intervals\n\n' + beyond.table(told['beyond'])
+    )
+  if 'beyond_difference' in told:
+    parts.append(
+      f'their difference to {told["difference"]["to"]}, paired over users\n\n'
+      + beyond.table(told['beyond_difference'])
+    )
+  if 'fairness' in told:
+    protocol, at, *by_title = told['fairness'].items()
+    parts += [
+      f'groups of users, {protocol[1]}, with 95 % intervals\n\n'
+      + beyond.fairness_table(title, found, at[1])
+      for title, found in by_title
+    ]
+  return '\n\n'.join([*parts, '\n'.join(told.get('left_out', []))]).rstrip()
 
 
-def _is_shown(metric: str) -> bool:
-  """In tables of slices and differences: further metrics at 10 only."""
-  return metric in _HEADLINES or (
-    metric not in metrics_lib.RANKING
-    and ('@' not in metric or metric.endswith('@10'))
+def _is_shown(metric: str, k: int) -> bool:
+  """In tables of slices and differences: everything at one cut-off only."""
+  return metric != metrics_lib.MRR and (
+    '@' not in metric or metric.endswith(f'@{k}')
   )
 
 

@@ -1,11 +1,15 @@
 """Mergeable means (sum and weight) of training metrics, ranking metrics, and
-the names of both.
+the names of both and of what lists are beyond accurate.
 
 HR, NDCG, MRR and user-defined metrics are computed from ranks on the host, in
 float64. All code that shows a metric, or decides by one, takes its name from
 here.
 """
 
+import dataclasses
+import functools
+import inspect
+import re
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import jax
@@ -40,6 +44,12 @@ SPLIT_TITLES = {
   'new_clients': 'new clients, test',
 }
 HEADLINES = ((SAMPLED, HR), (FULL, NDCG))
+# What a list is beside accurate (evaluation/beyond_accuracy.py); the name of a
+# feature matrix stands behind DIVERSITY, a cut-off behind each, as in
+# 'diversity_text@10'.
+COVERAGE, GINI, NOVELTY, DIVERSITY = 'coverage', 'gini', 'novelty', 'diversity_'
+POPULARITY, LIFT = 'popularity', 'popularity_lift'
+MISCALIBRATION = 'miscalibration'
 
 # From ranks [K] to name -> [K] values, one a user, each of its own rank alone.
 Metric = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -182,6 +192,7 @@ def ranking(
   ranks: np.ndarray | jax.Array,
   further: Sequence[Metric] = (),
   users: np.ndarray | None = None,
+  cutoffs: tuple[int, ...] = CUTOFFS,
 ) -> dict[str, float]:
   """HR, NDCG and MRR of targets ranked one by one, and further metrics.
 
@@ -192,16 +203,17 @@ def ranking(
     users: [n] whose each target is, ascending: of a user with several, the mean
       counts, so that HR@k is the share of a user's items among its first k.
       None = each has one.
+    cutoffs: of HR and NDCG.
 
   Returns:
-    'HR@n', 'NDCG@n' for n in CUTOFFS, 'MRR', and the additional metrics.
+    'HR@n', 'NDCG@n' for n in `cutoffs`, 'MRR', and the additional metrics.
 
   Raises:
     UserError: see `ranking_of_each`.
   """
   return {
     name: float(np.mean(of_users(values, users)))
-    for name, values in ranking_of_each(ranks, further).items()
+    for name, values in ranking_of_each(ranks, further, cutoffs).items()
   }
 
 
@@ -213,27 +225,56 @@ def of_users(values: np.ndarray, users: np.ndarray | None) -> np.ndarray:
   """
   if users is None or not len(users):
     return values
-  new = np.append(True, users[1:] != users[:-1])
+  new = first_of_users(users)
   if new.all():
     return values
   whose = np.cumsum(new) - 1
   return np.bincount(whose, values) / np.bincount(whose)
 
 
+@dataclasses.dataclass(frozen=True)
+class AtCutoffs:
+  """HR and NDCG at some cut-offs, as a metric.
+
+  >>> AtCutoffs((1,))(np.array([0, 1]))['HR@1'].tolist()
+  [1.0, 0.0]
+  """
+
+  cutoffs: tuple[int, ...]
+
+  def __call__(self, ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """Values of `ranking_of_each`."""
+    result = {}
+    for n in self.cutoffs:
+      hit = ranks < n
+      result[f'HR@{n}'] = hit.astype(np.float64)
+      result[f'NDCG@{n}'] = hit / np.log2(ranks + 2.0)
+    return result
+
+
+def first_of_users(users: np.ndarray) -> np.ndarray:
+  """[n] bool, which targets are the first of their user; of one user, they are
+  side by side."""
+  return np.append(True, users[1:] != users[:-1])[: len(users)]
+
+
 def ranking_of_each(
-  ranks: np.ndarray | jax.Array, further: Sequence[Metric] = ()
+  ranks: np.ndarray | jax.Array,
+  further: Sequence[Metric] = (),
+  cutoffs: tuple[int, ...] = CUTOFFS,
 ) -> dict[str, np.ndarray]:
   """As `ranking`, but [n] float64 values, one per target.
+
+  Args:
+    ranks: as `ranking`.
+    further: additional metrics.
+    cutoffs: of HR and NDCG.
 
   Raises:
     UserError: a further metric returns something else, or reuses a name.
   """
   ranks = np.asarray(ranks)
-  result = {}
-  for n in CUTOFFS:
-    hit = ranks < n
-    result[f'HR@{n}'] = hit.astype(np.float64)
-    result[f'NDCG@{n}'] = hit / np.log2(ranks + 2.0)
+  result = AtCutoffs(cutoffs)(ranks)
   result[MRR] = 1 / (ranks + 1.0)
   for metric in further:
     result |= _values_of(metric, ranks, result)
@@ -309,7 +350,78 @@ def _further_metric(text: str) -> Metric:
   return metric
 
 
-def recbole_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
+def parse_cutoffs(words: Sequence[str]) -> tuple[int, ...]:
+  """Cut-offs from texts, ascending.
+
+  Raises:
+    UserError: one is no whole number, is below 1 or stands there twice.
+
+  >>> parse_cutoffs(['10', '1'])
+  (1, 10)
+  """
+  given = f'`at={",".join(words)}`'
+  try:
+    found = [int(word) for word in words]
+  except ValueError:
+    raise UserError(
+      f'{given}: not whole numbers with commas between them'
+    ) from None
+  if not found or min(found) < 1:
+    raise UserError(f'{given}: a cut-off is 1 or more')
+  twice = [n for n in found if found.count(n) > 1]
+  if twice:
+    raise UserError(f'{given}: {twice[0]} is named twice')
+  return tuple(sorted(found))
+
+
+def check_cutoffs(cutoffs: tuple[int, ...], num_items: int) -> None:
+  """Raises UserError if a cut-off lies behind the catalogue's last item."""
+  if cutoffs[-1] > num_items:
+    raise UserError(f'`at={cutoffs[-1]}`: the catalogue has {num_items} items')
+
+
+def headline_cutoff(cutoffs: Sequence[int]) -> int:
+  """The cut-off that tables show where they have room for one: 10, or else the
+  largest."""
+  return 10 if 10 in cutoffs else max(cutoffs)
+
+
+def with_cutoffs(
+  further: Sequence[Metric], cutoffs: tuple[int, ...]
+) -> tuple[Metric, ...]:
+  """Further metrics at other cut-offs than their own: those that take an
+  argument `cutoffs`. HR and NDCG are not among them, see `ranking_of_each`."""
+  return tuple(
+    functools.partial(metric, cutoffs=cutoffs)
+    if 'cutoffs' in inspect.signature(metric).parameters
+    else metric
+    for metric in further
+    if not isinstance(metric, AtCutoffs)
+  )
+
+
+def with_named(further: Sequence[Metric], name: str) -> tuple[Metric, ...]:
+  """Further metrics, with HR and NDCG at the cut-off of a name (`NDCG@50`) that
+  none of them has.
+
+  Raises:
+    UserError: there is no metric of this name; all names.
+  """
+  known = (*RANKING, *own_names(further))
+  if name in known:
+    return tuple(further)
+  own_cutoff = re.fullmatch(r'(?:HR|NDCG)@([1-9]\d*)', name)
+  if not own_cutoff:
+    raise UserError(
+      f'there is no metric {name}; one of {", ".join(known)}, or HR@k and '
+      'NDCG@k for any whole number k'
+    )
+  return (*further, AtCutoffs((int(own_cutoff[1]),)))
+
+
+def recbole_of_each(
+  ranks: np.ndarray, cutoffs: tuple[int, ...] = CUTOFFS
+) -> dict[str, np.ndarray]:
   """[K] values under the names and definitions of RecBole (Zhao et al. 2021),
   with one relevant item per user: recall is hit, average precision the
   reciprocal rank, both cut off.
@@ -318,10 +430,11 @@ def recbole_of_each(ranks: np.ndarray) -> dict[str, np.ndarray]:
 
   Args:
     ranks: as `ranking`.
+    cutoffs: of each of them.
   """
   ranks = np.asarray(ranks, np.float64)
   result = {}
-  for n in CUTOFFS:
+  for n in cutoffs:
     hit = ranks < n
     result[f'hit@{n}'] = result[f'recall@{n}'] = hit.astype(np.float64)
     result[f'precision@{n}'] = hit / n

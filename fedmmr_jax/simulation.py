@@ -712,13 +712,8 @@ def build(
     metrics,
   )
   # Before hours of training:
-  own_names = metrics_lib.own_names(simulation.metrics)
-  selection = config.evaluation.selection
-  if selection and selection[1] not in (*metrics_lib.RANKING, *own_names):
-    raise UserError(
-      f'`select_by={config.evaluation.select_by}`: there is no metric '
-      f'{selection[1]}; one of ' + ', '.join((*metrics_lib.RANKING, *own_names))
-    )
+  metrics_lib.own_names(simulation.metrics)
+  simulation = _measuring(simulation)
   _check_targets(simulation)
   round_lib.check_size(simulation.abstract_state)
   return simulation
@@ -810,6 +805,35 @@ def assemble(
     )
   groups.check(params, warm_start_lib.named_parameters(config), 'load')
   return simulation
+
+
+def _measuring(simulation: Simulation) -> Simulation:
+  """The same, with the metric that `select_by` names among its metrics.
+
+  Raises:
+    UserError: there is no such metric, or it is cut off behind the last
+      candidate.
+  """
+  evaluation = simulation.config.evaluation
+  if evaluation.selection is None:
+    return simulation
+  protocol, name = evaluation.selection
+  try:
+    measured = metrics_lib.with_named(simulation.metrics, name)
+  except UserError as error:
+    raise UserError(f'`select_by={evaluation.select_by}`: {error}') from None
+  cutoff = name.rpartition('@')[2]
+  candidates = (
+    simulation.dataset.num_items - simulation.dataset.num_cold
+    if protocol == metrics_lib.FULL
+    else simulation.config.data.sampled_negatives + 1
+  )
+  if len(measured) > len(simulation.metrics) and int(cutoff) > candidates:
+    raise UserError(
+      f'`select_by={evaluation.select_by}`: {protocol} ranks {candidates} '
+      'candidates at most'
+    )
+  return dataclasses.replace(simulation, metrics=measured)
 
 
 def _check_targets(simulation: Simulation) -> None:

@@ -103,6 +103,7 @@ def _cold_last(dataset: Dataset, is_cold: np.ndarray) -> Dataset:
     item_ids=dataset.item_ids[order],
     features={name: x[order] for name, x in dataset.features.items()},
     titles=tuple(dataset.titles[i] for i in order) if dataset.titles else (),
+    genres=tuple(dataset.genres[i] for i in order) if dataset.genres else (),
   )
 
 

@@ -48,6 +48,8 @@ class Dataset:
     disliked: [n] int32 rows that clients disliked, client after client, each
       client's ascending and distinct; None if nothing says so.
     dislike_offsets: [K + 1] as `offsets`, of `disliked`.
+    genres: [V] the kinds of each item, or empty if the source has none; no
+      model sees them.
   """
 
   name: str
@@ -63,6 +65,7 @@ class Dataset:
   weights: np.ndarray | None = None
   disliked: np.ndarray | None = None
   dislike_offsets: np.ndarray | None = None
+  genres: tuple[tuple[str, ...], ...] = ()
 
   @classmethod
   def of(
@@ -74,6 +77,7 @@ class Dataset:
     text: Mapping | None = None,
     titles: Mapping | None = None,
     name: str = 'data',
+    genres: Mapping | None = None,
     **others: Mapping,
   ) -> 'Dataset':
     """A data set from arrays, without any file.
@@ -90,6 +94,7 @@ class Dataset:
       text: item id -> [F] numbers likewise.
       titles: item id -> title.
       name: what to call it.
+      genres: item id -> names of its genres or categories.
       **others: further feature matrices, as in `audio={...}`, likewise; an
         expert of that name reads it.
 
@@ -111,7 +116,7 @@ class Dataset:
         + ', '.join(str(x.shape) for x in columns)
       )
     interactions = Interactions.of(*columns)
-    return cls._of(name, interactions, visual, text, titles, others)
+    return cls._of(name, interactions, visual, text, titles, genres, others)
 
   @classmethod
   def of_frame(
@@ -122,6 +127,7 @@ class Dataset:
     text: Mapping | None = None,
     titles: Mapping | None = None,
     name: str = 'data',
+    genres: Mapping | None = None,
     **others: Mapping,
   ) -> 'Dataset':
     """A data set from a table in memory, split as by `of`.
@@ -132,7 +138,7 @@ class Dataset:
       options: which column is whose and which rows count, if not the usual
         ones, as `dataset` has them: 'user=who,item=what,min_rating=4'
         (data/lines.py).
-      visual, text, titles, name, **others: as for `of`.
+      visual, text, titles, name, genres, **others: as for `of`.
 
     Raises:
       UserError: a column is missing or holds no ids or times, an option is
@@ -152,7 +158,7 @@ class Dataset:
     _, given = parts.split(f'{name},{options}' if options else name)
     asked = parts.make(Lines, given, f'{name}: {options}')
     found = lines.apply(tables.of_frame(frame, asked, name), asked, name)
-    return cls._of(name, found, visual, text, titles, others)
+    return cls._of(name, found, visual, text, titles, genres, others)
 
   @classmethod
   def _of(
@@ -162,6 +168,7 @@ class Dataset:
     visual: Mapping | None,
     text: Mapping | None,
     titles: Mapping | None,
+    genres: Mapping | None,
     others: Mapping[str, Mapping],
   ) -> 'Dataset':
     # These build on this module.
@@ -179,6 +186,12 @@ class Dataset:
     }
     if titles:
       made['titles'] = ('', *(str(titles.get(i, '')) for i in ids))
+    if genres:
+      named = (genres.get(i, ()) for i in ids)
+      made['genres'] = (
+        (),
+        *((x,) if isinstance(x, str) else tuple(x) for x in named),
+      )
     return dataclasses.replace(dataset, **made)
 
   @property

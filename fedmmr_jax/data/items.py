@@ -21,7 +21,7 @@ import csv
 import html
 import pathlib
 import re
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator, Mapping, NamedTuple
 
 import numpy as np
 from pyarrow import parquet as arrow_parquet
@@ -120,6 +120,7 @@ class ItemTable(NamedTuple):
     texts: id -> what the text model reads (title, genres, abstract).
     retold: how many items the file describes more than once and differently;
       the last line counts.
+    genres: id -> what kinds of item it is, of those that have any.
   """
 
   ids: np.ndarray
@@ -128,6 +129,7 @@ class ItemTable(NamedTuple):
   titles: dict
   texts: dict
   retold: int = 0
+  genres: Mapping = {}
 
   @property
   def numbering_is_plain(self) -> bool:
@@ -223,6 +225,7 @@ def table(interactions: Interactions, path: pathlib.Path | None) -> ItemTable:
     {i: item.title for i, item in known.items() if item.title},
     {i: item.text for i, item in known.items() if item.text},
     retold,
+    {i: item.genres for i, item in known.items() if item.genres},
   )
 
 

@@ -166,6 +166,11 @@ def _load_files(
     selected = selected._replace(
       dataset=dataclasses.replace(dataset, titles=('', *titles))
     )
+  if table.genres:
+    genres = (table.genres.get(i, ()) for i in dataset.item_ids[1:].tolist())
+    selected = selected._replace(
+      dataset=dataclasses.replace(selected.dataset, genres=((), *genres))
+    )
   return _loaded(
     selected,
     matrices,

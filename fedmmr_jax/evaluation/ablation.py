@@ -68,6 +68,7 @@ class Outcome(NamedTuple):
     num_train: [users] training items of the test split's users.
     clients: split -> [targets] whose each is, ascending; a client of a given
       split may have several.
+    at: further cut-offs of HR and NDCG by which variants are compared.
   """
 
   ranks: dict[str, Ranks]
@@ -79,11 +80,18 @@ class Outcome(NamedTuple):
   records: Sequence[list[dict[str, Any]]] = ()
   num_train: Sequence[int] = ()
   clients: Mapping[str, Sequence[int]] = {}
+  at: tuple[int, ...] = ()
+
+  @property
+  def cutoffs(self) -> tuple[int, ...]:
+    """All cut-offs of HR and NDCG."""
+    return tuple(sorted({10, *self.at}))
 
   @property
   def headlines(self) -> tuple[tuple[str, str], ...]:
     """(protocol, metric) pairs by which variants are compared."""
-    own = metrics_lib.own_names(self.metrics)
+    own = [f'{kind}@{n}' for n in self.at if n != 10 for kind in ('HR', 'NDCG')]
+    own += metrics_lib.own_names(self.metrics)
     return HEADLINES + tuple((p, name) for name in own for p in PROTOCOLS)
 
   def of_each_user(
@@ -91,7 +99,7 @@ class Outcome(NamedTuple):
   ) -> np.ndarray:
     """[users] a metric, mean over the seeds."""
     values = [
-      metrics_lib.ranking_of_each(r, self.metrics)[metric]
+      metrics_lib.ranking_of_each(r, self.metrics, self.cutoffs)[metric]
       for r in getattr(self.ranks[split], protocol)
     ]
     return metrics_lib.of_users(
@@ -107,8 +115,9 @@ class Outcome(NamedTuple):
   ) -> list[float]:
     """A metric, mean over the users."""
     ranks = getattr(self.ranks[split], protocol)
+    users = self._clients_of(split)
     return [
-      metrics_lib.ranking(r, self.metrics, self._clients_of(split))[metric]
+      metrics_lib.ranking(r, self.metrics, users, self.cutoffs)[metric]
       for r in ranks
     ]
 

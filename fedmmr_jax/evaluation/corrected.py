@@ -35,6 +35,7 @@ def estimate_of_each(
   num_sampled: int,
   gamma: float = GAMMA,
   further: tuple[Metric, ...] = (),
+  cutoffs: tuple[int, ...] = metrics_lib.CUTOFFS,
 ) -> dict[str, np.ndarray]:
   """Estimates of `metrics.ranking_of_each` of the full ranks, [K] each.
 
@@ -45,13 +46,14 @@ def estimate_of_each(
     num_sampled: n.
     gamma: weight of the variance.
     further: metrics beside HR, NDCG and MRR.
+    cutoffs: of HR and NDCG.
   """
   rounded = _round(candidates)
   rounded = np.maximum(rounded, num_sampled)
   result: dict[str, np.ndarray] = {}
   for number in np.unique(rounded):
     users = rounded == number
-    solution = _solution(int(number), num_sampled, gamma, further)
+    solution = _solution(int(number), num_sampled, gamma, further, cutoffs)
     for name, values in solution.items():
       result.setdefault(name, np.zeros(len(sampled)))[users] = values[
         sampled[users]
@@ -70,14 +72,18 @@ def _round(numbers: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=None)
 def _solution(
-  candidates: int, num_sampled: int, gamma: float, further: tuple[Metric, ...]
+  candidates: int,
+  num_sampled: int,
+  gamma: float,
+  further: tuple[Metric, ...],
+  cutoffs: tuple[int, ...],
 ) -> dict[str, np.ndarray]:
   """Metric -> f, [n + 1] values indexed by x."""
   system, right = 0.0, 0.0
   for start in range(0, candidates + 1, _BLOCK):
     ranks = np.arange(start, min(start + _BLOCK, candidates + 1))
     probability = hypergeometric(ranks, candidates, num_sampled)
-    exact = metrics_lib.ranking_of_each(ranks, further)
+    exact = metrics_lib.ranking_of_each(ranks, further, cutoffs)
     system += (1 - gamma) * probability.T @ probability + gamma * np.diag(
       probability.sum(axis=0)
     )

@@ -152,6 +152,7 @@ def recommend(
   count: int,
   allowed: np.ndarray | None = None,
   repeats: bool = False,
+  among: np.ndarray | None = None,
 ) -> Lists:
   """The best items for each of many people.
 
@@ -162,6 +163,7 @@ def recommend(
     count: k.
     allowed: [V] bool, which items may be recommended; None = all.
     repeats: whether they may have consumed them.
+    among: [n, J] int32 rows that are each person's only candidates; None = all.
 
   Raises:
     UserError: a score is NaN or infinite, or k exceeds the catalogue.
@@ -173,7 +175,13 @@ def recommend(
   if allowed is None:
     allowed = np.ones(simulation.model.num_rows, bool)
   rows, scores, bad = _each(
-    _recommend_shard, (count, repeats), simulation, state, people, allowed
+    _recommend_shard,
+    (count, repeats),
+    simulation,
+    state,
+    people,
+    allowed,
+    among,
   )
   if bad.any():
     raise UserError(
@@ -271,10 +279,11 @@ def _recommend_shard(
   catalogue,
   people,
   allowed,
+  among,
 ):
   broadcast = server.broadcast(catalogue, config)
 
-  def one(person, memory, _):
+  def one(person, memory, number):
     scores = ranking.score_next(
       model,
       config,
@@ -285,6 +294,9 @@ def _recommend_shard(
       memory,
     )
     open_ = allowed.at[0].set(False)
+    if among is not None:
+      own = among[jnp.maximum(number, 0)]
+      open_ &= jnp.zeros_like(open_).at[own].set(True)
     if not repeats:
       consumed = jnp.arange(len(person.history)) < person.length
       open_ = open_.at[jnp.where(consumed, person.history, 0)].set(False)

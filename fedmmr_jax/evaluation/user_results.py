@@ -25,7 +25,7 @@ from fedmmr_jax.evaluation import bootstrap, corrected, popularity
 from fedmmr_jax.evaluation.bootstrap import Difference
 from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.federation.round import FederationState
-from fedmmr_jax.metrics import Metric
+from fedmmr_jax.metrics import CUTOFFS, Metric
 from fedmmr_jax.simulation import Simulation
 
 PROTOCOLS = ('full', 'sampled', 'popularity', 'corrected')
@@ -52,6 +52,7 @@ class UserResults(NamedTuple):
     full, sampled, popular: [n] int, how many of each protocol's candidates
       score at least as high as the target.
     metrics: further metrics besides HR, NDCG and MRR.
+    cutoffs: of HR and NDCG.
   """
 
   users: np.ndarray
@@ -65,6 +66,13 @@ class UserResults(NamedTuple):
   sampled: np.ndarray
   popular: np.ndarray
   metrics: tuple[Metric, ...] = ()
+  cutoffs: tuple[int, ...] = CUTOFFS
+
+  def at(self, cutoffs: tuple[int, ...]) -> 'UserResults':
+    """The same at other cut-offs."""
+    return self._replace(
+      metrics=metrics.with_cutoffs(self.metrics, cutoffs), cutoffs=cutoffs
+    )
 
   def where(self, chosen: np.ndarray) -> 'UserResults':
     """The results of some of the users."""
@@ -75,13 +83,17 @@ class UserResults(NamedTuple):
   def of_each(self) -> Metrics:
     """Protocol -> metric -> [n] values."""
     found = {
-      protocol: metrics.ranking_of_each(ranks, self.metrics)
+      protocol: metrics.ranking_of_each(ranks, self.metrics, self.cutoffs)
       for protocol, ranks in zip(
         PROTOCOLS, (self.full, self.sampled, self.popular)
       )
     }
     found['corrected'] = corrected.estimate_of_each(
-      self.sampled, self.candidates, self.num_sampled, further=self.metrics
+      self.sampled,
+      self.candidates,
+      self.num_sampled,
+      further=self.metrics,
+      cutoffs=self.cutoffs,
     )
     return found
 
@@ -178,7 +190,7 @@ def slices(
       'new to the user (explore)': ~results.repeated,
     }
   for name, of_user in attributes.items():
-    found[name] = _by_attribute(name, results.users, of_user)
+    found[name] = by_attribute(name, results.users, of_user)
   return {
     title: {
       label: results.where(chosen)
@@ -189,7 +201,7 @@ def slices(
   }
 
 
-def _by_attribute(
+def by_attribute(
   name: str, users: np.ndarray, of_user: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
   """Value -> [n] bool; a session is of its user (`lines.py`). Of many values
@@ -288,14 +300,24 @@ def check_path(path: str) -> None:
     raise UserError(f'{path}: its folder does not exist')
 
 
-def write(results: UserResults, path: pathlib.Path) -> None:
+def write(
+  results: UserResults,
+  path: pathlib.Path,
+  further: Mapping[str, np.ndarray] = {},
+) -> None:
   """Writes one row per target, as Parquet or CSV by the file's ending: ids,
   sizes, ranks from 1, and each metric of each protocol.
+
+  Args:
+    results: of all.
+    path: the file.
+    further: name of a column -> a value of each user; NaN = none.
 
   Raises:
     UserError: the file has another ending.
   """
   check_path(str(path))
+  whose = np.cumsum(metrics.first_of_users(results.users)) - 1
   table = pa.table(
     {
       'user': results.users,
@@ -314,6 +336,10 @@ def write(results: UserResults, path: pathlib.Path) -> None:
         f'{protocol}/{metric}': values
         for protocol, by_metric in results.of_each().items()
         for metric, values in by_metric.items()
+      },
+      **{
+        name: pa.array(values[whose], from_pandas=True)
+        for name, values in further.items()
       },
     }
   )
