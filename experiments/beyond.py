@@ -2,7 +2,7 @@
 --beyond and --fairness (fedmmr_jax/evaluation/beyond_accuracy.py)."""
 
 import math
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from fedmmr_jax.evaluation.beyond_accuracy import (
   Fairness,
   MOST_POPULAR,
   Offer,
-  PROTOCOLS,
 )
 from fedmmr_jax.evaluation.bootstrap import Estimate
 from fedmmr_jax.evaluation.user_results import UserResults
@@ -41,13 +40,13 @@ def offers(
   simulation: Simulation,
   state: FederationState,
   split: str,
-  protocol: str,
+  protocols: Sequence[str],
   cutoffs: tuple[int, ...],
 ) -> Offers:
   """Lists of a run.
 
   Args:
-    protocol: 'all', or one of PROTOCOLS.
+    protocols: some of PROTOCOLS.
     cutoffs: how long they are, ascending.
 
   Raises:
@@ -56,8 +55,7 @@ def offers(
   asked = Asked.of(simulation, split)
   longest = {
     name: asked.lists(simulation, state, name, cutoffs[-1])
-    for name in PROTOCOLS
-    if protocol in ('all', name)
+    for name in protocols
   }
   if 'full' in longest:
     longest[MOST_POPULAR] = asked.most_popular(cutoffs[-1])
@@ -112,18 +110,23 @@ def of_each_user(found: Offers) -> dict[str, np.ndarray]:
 
 
 def fairness(
-  found: Offers, results: UserResults, attributes: Attributes, num_train
+  offered: Offer,
+  protocol: str,
+  k: int,
+  results: UserResults,
+  attributes: Attributes,
+  num_train: np.ndarray,
 ) -> dict[str, Fairness]:
-  """What groups are by -> their metrics and gaps, under the first protocol.
+  """What groups are by -> their metrics and gaps.
 
   Args:
-    found: lists of one cut-off.
+    offered: lists.
+    protocol: whose they are.
+    k: their length.
     results: ranks of the same users.
     attributes: of `users.read`.
     num_train: [n] training items of the users.
   """
-  protocol = next(iter(found.of_each))
-  ((k, offered),) = found.of_each[protocol].items()
   accuracy = {
     name: metrics.of_users(values, results.users)
     for name, values in results.of_each()[protocol].items()
@@ -134,11 +137,34 @@ def fairness(
   groups = {HISTORY: dict(user_results.by_history(num_train))}
   for name, of_user in attributes.items():
     groups[name] = user_results.by_attribute(name, users, of_user)
+  groups = {
+    title: {label: chosen for label, chosen in parts.items() if chosen.any()}
+    for title, parts in groups.items()
+  }
   return {
-    title: beyond_accuracy.fairness(offered, parts)
+    title: _accuracy_first(
+      beyond_accuracy.fairness(offered, parts), list(accuracy), k
+    )
     for title, parts in groups.items()
     if len(parts) > 1
   }
+
+
+def _accuracy_first(
+  found: Fairness, accuracy: Sequence[str], k: int
+) -> Fairness:
+  """The same with the metrics' cut-offs behind their names."""
+  told = {name: name for name in accuracy} | {
+    name: f'{name}@{k}' for name in found.gaps if name not in accuracy
+  }
+  return Fairness(
+    found.users,
+    {
+      label: {shown: of_group[name] for name, shown in told.items()}
+      for label, of_group in found.groups.items()
+    },
+    {shown: found.gaps[name] for name, shown in told.items()},
+  )
 
 
 def left_out(asked: Asked) -> list[str]:
@@ -176,7 +202,7 @@ def table(found: Mapping[str, Mapping[str, Estimate]]) -> str:
   )
 
 
-def fairness_table(title: str, found: Fairness, k: int) -> str:
+def fairness_table(title: str, found: Fairness) -> str:
   """A row for each metric: the groups, and how far they are apart."""
   return console.table(
     [title, *found.users, 'max - min', 'by chance', 'min / max', 'std'],
@@ -184,7 +210,7 @@ def fairness_table(title: str, found: Fairness, k: int) -> str:
       ['users', *found.users.values(), '', '', '', ''],
       *(
         [
-          name if '@' in name or name == metrics.MRR else f'{name}@{k}',
+          name,
           *(number(group[name].value) for group in found.groups.values()),
           _with_interval(gap.spread),
           number(gap.by_chance),

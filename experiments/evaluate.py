@@ -13,7 +13,7 @@ ranks more or fewer clients. Protocols: fedmmr_jax/evaluation/user_results.py.
 import json
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 from absl import flags
 
@@ -170,10 +170,12 @@ class _Ranked(NamedTuple):
   state: FederationState
   results: UserResults
 
-  def offers(self, protocol: str, cutoffs: tuple[int, ...]) -> beyond.Offers:
+  def offers(
+    self, protocols: Sequence[str], cutoffs: tuple[int, ...]
+  ) -> beyond.Offers:
     """Its lists."""
     return beyond.offers(
-      self.simulation, self.state, _SPLIT.value, protocol, cutoffs
+      self.simulation, self.state, _SPLIT.value, protocols, cutoffs
     )
 
 
@@ -273,28 +275,32 @@ def _tell_of_lists(
   """
   if not (_BEYOND.value or _FAIRNESS.value):
     return {}
-  of_each = {}
+  k = metrics_lib.headline_cutoff(mine.results.cutoffs)
+  lengths = at or (k,)
+  protocols = beyond_accuracy.PROTOCOLS
+  protocol = 'full'  # of --fairness
+  if _PROTOCOL.value != 'all':
+    protocols = (protocol,) = (_PROTOCOL.value,)
+  elif not _BEYOND.value:
+    protocols = (protocol,)
+  found = mine.offers(protocols, lengths)
   if _BEYOND.value:
-    lengths = at or (10,)
-    found = mine.offers(_PROTOCOL.value, lengths)
     told['beyond'] = beyond.figures(found)
-    of_each = beyond.of_each_user(found)
     if theirs:
       told['beyond_difference'] = beyond.differences(
-        found, theirs.offers(_PROTOCOL.value, lengths)
+        found, theirs.offers(protocols, lengths)
       )
   if _FAIRNESS.value:
-    k = metrics_lib.headline_cutoff(mine.results.cutoffs)
-    protocol = 'full' if _PROTOCOL.value == 'all' else _PROTOCOL.value
-    found = mine.offers(protocol, (k,))
-    told['fairness'] = {'protocol': protocol, 'at': k} | beyond.fairness(
-      found,
+    told['fairness'] = {'protocol': protocol} | beyond.fairness(
+      found.of_each[protocol][k],
+      protocol,
+      k,
       mine.results,
       attributes,
       mine.simulation.num_train[found.asked.clients],
     )
   told['left_out'] = beyond.left_out(found.asked)
-  return of_each
+  return beyond.of_each_user(found)
 
 
 def _chosen(by_protocol: dict[str, Any]) -> dict[str, Any]:
@@ -359,10 +365,10 @@ def _tables(told: dict[str, Any], cutoffs: tuple[int, ...]) -> str:
       + beyond.table(told['beyond_difference'])
     )
   if 'fairness' in told:
-    protocol, at, *by_title = told['fairness'].items()
+    protocol, *by_title = told['fairness'].items()
     parts += [
       f'groups of users, {protocol[1]}, with 95 % intervals\n\n'
-      + beyond.fairness_table(title, found, at[1])
+      + beyond.fairness_table(title, found)
       for title, found in by_title
     ]
   return '\n\n'.join([*parts, '\n'.join(told.get('left_out', []))]).rstrip()

@@ -81,6 +81,18 @@ def test_users_are_averaged_over_seeds_before_they_are_compared():
   assert difference.mean == pytest.approx(1 / 3)
 
 
+def test_variants_compare_at_other_cutoffs_without_new_ranks():
+  found = outcome([[0, 20, 3], [0, 5, 20]])._replace(at=(1, 10, 50))
+  assert found.headlines[2:] == tuple(
+    (protocol, metric)
+    for metric in ('HR@1', 'NDCG@1', 'HR@50', 'NDCG@50')
+    for protocol in ('sampled', 'full')
+  )
+  assert found.of_each_seed('full', 'HR@1') == [1 / 3, 1 / 3]
+  assert found.of_each_seed('full', 'HR@50') == [1, 1]
+  assert found.of_each_seed('full', 'HR@10') == [2 / 3, 2 / 3]
+
+
 def test_a_figure_that_only_some_seeds_or_rounds_have():
   means = [
     {'rec_loss': None, 'w_visual': v, 'memory_age': 1.0}

@@ -16,7 +16,9 @@ from tests import small
 def split():
   dataset = small.dataset()
   dataset = dataclasses.replace(
-    dataset, titles=tuple(f'item {i}' for i in dataset.item_ids)
+    dataset,
+    titles=tuple(f'item {i}' for i in dataset.item_ids),
+    genres=tuple((f'of {i}',) for i in dataset.item_ids),
   )
   return dataset, *cold_lib.hold_out(dataset, 0.2, seed=3)
 
@@ -58,6 +60,7 @@ def test_rows_keep_their_features_and_titles(split):
       warm.features['visual'][row], before.features['visual'][row_before[item]]
     )
     assert warm.titles[row] == f'item {item}'
+    assert warm.genres[row] == (f'of {item}',)
 
 
 def test_users_left_with_too_little_are_left_out_and_named():

@@ -236,3 +236,36 @@ def test_a_metric_that_gives_something_else_is_refused(given, message):
 
 def test_two_metrics_of_one_name_are_refused():
   assert 'that of another' in small.error_of(metrics.own_names, [depth, depth])
+
+
+def test_cutoffs_of_ones_own():
+  found = metrics.ranking_of_each(np.array([0, 6]), cutoffs=(1, 7))
+  assert list(found) == ['HR@1', 'NDCG@1', 'HR@7', 'NDCG@7', 'MRR']
+  assert found['HR@1'].tolist() == [1, 0]
+  assert found['NDCG@7'].tolist() == pytest.approx([1, 1 / 3])  # 1/log2(8)
+  (recbole,) = metrics.with_cutoffs([metrics.recbole_of_each], (2,))
+  assert list(recbole(np.array([1]))) == [
+    f'{name}@2' for name in ('hit', 'recall', 'precision', 'mrr', 'map', 'ndcg')
+  ]
+  assert metrics.with_cutoffs([depth], (2,)) == (depth,)
+  assert metrics.parse_cutoffs(['50', '1']) == (1, 50)
+  assert [metrics.headline_cutoff(x) for x in ((1, 10, 50), (1, 5))] == [10, 5]
+
+
+def test_a_cutoff_behind_the_catalogue_is_refused():
+  metrics.check_cutoffs((1, 60), 60)
+  error = small.error_of(metrics.check_cutoffs, (1, 61), 60)
+  assert error == '`at=61`: the catalogue has 60 items'
+
+
+@pytest.mark.parametrize(
+  'words, said',
+  [
+    (['0', '5'], '`at=0,5`: a cut-off is 1 or more'),
+    (['5', '5'], '`at=5,5`: 5 is named twice'),
+    (['five'], '`at=five`: not whole numbers with commas between them'),
+    ([], '`at=`: a cut-off is 1 or more'),
+  ],
+)
+def test_cutoffs_that_are_none(words, said):
+  assert small.error_of(metrics.parse_cutoffs, words) == said

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import console
+from fedmmr_jax import metrics
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.data import cold as cold_lib
 from fedmmr_jax.errors import UserError
@@ -212,12 +213,25 @@ def test_the_last_round_is_always_the_best_if_so_asked():
     ('HR@10', 'is neither last nor protocol/metric, as in full/NDCG@10'),
     ('all/HR@10', 'is neither last nor protocol/metric'),
     ('full/', 'is neither last nor protocol/metric'),
-    ('full/HR@11', 'there is no metric HR@11; one of HR@5,'),
+    ('full/hit@11', 'there is no metric hit@11; one of HR@5,'),
+    ('full/HR@0', 'or HR@k and NDCG@k for any whole number k'),
+    ('full/HR@70', 'full ranks 60 candidates at most'),
+    ('sampled/NDCG@12', 'sampled ranks 11 candidates at most'),
   ],
 )
 def test_a_selection_that_cannot_be_made_is_refused(select_by, told):
   message = small.error_of(lambda: small.simulation(select_by=select_by))
   assert message.startswith(f'`select_by={select_by}`') and told in message
+
+
+def test_any_cutoff_and_any_metric_can_select():
+  simulation = small.simulation(select_by='full/NDCG@11')
+  found = metrics.ranking(np.array([10, 11]), simulation.metrics)
+  assert found['NDCG@11'] == pytest.approx(1 / np.log2(12) / 2)
+  # What a further metric has already is not measured twice.
+  own = 'examples.own_metric:Biased'
+  simulation = small.simulation(metrics=own, select_by='sampled/RBP 0.8')
+  assert len(simulation.metrics) == 1
 
 
 def test_validation_is_of_a_part_of_the_clients_always_the_same():
