@@ -99,7 +99,7 @@ def _outcomes(
   loaded: Loaded,
   seeds: Sequence[int],
   folder: pathlib.Path,
-  at: tuple[int, ...],
+  at: tuple[int, ...] = (),
 ) -> dict[str, Outcome]:
   """Each variant's outcome, to be compared at these cut-offs too: as an earlier
   call left it, or found now."""

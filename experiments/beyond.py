@@ -223,11 +223,12 @@ def fairness_table(title: str, found: Fairness) -> str:
   )
 
 
-def number(value: float, sign: str = '') -> str:
+def number(value: float) -> str:
   """Four digits behind the point of what is small, one of what is large."""
   if math.isnan(value):
     return '-'
-  return format(value, f'{sign}.{4 if abs(value) < 100 else 1}f')
+  digits = 4 if abs(value) < 100 else 1
+  return f'{round(value, digits) + 0.0:.{digits}f}'  # no -0.0000
 
 
 def _with_interval(found: Estimate) -> str:

@@ -215,7 +215,7 @@ def test_the_last_round_is_always_the_best_if_so_asked():
     ('full/', 'is neither last nor protocol/metric'),
     ('full/hit@11', 'there is no metric hit@11; one of HR@5,'),
     ('full/HR@0', 'or HR@k and NDCG@k for any whole number k'),
-    ('full/HR@70', 'full ranks 60 candidates at most'),
+    ('full/HR@70', 'full ranks 56 candidates at most'),
     ('sampled/NDCG@12', 'sampled ranks 11 candidates at most'),
   ],
 )
