@@ -223,15 +223,17 @@ def fairness_table(title: str, found: Fairness) -> str:
   )
 
 
-def number(value: float) -> str:
-  """Four digits behind the point of what is small, one of what is large."""
+def number(value: float, like: float | None = None) -> str:
+  """Four digits behind the point of what is small, one of what is large, or as
+  many as something like it has."""
   if math.isnan(value):
     return '-'
-  digits = 4 if abs(value) < 100 else 1
+  digits = 4 if abs(value if like is None else like) < 100 else 1
   return f'{round(value, digits) + 0.0:.{digits}f}'  # no -0.0000
 
 
 def _with_interval(found: Estimate) -> str:
   if math.isnan(found.value):
     return '-'
-  return f'{number(found.value)} [{number(found.low)}, {number(found.high)}]'
+  value, low, high = (number(x, found.value) for x in found)
+  return f'{value} [{low}, {high}]'

@@ -1150,7 +1150,8 @@ class EvaluationConfig(_Settings):
   select_by: str = _field(
     'full/NDCG@10',
     'the validation metric whose best round is tested, as protocol/metric '
-    '(full or sampled); last: the last round is',
+    '(full or sampled; HR and NDCG at any cut-off, or one of `metrics`); last: '
+    'the last round is',
     evidence='sampled HR@10 chose a round with a full NDCG@10 of 0.034 on '
     'Amazon Beauty, where the last one has 0.039; docs/notebook.md',
   )

@@ -1,5 +1,6 @@
 """What lists are beside accurate, worked out by hand, and its properties."""
 
+import dataclasses
 import json
 import math
 
@@ -89,6 +90,11 @@ def test_a_user_without_a_history_counts_in_no_lift():
   found = beyond.offer(ITEMS, np.array([[1, 4], [0, 0]]), LISTS)
   figures = found.figures(ALL)
   assert figures['popularity'] == [2.25]
+  assert figures['popularity_lift'] == pytest.approx([3 / 2.5 - 1])
+  # Nor does one without a list.
+  found = beyond.offer(ITEMS, HISTORIES, np.array([[1, 2], [0, 0]]))
+  figures = found.figures(ALL)
+  assert figures['popularity'] == [3]
   assert figures['popularity_lift'] == pytest.approx([3 / 2.5 - 1])
 
 
@@ -185,6 +191,15 @@ def test_gaps_by_hand():
   assert gap.spread.low >= 0 and gap.ratio.high <= 1
 
 
+def test_by_chance_is_of_users_drawn_into_groups():
+  # All of one group hit, none of the other: no random division is like that.
+  first = np.arange(40) < 20
+  offered = Offer(LISTS[[0] * 40], 5, {'HR@2': 1.0 * first}, np.ones(40))
+  gap = beyond.fairness(offered, {'a': first, 'b': ~first}, 200).gaps['HR@2']
+  assert gap.spread == (1, 1, 1)
+  assert 0.1 < gap.by_chance < 0.6
+
+
 def test_the_interval_of_coverage_holds_its_figure():
   """Every resample covers less; unmoved, no interval held the figure."""
   found = beyond.estimates(random_offer(30), 100)['coverage']
@@ -270,6 +285,14 @@ def test_what_is_known_of_the_items(ranked):
   simulation, _, asked = ranked
   assert asked.items.num_items == simulation.dataset.num_items
   assert set(asked.items.features) == {'visual', 'text'}
+  # Negatives [K, splits, n] are those of the split.
+  numbers = np.arange(simulation.dataset.num_clients * 4).reshape(-1, 2, 2)
+  data = simulation.data._replace(sampled_negatives=numbers)
+  for number, split in enumerate(('val', 'test')):
+    other = Asked.of(dataclasses.replace(simulation, data=data), split)
+    np.testing.assert_array_equal(
+      other.negatives['sampled'], numbers[:, number]
+    )
   assert 'no lists' in small.error_of(Asked.of, simulation, 'cold')
 
 
@@ -350,6 +373,9 @@ def test_tables():
   assert f'{value:.4f} [{low:.4f}, {high:.4f}]' in text
   assert shown_lib.number(347.94) == '347.9'
   assert shown_lib.number(float('nan')) == '-'
+  assert shown_lib.number(-0.00001) == '0.0000'
+  gap = bootstrap.Estimate(103.5, 79.395, 126.1)
+  assert '103.5 [79.4, 126.1]' in shown_lib.table({'full': {'popularity': gap}})
   parts = {'a': np.arange(40) < 9, 'b': np.arange(40) >= 9}
   gaps = beyond.fairness(random_offer(), parts, 20)
   text = shown_lib.fairness_table('kind', gaps)
