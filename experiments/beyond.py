@@ -53,12 +53,11 @@ def offers(
     UserError: the split has no lists, or a score is NaN or infinite.
   """
   asked = Asked.of(simulation, split)
-  longest = {
-    name: asked.lists(simulation, state, name, cutoffs[-1])
-    for name in protocols
-  }
-  if 'full' in longest:
-    longest[MOST_POPULAR] = asked.most_popular(cutoffs[-1])
+  longest = {}
+  for name in protocols:
+    longest[name] = asked.lists(simulation, state, name, cutoffs[-1])
+    if name == 'full':
+      longest[MOST_POPULAR] = asked.most_popular(cutoffs[-1])
   return Offers(
     asked,
     {

@@ -331,7 +331,12 @@ def test_from_the_shell(ml_1m, tmp_path):
     'NDCG@3',
     'MRR',
   }
-  assert list(told['beyond']) == [*beyond.PROTOCOLS, 'most popular']
+  assert list(told['beyond']) == [
+    'full',
+    'most popular',
+    'sampled',
+    'popularity',
+  ]
   found = told['beyond']['full']
   assert set(found) == {f'{name}@{k}' for k in (1, 3) for name in NAMES}
   assert found['diversity_text@1']['value'] is None
