@@ -263,11 +263,11 @@ def test_hits_of_the_lists_are_those_of_the_ranks(ranked, protocol):
 
 def test_new_items_are_in_no_list(ranked):
   simulation, state, asked = ranked
-  few = asked._replace(items=asked.items._replace(num_items=30))
+  few = asked._replace(items=asked.items._replace(num_items=45))
   rows = few.lists(simulation, state, 'full', 5)
-  assert 0 < rows.min() and rows.max() <= 30
-  assert asked.lists(simulation, state, 'full', 5).max() > 30
-  assert few.most_popular(5).max() <= 30
+  assert 0 < rows.min() and rows.max() <= 45
+  assert asked.lists(simulation, state, 'full', 5).max() > 45
+  assert few.most_popular(5).max() <= 45
 
 
 def test_most_popular_lists_are_those_of_the_baseline(ranked):
