@@ -197,7 +197,7 @@ def test_two_rounds_over_tls_and_one_without_a_killed_node(tmp_path, expected):
   cut(small.dataset(), tmp_path, 2)
   # A machine that takes longer for this takes longer for a node's answer; the
   # killed node is waited for as long.
-  patience = max(30.0, 4 * seconds)
+  patience = max(20.0, 3 * seconds)
   authority, certificate, key = certificates(tmp_path)
   port, run = free_port(), RunFolder(tmp_path / 'run')
   with Network(tmp_path) as network:
