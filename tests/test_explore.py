@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fedmmr_jax as fm
-from experiments import explore, explorer
+from experiments import explore_server, explorer
 from experiments.explorer import Explorer
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.errors import UserError
@@ -72,7 +72,7 @@ def asked(simulation, state, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def server(asked):
-  with explore.listen(0) as server:
+  with explore_server.listen(0) as server:
     server.explorer = asked
 
     def page(nonce):
@@ -280,7 +280,7 @@ def test_the_page_needs_nothing_from_elsewhere(server):
 
 def test_a_port_in_use_is_one_line(server):
   port = server.server_address[1]
-  said = small.error_of(explore.listen, port)
+  said = small.error_of(explore_server.listen, port)
   assert said.startswith(f'--port={port}: another process listens there')
   assert '--port=0' in said
 
