@@ -301,7 +301,7 @@ class Explorer:
       raise UserError(f'k: say a whole number, 1 to {min(MOST, items)}')
     if not 1 <= asked <= min(MOST, items):
       raise UserError(
-        f'k={asked:.10g}: say 1 to {min(MOST, items)}; the catalogue has '
+        f'k={str(asked)[:12]}: say 1 to {min(MOST, items)}; the catalogue has '
         f'{items} items'
       )
     return asked

@@ -153,6 +153,9 @@ def test_a_user_of_weight_two_is_two_users():
 def test_bounds():
   for name, found in beyond.estimates(random_offer(), 50).items():
     assert found.low <= found.value <= found.high, name
+  # Moved up by what resamples lack, it would end above 1.
+  few = beyond.estimates(random_offer(11, seed=5), 50)['coverage']
+  assert few.value < few.high == 1
   found = beyond.estimates(random_offer(), 50)
   assert 0 < found['coverage'].value <= 1 and 0 < found['gini'].value < 1
   assert found['miscalibration'].value > 0

@@ -201,6 +201,7 @@ def test_similar_items(asked):
     ({'user': [1]}, 400, 'an id is a text or a whole number'),
     ({'user': '1', 'k': 57}, 400, 'k=57: say 1 to 56; the catalogue has 56'),
     ({'user': '1', 'k': 0}, 400, 'k=0: say 1 to 56'),
+    ({'user': '1', 'k': 10**400}, 400, 'k=100000000000: say 1 to 56'),
     ({'user': '1', 'k': '10'}, 400, 'k: say a whole number'),
     ({'user': '1', 'repeats': 1}, 400, 'repeats: say true or false'),
     ({}, 400, 'name a user, or give a history'),

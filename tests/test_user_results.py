@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+from fedmmr_jax import metrics
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import popularity, user_results
@@ -192,6 +193,13 @@ def test_users_can_be_sliced_by_what_they_are():
     for title, parts in found.items()
   }
   assert sizes['gender'] == {'F': 14, 'M': 15, 'unknown': 1}
+  of_users = {str(u): 'Mx'[u % 2] for u in range(28)} | {'28': 'unknown'}
+  groups = user_results.by_attribute('gender', results.users, of_users)
+  assert {k: v.sum() for k, v in groups.items()} == {
+    'M': 14,
+    'x': 14,
+    'unknown': 2,  # 28 says so, and nobody tells of 29
+  }
   assert sizes['age'] == {
     '0 to 7': 8,
     '8 to 14': 7,
@@ -225,6 +233,10 @@ def test_a_difference_is_paired():
   found = user_results.difference(results, worse)
   assert found['full']['MRR'].low > 0
   assert found['sampled']['MRR'] == (0, 0, 0)
+  # One run was chosen by a cut-off that the other did not measure.
+  chosen = results._replace(metrics=(metrics.AtCutoffs((50,)),))
+  found = user_results.difference(chosen, worse)
+  assert found['full']['HR@50'].mean == (results.full < 50).mean()
   with pytest.raises(UserError, match='same targets'):
     user_results.difference(
       results, results._replace(targets=results.targets + 1)

@@ -26,6 +26,7 @@ from fedmmr_jax.streams import generator, Stream
 PROTOCOLS = ('full', 'sampled', 'popularity')  # that have lists
 MOST_POPULAR = 'most popular'  # the baseline's lists, of the full protocol
 SMOOTHING = 0.01  # Steck's alpha
+_SHARES = (metrics.COVERAGE, metrics.GINI)
 _USERS = 500  # at a time, so that their items' features fit in memory
 
 
@@ -366,7 +367,14 @@ def estimates(
   offered: Offer, resamples: int = bootstrap.RECOUNTS
 ) -> dict[str, Estimate]:
   """Metric -> its figure over all users, and the interval."""
-  return bootstrap.estimates(offered.figures, len(offered.rows), resamples)
+  found = bootstrap.estimates(offered.figures, len(offered.rows), resamples)
+  return {name: _within(name, value) for name, value in found.items()}
+
+
+def _within(name: str, found: Estimate) -> Estimate:
+  """A figure's interval; what is moved (`bootstrap.estimates`) may leave the
+  range of a share."""
+  return found.within(0, 1) if name in _SHARES else found
 
 
 def differences(
@@ -446,10 +454,12 @@ def fairness(
   chance = _chance(offered, list(parts.values()), resamples)
   return Fairness(
     {label: int(chosen.sum()) for label, chosen in parts.items()},
-    {label: {name: found[label, name] for name in names} for label in parts},
+    {
+      label: {name: _within(name, found[label, name]) for name in names}
+      for label in parts
+    },
     {
       name: Gap(
-        # What is moved (`bootstrap.estimates`) may leave its range.
         found[_SPREAD, name].within(0, np.inf),
         chance[name],
         found[_RATIO, name].within(0, 1),

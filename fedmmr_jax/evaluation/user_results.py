@@ -31,6 +31,7 @@ from fedmmr_jax.simulation import Simulation
 PROTOCOLS = ('full', 'sampled', 'popularity', 'corrected')
 FORMATS = ('.csv', '.parquet')
 MOST_VALUES = 12  # of a user attribute that are a slice each
+UNKNOWN = 'unknown'  # whose attribute nobody knows
 
 # Protocol -> metric -> values or their mean.
 Metrics = dict[str, dict[str, np.ndarray]]
@@ -230,7 +231,9 @@ def by_attribute(
     found = dict(_parts(numbers, 4, among=known))
   else:
     found = {value: values == value for value in distinct.tolist()}
-  return found | {'unknown': values == ''}
+  # A file may call somebody so itself.
+  unknown = (values == '') | (values == UNKNOWN)
+  return {k: v for k, v in found.items() if k != UNKNOWN} | {UNKNOWN: unknown}
 
 
 def by_history(num_train: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -279,6 +282,8 @@ def difference(
       'they cannot be paired; compare runs on the same data, with the same '
       '`top_k_users`, filters and split'
     )
+  # Metrics are of ranks: the other run's have this run's too.
+  other = other._replace(metrics=results.metrics, cutoffs=results.cutoffs)
   mine, theirs = results.of_each(), other.of_each()
   return {
     protocol: {
