@@ -24,6 +24,8 @@ from fedmmr_jax.errors import UserError
 
 _DISTRIBUTION = re.compile(r'(\w*)\(([^()]*)\)')
 KINDS = ('uniform', 'log', 'int', 'choice')
+# The settings of the data that leave the validation what it is.
+_MAY_VARY = ('item_file', 'visual_features', 'text_features')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Varied:
   name: str
   kind: str
   words: tuple[str, ...]
+
+  @property
+  def checked(self) -> tuple[str, ...]:
+    """The choices; or the ends and, of numbers that are drawn, one between them
+    that is not whole if it can be."""
+    if self.kind not in ('uniform', 'log'):
+      return self.words
+    low, high = map(float, self.words)
+    return (*self.words, f'{(low + min(high, low + 1)) / 2:.4g}')
 
   def suggest(self, trial: Any) -> str:
     """What an Optuna trial tries, as it is written in a flag: numbers have
@@ -185,17 +196,19 @@ def _varied(name: str, kind: str, inside: str, place: str) -> Varied:
 
 
 def _check(line: Line, place: str, base: RunConfig) -> None:
-  """Raises UserError if an end or a choice is no value of the flag."""
+  """Raises UserError if the flag may not vary, or an end, a choice or a number
+  between the ends is no value of it."""
   if line.flag == 'seed':
     raise UserError(f'{place}: --seed is no setting to choose; see --seeds')
-  if line.flag in dataclasses.asdict(base.evaluation):
+  compared = {*vars(base.evaluation), *vars(base.data)} - set(_MAY_VARY)
+  if line.flag in compared:
     raise UserError(
       f'{place}: --{line.flag} is about how trials are compared, and the same '
       'for all of them; give it on the command line'
     )
   first = {varied.name: varied.words[0] for varied in line.varied}
   for varied in line.varied:
-    for word in varied.words:
+    for word in varied.checked:
       value = line.value(first | {varied.name: word})
       try:
         base.changed({line.flag: value}).validate()

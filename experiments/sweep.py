@@ -73,7 +73,7 @@ def main() -> None:
   sweep.optuna()  # before the data is read
   base = app.config_from_flags()
   objective = Objective.of(_METRIC.value, base)
-  pruner = parts.built(_PRUNER.value, PRUNERS, Pruner, 'pruner')
+  pruner = parts.built(_PRUNER.value, PRUNERS, Pruner, 'pruner').build(base)
   space = space_lib.read(app.find_file(_SPACE.value), base)
   seeds = variants.seeds(_SEEDS.value)
   workdir = pathlib.Path(app.WORKDIR.value)
@@ -83,7 +83,7 @@ def main() -> None:
     if lock.note:
       print(lock.note)
     _check_request(workdir, base, space, seeds, loaded.dataset.fingerprint())
-    study = sweep.open_study(workdir / STUDY, pruner.build(base))
+    study = sweep.open_study(workdir / STUDY, pruner)
     for number in sweep.take_back(study):
       print(f'trial {number} was cut off')
     told = f'{len(sweep.finished(study))} of {_TRIALS.value} trials are there'

@@ -165,6 +165,22 @@ def test_every_seed_is_tested_at_its_own_best_round(trained):
     assert int(state.server.round) == found.best_rounds[i]
 
 
+def test_a_metric_below_minus_one_has_a_best_round_too(monkeypatch):
+  values = iter([-3.0, -2.0, -4.0])
+  monkeypatch.setattr(
+    ablation.Simulation,
+    'validate',
+    lambda self, state: {'full': {'NDCG@10': next(values)}},
+  )
+  monkeypatch.setattr(ablation, 'run_round', lambda _, states, n: (states, {}))
+  monkeypatch.setattr(
+    ablation.training, 'traffic', lambda *_: ablation.Best(0, 0, None)
+  )
+  simulation = small.simulation(num_rounds=3, select_by='full/NDCG@10')
+  ((best,), *_) = ablation.train_seeds([simulation], lambda *_: None)
+  assert (best.value, best.round) == (-2.0, 2) and best.state is not None
+
+
 @pytest.mark.slow
 def test_features_that_are_taken_away_change_the_ranks(trained):
   config, loaded, _, (found, simulations, states) = trained

@@ -2,6 +2,7 @@
 
 import pathlib
 import struct
+import subprocess
 import sys
 
 import pytest
@@ -48,6 +49,9 @@ class Recorder(fm.Logger):
   def __init__(self, fails=None):
     self.calls, self._fails = [], fails
 
+  def __eq__(self, other):  # as dataclasses with the same options are
+    return isinstance(other, Recorder)
+
   def _call(self, name, value=None):
     if self._fails == (name, value):
       raise OSError('disk full\nand more')
@@ -78,16 +82,16 @@ def test_numbers_have_names_that_each_tool_takes():
 
 
 def test_one_that_fails_is_left_out_and_the_others_go_on(tmp_path):
-  bad, good = Recorder(fails=('log', 2)), Recorder()
+  good, bad = Recorder(), Recorder(fails=('log', 2))
   with pytest.warns(UserWarning) as caught:
-    with loggers.Started([bad, good], tmp_path, TOLD) as log:
+    with loggers.Started([good, bad], tmp_path, TOLD) as log:
       for number in (1, 2, 3):
         log.log({'round': number})
       log.finish(SUMMARY)
   assert [str(w.message) for w in caught] == [
     'logger Recorder failed at round 2, and is left out from here on: disk full'
   ]
-  assert bad.calls == [('start', None), ('log', 1)]
+  assert bad.calls == [('start', None), ('log', 1), ('close', None)]
   assert good.calls == [
     ('start', None),
     ('log', 1),
@@ -104,6 +108,25 @@ def test_one_that_cannot_start_stops_the_run_before_it_trains(tmp_path):
     loggers.Started, [first, bad], tmp_path, TOLD
   )
   assert first.calls == [('start', None), ('close', None)]
+  assert bad.calls == [('close', None)]  # of what it had begun
+
+
+def test_closing_is_tried_once(tmp_path):
+  class Bad(Recorder):
+    def close(self):
+      super().close()
+      raise OSError('disk full')
+
+  late, early = Bad(), Bad(fails=('log', 1))
+  with pytest.warns(UserWarning) as caught:
+    with loggers.Started([late, early], tmp_path, TOLD) as log:
+      log.log({'round': 1})
+  assert [str(w.message).split(',')[0] for w in caught] == [
+    'logger Bad failed at round 1',
+    'logger Bad failed at the end',
+  ]
+  assert late.calls == [('start', None), ('log', 1), ('close', None)]
+  assert early.calls == [('start', None), ('close', None)]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +197,32 @@ def test_tensorboard(tmp_path):
     if event.HasField('session_log')
   )
   assert start.session_log.status == 1 and start.step == 0
+
+
+FULL_DISK = """
+import pathlib, resource, sys
+from fedmmr_jax.runs import loggers
+logger = loggers.TensorBoard()
+with loggers.Started([logger], pathlib.Path(sys.argv[1]), {'flags': {}}) as log:
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+  for number in range(1, 21):
+    log.log({'round': number} | {f'x{i}': 1.0 for i in range(2000)})
+print('done')
+"""
+
+
+def test_tensorboard_on_a_full_disk_does_not_hold_up_the_run(tmp_path):
+  pytest.importorskip('tensorboardX')
+  pytest.importorskip('resource')
+  found = subprocess.run(
+    [sys.executable, '-c', FULL_DISK, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    timeout=60,  # or it would hang
+  )
+  assert (found.returncode, found.stdout) == (0, 'done\n')
+  (line,) = (x for x in found.stderr.splitlines() if 'is left out' in x)
+  assert 'TensorBoard failed at round' in line and 'too large' in line
 
 
 def offline_rounds(folder: pathlib.Path) -> dict[int, dict[str, str]]:

@@ -79,12 +79,16 @@ def test_a_space_file(tmp_path):
     ('--dropout=log(0,0.5)', 'log have to be above 0'),
     ('--num_blocks=int(1,2.5)', 'not two whole numbers'),
     ('--num_blocks=uniform(1,2.5)', r'num_blocks=2.5. is not a whole number'),
+    ('--num_rounds=uniform(2,6)', r'num_rounds=2.5. is not a whole number'),
+    ('--num_blocks=log(1,3)', r'num_blocks=1.5. is not a whole number'),
     ('--dropout=uniform(0,2)', 'dropout=2.* is above its maximum'),
     ('--dropout=choice(0.1)', 'two or more different choices'),
     ('--dropout=choice(0.1,)', 'two or more different choices'),
     ('--router=item,hidden_dim=choice(8,x)', 'hidden_dim=x is not a whole'),
     ('--seed=choice(1,2)', 'see --seeds'),
     ('--eval_every=int(1,2)', 'is about how trials are compared'),
+    ('--k_core=int(0,2)', 'is about how trials are compared'),
+    ('--new_clients=uniform(0,0.1)', 'is about how trials are compared'),
     ('--dropout=choice(0,0.1)\n--dropout=choice(0,0.2)', 'comes twice'),
   ],
 )
@@ -92,6 +96,15 @@ def test_a_malformed_space_file(tmp_path, text, message):
   with pytest.raises(UserError, match=message) as caught:
     read(tmp_path, text)
   assert 'space.txt' in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_features_and_whole_thousands_may_vary(tmp_path):
+  space = read(
+    tmp_path,
+    '--text_features=choice(auto,none)\n--dropout=uniform(0,0.0001)\n'
+    '--server_learning_rate=uniform(1,1000)',
+  )
+  assert len(space.varied) == 3
 
 
 def record(number, *, hits=None, full=None):
@@ -215,6 +228,19 @@ def test_other_pruners(fake_training, pruner):
   assert states[0] == 'COMPLETE' and ('PRUNED' in states) == (pruner != 'none')
 
 
+def test_a_trial_in_its_last_round_is_not_pruned(fake_training):
+  study, of = in_memory('median,trials=1'), trials()
+  fake_training += [[(0.1,), (0.5,)], [(0.2,), (0.3,)]]
+  run_next(study, of)
+  assert run_next(study, of).state.name == 'COMPLETE'
+
+
+@pytest.mark.parametrize('pruner', ['hyperband,rounds=20', 'median,rounds=20'])
+def test_a_pruner_that_would_prune_nothing_is_refused(pruner):
+  message = small.error_of(in_memory, pruner)
+  assert 'rounds=20 of the pruner' in message and '`num_rounds=20`' in message
+
+
 def test_a_trial_that_diverges_does_not_end_the_sweep(fake_training):
   study, of = in_memory(), trials()
   fake_training += [UserError('round 1: diverged'), [(0.1,), (0.2,)]]
@@ -224,11 +250,20 @@ def test_a_trial_that_diverges_does_not_end_the_sweep(fake_training):
 
 
 def test_a_killed_sweep_goes_on(fake_training):
-  """Killed in trial 1: it is tried again, once, and the others are those of an
+  """Killed in trial 1: it is tried again, once, and all are those of an
   uninterrupted sweep."""
   straight, of = in_memory(), trials()
   fake_training += [[(0.1,), (0.2,)]] * 3
   expected = [run_next(straight, of).params for _ in range(3)]
+
+  fake_training += [[(0.1,), (0.2,)], KeyboardInterrupt()]
+  study = in_memory()
+  run_next(study, trials())
+  with pytest.raises(KeyboardInterrupt):
+    run_next(study, trials())
+  assert sweep.take_back(study) == [1]
+  fake_training += [[(0.1,), (0.2,)]] * 2
+  assert [run_next(study, trials()).params for _ in range(2)] == expected[1:]
 
   fake_training += [[(0.1,), (0.2,)], KeyboardInterrupt()]
   study = in_memory()
@@ -246,7 +281,7 @@ def test_a_killed_sweep_goes_on(fake_training):
   assert sweep.take_back(study) == [2]
   fake_training += [[(0.1,), (0.2,)]]
   last = run_next(study, trials())
-  assert last.state.name == 'COMPLETE' and last.params not in expected[:2]
+  assert last.state.name == 'COMPLETE' and last.params == expected[2]
 
 
 def test_what_matters_is_told_of_enough_trials():

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -180,6 +181,14 @@ def test_early_stopping():
   )
   assert not training.out_of_patience(9, progress, small.config(patience=0))
   assert not training.out_of_patience(9, Progress.start(), config)
+
+
+@pytest.mark.parametrize('start', [-np.inf, -1.0])  # −1 in older runs
+def test_the_first_validation_is_the_best_so_far_whatever_it_is(start):
+  assert start == -1 or Progress.start() == Progress(0, start)
+  progress = Progress(jnp.int32(0), jnp.float32(start)).updated(2, -3.0)
+  assert progress.updated(4, -4.0) == progress == Progress(2, -3.0)
+  assert progress.updated(4, -2.0) == Progress(4, -2.0)
 
 
 FOUND = {

@@ -12,6 +12,7 @@ Differences are relative to the first variant. All rounds of a variant are run;
 """
 
 import dataclasses
+import math
 import statistics
 import time
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -267,7 +268,7 @@ def _train_group(simulations, on_round):
   states = jax.tree.map(
     lambda *x: jnp.stack(x), *[s.init_state() for s in simulations]
   )
-  best = [Best(-1.0, 0, None)] * len(simulations)
+  best = [Best(-math.inf, 0, None)] * len(simulations)
   records: list[list[dict[str, Any]]] = [[] for _ in simulations]
   first = None
   for number in range(1, config.server.num_rounds + 1):

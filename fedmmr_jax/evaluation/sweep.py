@@ -89,7 +89,11 @@ class Pruner:
   """Which trials end before their last round. Fields are options."""
 
   def build(self, config: RunConfig) -> Any:
-    """The pruner of Optuna."""
+    """The pruner of Optuna.
+
+    Raises:
+      UserError: it would never end a trial.
+    """
     raise NotImplementedError
 
 
@@ -97,6 +101,15 @@ def _option(default: int, help: str, minimum: int) -> Any:
   return dataclasses.field(
     default=default, metadata={'help': help, 'minimum': minimum}
   )
+
+
+def _check_rounds(rounds: int, config: RunConfig) -> None:
+  num_rounds = config.server.num_rounds
+  if rounds >= num_rounds:
+    raise UserError(
+      f'with rounds={rounds} of the pruner and `num_rounds={num_rounds}` no '
+      'trial would end early; lower rounds, or say --pruner=none'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +121,7 @@ class Median(Pruner):
   rounds: int = _option(0, 'in which none is pruned', 0)
 
   def build(self, config: RunConfig) -> Any:
+    _check_rounds(self.rounds, config)
     return optuna().pruners.MedianPruner(self.trials, self.rounds)
 
 
@@ -120,6 +134,7 @@ class Hyperband(Pruner):
   factor: int = _option(3, 'see above', 2)
 
   def build(self, config: RunConfig) -> Any:
+    _check_rounds(self.rounds, config)
     return optuna().pruners.HyperbandPruner(
       min_resource=self.rounds,
       max_resource=config.server.num_rounds,
@@ -205,6 +220,13 @@ def finished(study: Any) -> list[Any]:
   )
 
 
+def _given_up(study: Any) -> list[Any]:
+  """The second tries that were cut off as well; see `take_back`."""
+  states = optuna().trial.TrialState
+  found = study.get_trials(deepcopy=False, states=(states.FAIL,))
+  return [trial for trial in found if AGAIN in trial.user_attrs]
+
+
 def complete(study: Any) -> list[Any]:
   """The trials that have a value, best first."""
   states = optuna().trial.TrialState
@@ -253,11 +275,11 @@ class Trials:
 
   def ask(self, study: Any) -> tuple[Any, dict[str, str]]:
     """The next trial and the settings that it changes."""
-    # By the number of the trial, not of the process: an interrupted sweep
-    # suggests what an uninterrupted one would.
+    # By the trials that are over, not by their numbers or the process: an
+    # interrupted sweep suggests what an uninterrupted one would.
+    over = len(finished(study)) + len(_given_up(study))
     study.sampler = optuna().samplers.TPESampler(
-      seed=(self._base.seed + 7919 * len(study.get_trials(deepcopy=False)))
-      % 2**32
+      seed=(self._base.seed + 7919 * over) % 2**32
     )
     trial = study.ask()
     changes = self._space.suggest(trial)
@@ -291,7 +313,8 @@ class Trials:
       if values and number not in reported:
         reported.add(number)
         trial.report(statistics.mean(values), number)
-        if trial.should_prune():
+        # A trial in its last round is trained: its value is worth having.
+        if number < config.server.num_rounds and trial.should_prune():
           raise lib.TrialPruned
 
     value = None

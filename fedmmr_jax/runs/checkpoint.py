@@ -42,7 +42,8 @@ class Progress(NamedTuple):
   Attributes:
     best_round: [] int32 round with the best validation so far, 0 = none.
     best_value: [] float32 what it was chosen by (`select_by`), the number of
-      the round if that is the last one; −1 if there is none.
+      the round if that is the last one; −inf if there is none (−1 in older
+      runs).
   """
 
   best_round: jax.Array
@@ -50,12 +51,12 @@ class Progress(NamedTuple):
 
   @classmethod
   def start(cls) -> 'Progress':
-    return cls(jnp.int32(0), jnp.float32(-1.0))
+    return cls(jnp.int32(0), jnp.float32(-jnp.inf))
 
   def updated(self, round_number: int, value: float) -> 'Progress':
     """Progress after a validation; in a tie the earlier round stays best."""
     value = jnp.float32(value)  # as saved: a resumed run decides alike
-    if value <= self.best_value:
+    if self.best_round and value <= self.best_value:
       return self
     return Progress(jnp.int32(round_number), value)
 

@@ -8,6 +8,7 @@ there. A logger that cannot start stops the run before it trains; one that fails
 later is left out with a warning.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import pathlib
@@ -15,13 +16,22 @@ import re
 import time
 import uuid
 import warnings
-from typing import Any, Callable, ClassVar, Iterator, Mapping, Sequence
+from typing import (
+  Any,
+  Callable,
+  ClassVar,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 
 from fedmmr_jax import parts
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.files import replace
 
 _PROJECT = 'fedmmr_jax'
+_END = 'the end'
 
 
 class Logger:
@@ -58,7 +68,7 @@ class Logger:
     not called if the run was stopped."""
 
   def close(self) -> None:
-    """Called last, whatever happened in between."""
+    """Called last, whatever happened in between; also if `start` failed."""
 
 
 def scalars(
@@ -103,8 +113,16 @@ class TensorBoard(Logger):
   def start(self, folder: pathlib.Path, told: Mapping[str, Any]) -> None:
     # All rounds come again when a run is resumed; older events are hidden.
     self._writer = _import(self, 'tensorboardX').SummaryWriter(
-      str(folder / 'tensorboard'), purge_step=0, flush_secs=1
+      str(folder / 'tensorboard'),
+      purge_step=0,
+      flush_secs=1,
+      max_queue=0,  # no limit: a full one would hold up the run
     )
+    events = self._writer.file_writer.event_writer
+    self._thread = events._worker
+    # `close` waits until all is written. If the thread died, nothing reads the
+    # queue, and Python must not wait for that when it exits.
+    events._event_queue.cancel_join_thread()
     settings = told['flags'] | _origin(told)
     self._writer.add_text(
       'config', '\n'.join(f'    {k} = {v}' for k, v in settings.items()), 0
@@ -112,15 +130,20 @@ class TensorBoard(Logger):
 
   def log(self, record: Mapping[str, Any]) -> None:
     """Adds one round; it is on disk a second later."""
-    for name, value in scalars(record):
-      self._writer.add_scalar(name, value, record['round'])
+    self._add(scalars(record), record['round'])
 
   def finish(self, summary: Mapping[str, Any]) -> None:
-    for name, value in _summary(summary).items():
-      self._writer.add_scalar(name, value, summary['best_round'])
+    self._add(_summary(summary).items(), summary['best_round'])
 
   def close(self) -> None:
     self._writer.close()
+
+  def _add(self, values: Iterable[tuple[str, float]], step: int) -> None:
+    if not self._thread.is_alive():
+      self._writer.flush()  # mostly fails with what ended the thread
+      raise OSError('events were lost')
+    for name, value in values:
+      self._writer.add_scalar(name, value, step)
 
 
 @dataclasses.dataclass
@@ -298,6 +321,7 @@ class Started:
       try:
         logger.start(folder, told)
       except Exception as error:
+        _close_quietly(logger)
         self.close()
         raise UserError(
           f'logger {type(logger).__name__} cannot start: {_line(error)}'
@@ -317,7 +341,7 @@ class Started:
     self._each(lambda logger: logger.finish(summary), 'the summary')
 
   def close(self) -> None:
-    self._each(lambda logger: logger.close(), 'the end')
+    self._each(lambda logger: logger.close(), _END)
     self._loggers = []
 
   def _each(self, call: Callable[[Logger], None], what: str) -> None:
@@ -325,12 +349,21 @@ class Started:
       try:
         call(logger)
       except Exception as error:
-        self._loggers.remove(logger)
+        # By identity: dataclasses with the same options are equal.
+        self._loggers = [x for x in self._loggers if x is not logger]
+        if what != _END:
+          _close_quietly(logger)
         warnings.warn(
           f'logger {type(logger).__name__} failed at {what}, and is left out '
           f'from here on: {_line(error)}',
           stacklevel=3,
         )
+
+
+def _close_quietly(logger: Logger) -> None:
+  """Closes one that failed; what it failed with is told already."""
+  with contextlib.suppress(Exception):
+    logger.close()
 
 
 def _line(error: Exception) -> str:
