@@ -249,7 +249,7 @@ def test_who_a_node_has(dataset, folder):
   ]
 
 
-def test_items_outside_the_catalogue_are_left_out(folder):
+def test_items_outside_the_catalogue_are_left_out(folder, capsys):
   path = Calls(folder).folders[0] / INTERACTIONS
   before = enrol(folder).facts['clients']
   user = before[0][0]
@@ -260,9 +260,19 @@ def test_items_outside_the_catalogue_are_left_out(folder):
     '1 of 40 items are not in the catalogue; their 1 interactions are left out'
   ]
   path.write_text('user_id,item_id\n1,7001\n1,7002\n1,7003\n')
-  assert 'has none of its items' in enrol(folder).facts['error']
+  assert 'error' in enrol(folder).facts
+  assert 'has none of its items' in capsys.readouterr().err
   path.unlink()
   assert 'error' in enrol(folder).facts
+
+
+def test_a_line_of_a_file_stays_on_its_node(folder, capsys):
+  path = Calls(folder).folders[0] / INTERACTIONS
+  path.write_text('user_id,item_id,timestamp\n7,3,2001-01-02\n7,4,yesterday\n')
+  assert enrol(folder).facts == {
+    'error': "cannot answer enrol; see the node's log"
+  }
+  assert 'yesterday' in capsys.readouterr().err
 
 
 def test_a_node_that_is_not_set_up_says_so(folder):

@@ -20,6 +20,7 @@ a server that goes on from an earlier round, does not leave a client ahead.
 import dataclasses
 import json
 import pathlib
+import sys
 from functools import partial
 from typing import Any, Iterator, NamedTuple
 
@@ -56,6 +57,10 @@ NOT_SET_UP = 'not_set_up'  # a fact of an answer: send `setup` first
 _NEVER = 0  # the round of a client that has not trained yet
 
 
+class Refusal(UserError):
+  """An error that tells nothing of a node's files, so that it may leave it."""
+
+
 class Client(NamedTuple):
   """What belongs to one client alone.
 
@@ -88,7 +93,8 @@ class Node:
     self._bound: dict[str, tuple[Simulation, dict[str, Any]]] = {}
 
   def answer(self, kind: str, asked: Parcel) -> Parcel:
-    """The answer to a message; what cannot be answered is a fact 'error'."""
+    """The answer to a message; what cannot be answered is a fact 'error', and
+    is told in full on this machine only: it may quote lines of its files."""
     answers = {
       'enrol': self._enrol,
       'sketch': self._sketch,
@@ -98,23 +104,24 @@ class Node:
     }
     try:
       if kind not in answers:
-        raise UserError(
+        raise Refusal(
           f'a message {kind!r} is not known here; server and nodes need the '
           'same version of fedmmr_jax'
         )
       federation = str(asked.facts['federation'])
       if not federation.isalnum():  # it becomes the name of a folder
-        raise UserError(f'{federation!r} is no name of a federation')
+        raise Refusal(f'{federation!r} is no name of a federation')
       place = self.folder / STATE / federation
       place.mkdir(parents=True, exist_ok=True)
       with files.Lock(place / '.lock'):
         return answers[kind](federation, place, asked)
     except BlockingIOError:
       return Parcel({'error': 'busy with the message before'})
-    except UserError as error:
+    except Refusal as error:
       return Parcel({'error': str(error)})
-    except OSError as error:
-      return Parcel({'error': f'{error.filename}: {error.strerror}'})
+    except (UserError, OSError) as error:
+      _log(f'no answer to {kind}: {error}')
+      return Parcel({'error': f"cannot answer {kind}; see the node's log"})
 
   def _enrol(self, federation, place, asked) -> Parcel:
     item_ids = asked.arrays['item_ids']
@@ -515,3 +522,7 @@ def _read_plan(place: pathlib.Path) -> dict[str, Any]:
 
 def _write_plan(place: pathlib.Path, plan: dict[str, Any]) -> None:
   files.replace(place / _PLAN, json.dumps(plan))
+
+
+def _log(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
