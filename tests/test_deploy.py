@@ -275,6 +275,74 @@ def test_a_line_of_a_file_stays_on_its_node(folder, capsys):
   assert 'yesterday' in capsys.readouterr().err
 
 
+def set_up(folder, place=0, **facts):
+  """A node that has enrolled and is set up, and its answer to that."""
+  clients = enrol(folder, place, **facts).facts['clients']
+  asked = Parcel(
+    {
+      'federation': 'abc',
+      'max_items': 40,
+      'numbers': list(range(len(clients))),
+      'text_ids': False,
+      'features': [],
+      'counted': [],
+    },
+    {'content': np.zeros((len(small.dataset().item_ids), 0), np.float32)},
+  )
+  node = Node(Calls(folder).folders[place])
+  return node, node.answer('setup', asked)
+
+
+def test_a_file_that_has_changed_is_refused(folder):
+  path = Calls(folder).folders[0] / INTERACTIONS
+  lines = path.read_text().split()
+  assert not set_up(folder)[1].facts
+  # As many clients and as many of each: only the order is another.
+  path.write_text('\n'.join([lines[0], lines[2], lines[1], *lines[3:]]))
+  asked = Parcel({'federation': 'abc', 'round': 1, 'clients': [[0, 0]]})
+  answer = Node(path.parent).answer('train', asked)
+  assert 'have changed since it enrolled' in answer.facts['error']
+
+
+def test_clients_of_a_node_that_enrols_again(folder):
+  server, lines = server_of(folder, small.config(), Calls(folder))
+  clients = [['a', 5, 3, 0, True], ['b', 5, 3, 1, True]]
+  roster = Roster.of(clients)
+  server._place(roster, {7: clients})
+  assert server._homes == {0: 7, 1: 7}
+  # Of one the dislikes have changed, the other has gone.
+  server._place(roster, {7: [['b', 5, 3, 2, True]]})
+  assert server._homes == {}
+  assert 'client b has other interactions' in lines[0]
+
+
+def test_what_a_node_does_not_decide_alone(folder):
+  """Who takes part, and how ids are spelt."""
+  config = small.config(new_clients=0.6).as_flat_dict()
+  path = Calls(folder).folders[0] / INTERACTIONS
+  own = path.read_text().split()
+  user = own[1].split(',')[0]
+  path.write_text(
+    '\n'.join(x for x in own if x.split(',')[0] in ('user_id', user))
+  )
+  node, _ = set_up(folder, config=config)
+  drawn = {}
+  for text_ids in (False, True):
+    place = path.parent / 'state' / 'abc'
+    plan = json.loads((place / 'plan.json').read_text())
+    (place / 'plan.json').write_text(json.dumps(plan | {'text_ids': text_ids}))
+    node = Node(path.parent)
+    simulation, _ = node._bound_to('abc', place)
+    assert np.asarray(simulation.data.takes_part).tolist() == [True]
+    drawn[text_ids] = np.asarray(simulation.data.sampled_negatives)
+    ids = np.array([user]) if text_ids else np.array([int(user)])
+    expected = simulation_lib.to_device(
+      small.config(), dataclasses.replace(node._datasets['abc'], user_ids=ids)
+    ).sampled_negatives
+    np.testing.assert_array_equal(drawn[text_ids], expected)
+  assert (drawn[False] != drawn[True]).any()
+
+
 def test_a_node_that_is_not_set_up_says_so(folder):
   enrol(folder)
   node = Node(Calls(folder).folders[0])

@@ -131,7 +131,10 @@ class Node:
     dataset, notes = own_dataset(self._data, self._format, config, item_ids)
     self._datasets[federation] = dataset
     targets = Targets.of(dataset, 'val', _history(config))
-    _write_plan(place, {'config': asked.facts['config']})
+    _write_plan(
+      place,
+      {'config': asked.facts['config'], 'fingerprint': dataset.fingerprint()},
+    )
     return Parcel(
       {
         'clients': [
@@ -161,9 +164,8 @@ class Node:
   def _set_up(self, federation, place, asked) -> Parcel:
     plan = _read_plan(place)
     catalogue_lib.save_arrays(place / _CATALOGUE, asked.arrays)
-    plan |= {
-      name: asked.facts[name] for name in ('max_items', 'numbers', 'features')
-    }
+    told = 'max_items', 'numbers', 'text_ids', 'features'
+    plan |= {name: asked.facts[name] for name in told}
     _write_plan(place, plan)
     self._bound.pop(federation, None)
     _, dataset = self._data_of(federation, place)
@@ -247,12 +249,18 @@ class Node:
     return Parcel({'sums': values, 'count': len(np.unique(targets.client))})
 
   def _data_of(self, federation, place) -> tuple[RunConfig, Dataset]:
-    config = RunConfig.from_flat_dict(_read_plan(place)['config']).validate()
+    plan = _read_plan(place)
+    config = RunConfig.from_flat_dict(plan['config']).validate()
     if federation not in self._datasets:
       item_ids = catalogue_lib.load_arrays(place / _IDS)['item_ids']
-      self._datasets[federation], _ = own_dataset(
-        self._data, self._format, config, item_ids
-      )
+      dataset, _ = own_dataset(self._data, self._format, config, item_ids)
+      # Numbers, memories and held-out items belong to what has enrolled.
+      if dataset.fingerprint() != plan['fingerprint']:
+        raise Refusal(
+          'its interactions have changed since it enrolled; put the file back, '
+          'or start the server anew'
+        )
+      self._datasets[federation] = dataset
     return config, self._datasets[federation]
 
   def _bound_to(self, federation, place) -> tuple[Simulation, dict[str, Any]]:
@@ -260,12 +268,11 @@ class Node:
     if federation not in self._bound:
       config, dataset = self._data_of(federation, place)
       plan = _read_plan(place)
-      if len(plan['numbers']) != dataset.num_clients:
-        raise UserError(
-          f'{self._data}: {dataset.num_clients} clients, but '
-          f'{len(plan["numbers"])} have enrolled; put the file back as it was, '
-          'or start the server anew'
-        )
+      if plan['text_ids']:  # draws are by the federation's spelling
+        texts = dataset.user_ids.astype(str)
+        dataset = dataclasses.replace(dataset, user_ids=texts)
+      # Who takes part has been decided among all clients.
+      data = dataclasses.replace(config.data, new_clients=0.0)
       arrays = catalogue_lib.load_arrays(place / _CATALOGUE)
       features = {name: arrays[name] for name in plan['features']}
       self._bound[federation] = (
@@ -273,7 +280,9 @@ class Node:
           config,
           dataclasses.replace(dataset, features=features),
           devices.copied(Catalogue.of(features, arrays['content'])),
-          simulation_lib.to_device(config, dataset),
+          simulation_lib.to_device(
+            dataclasses.replace(config, data=data), dataset
+          ),
         ),
         plan,
       )

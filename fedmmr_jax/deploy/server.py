@@ -328,24 +328,16 @@ class Server:
   def _place(self, roster: Roster, answers: dict[int, list[list]]) -> None:
     """Notes which node has which clients."""
     number_of = roster.number_of
+    counts = list(zip(roster.num_items, roster.num_train, roster.num_disliked))
     for node, clients in answers.items():
       numbers = [number_of.get(str(client[0]), -1) for client in clients]
-      for client, number in zip(clients, numbers):
-        if number >= 0 and client[1:3] != [
-          roster.num_items[number],
-          roster.num_train[number],
-        ]:
+      for place, (client, number) in enumerate(zip(clients, numbers)):
+        if number >= 0 and tuple(client[1:4]) != counts[number]:
           self._say(
             f'node {node}: client {client[0]} has other interactions than when '
             'the run began; it is left out'
           )
-      numbers = [
-        number
-        if number >= 0
-        and client[1:3] == [roster.num_items[number], roster.num_train[number]]
-        else -1
-        for client, number in zip(clients, numbers)
-      ]
+          numbers[place] = -1
       unknown = numbers.count(-1)
       if unknown:
         self._say(
@@ -353,7 +345,8 @@ class Server:
           'federation'
         )
       self._enrolled[node] = numbers
-      self._homes |= {n: node for n in numbers if n >= 0}
+      homes = {n: at for n, at in self._homes.items() if at != node}
+      self._homes = homes | {n: node for n in numbers if n >= 0}
 
   def _content(self) -> np.ndarray:
     """[V, D] what items' embeddings start from; the sketch of who stands with
@@ -409,6 +402,7 @@ class Server:
           'federation': self._roster.federation,
           'max_items': self._roster.max_items,
           'numbers': numbers,
+          'text_ids': isinstance(self._roster.ids[0], str),
           'features': list(catalogue.features),
           'counted': [
             self._roster.ids[n] for n in numbers if wanted and n in part
