@@ -712,8 +712,6 @@ def build(
     metrics,
   )
   # Before hours of training:
-  metrics_lib.own_names(simulation.metrics)
-  simulation = _measuring(simulation)
   _check_targets(simulation)
   round_lib.check_size(simulation.abstract_state)
   return simulation
@@ -804,7 +802,8 @@ def assemble(
       f'`freeze={config.client.freeze}` leaves nothing of this model to train'
     )
   groups.check(params, warm_start_lib.named_parameters(config), 'load')
-  return simulation
+  metrics_lib.own_names(simulation.metrics)
+  return _measuring(simulation)
 
 
 def _measuring(simulation: Simulation) -> Simulation:

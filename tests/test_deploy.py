@@ -4,11 +4,14 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import presets
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.deploy import node as node_lib
 from fedmmr_jax.deploy import server as server_lib
 from fedmmr_jax.deploy.catalogue import FILE, load_arrays, SharedCatalogue
 from fedmmr_jax.deploy.cut import cut, INTERACTIONS, NODES
@@ -16,6 +19,7 @@ from fedmmr_jax.deploy.node import Node
 from fedmmr_jax.deploy.parcel import pack, Parcel, unpack
 from fedmmr_jax.deploy.server import Roster, Server
 from fedmmr_jax.federation.devices import PADDING_CLIENT
+from fedmmr_jax.metrics import Mean
 from fedmmr_jax.runs import training
 from fedmmr_jax.runs.checkpoint import Rounds
 from fedmmr_jax.runs.run_folder import RunFolder
@@ -341,6 +345,136 @@ def test_what_a_node_does_not_decide_alone(folder):
     ).sampled_negatives
     np.testing.assert_array_equal(drawn[text_ids], expected)
   assert (drawn[False] != drawn[True]).any()
+
+
+def test_a_client_whose_state_is_damaged_is_left_out(folder, capsys):
+  node, _ = set_up(
+    folder,
+    config=small.config(
+      drift_control='scaffold',
+      client_optimizer='sgd',
+      client_learning_rate=0.03,
+    ).as_flat_dict(),
+  )
+  place = node.folder / 'state' / 'abc'
+  simulation, _ = node._bound_to('abc', place)
+  fresh = node_lib._fresh_client(simulation)
+  for client, rounds in ((0, (1, 2)), (1, (1, 2)), (2, (3, 4))):
+    node_lib._write_client(place, client, rounds[0], fresh, rounds[1], fresh)
+  node_lib._client_path(place, 1).write_text('x')
+  notes = []
+  read = [
+    node_lib._read_client(place, client, 2, simulation, notes)
+    for client in (0, 1, 2)
+  ]
+  assert [client is None for client in read] == [False, True, True]
+  assert [note.split(':')[0] for note in notes] == ['client 1', 'client 2']
+  assert 'after rounds 3 and 4' in capsys.readouterr().err
+  # A node whose clients are all left out has an answer.
+  broadcast = node_lib.broadcast_like(simulation)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), broadcast)
+  facts = {'federation': 'abc', 'round': 5, 'split': 'val', 'clients': [[1, 2]]}
+  asked = Parcel(facts, pack(zeros))
+  answer = node.answer('train', asked)
+  assert (answer.facts['clients'], answer.arrays) == ([], {})
+  broadcast = node_lib.ranked_like(simulation)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), broadcast)
+  assert node.answer('validate', Parcel(facts, pack(zeros))).facts['count'] == 0
+
+
+class Canned:
+  """A link whose nodes answer what they are told to."""
+
+  def __init__(self, **answers):
+    self.answers = answers
+    self.asked = []
+
+  def nodes(self):
+    return [0, 1]
+
+  def exchange(self, kind, parcels, timeout):
+    self.asked.append((kind, parcels))
+    return {n: x for n, x in self.answers[kind].items() if n in parcels}
+
+
+def test_an_answer_that_is_none_costs_its_node_alone(folder):
+  good = Parcel({'clients': [['a', 5, 3, 0, True]]})
+  for bad in ({}, {'clients': [['b']]}, {'clients': 3}):
+    link = Canned(enrol={0: Parcel(bad), 1: good})
+    server, lines = server_of(folder, small.config(), link)
+    assert server._first_roster().ids == ['a']
+    assert lines[0].startswith('node 0: its answer to enrol is none')
+
+
+def update(**changes):
+  like = node_lib.update_like(small.simulation(), 40)
+  made = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), like)
+  return made._replace(**changes)
+
+
+def test_an_update_is_checked():
+  good = update()
+  server_lib._check_update(good)
+  name = next(iter(good.metrics))
+  for bad, told in (
+    ({'weight': np.float32(np.nan)}, 'NaN'),
+    ({'steps': np.float32(np.inf)}, 'NaN'),
+    ({'metrics': {name: Mean(np.float32(np.nan), np.float32(1))}}, 'NaN'),
+    ({'weight': np.float32(-1)}, 'below 0'),
+    ({'steps': np.float32(0)}, 'fewer than 1 step'),
+  ):
+    changed = good._replace(**bad)
+    assert told in small.error_of(server_lib._check_update, changed)
+
+
+def test_a_metric_to_select_by_is_measured_by_nodes_too(folder):
+  node, _ = set_up(
+    folder, config=small.config(select_by='full/HR@7').as_flat_dict()
+  )
+  simulation, _ = node._bound_to('abc', node.folder / 'state' / 'abc')
+  assert metrics_lib.own_names(simulation.metrics) == ['HR@7', 'NDCG@7']
+
+
+def test_a_second_server_tells_the_nodes_nothing(folder):
+  config = small.config()
+  first, second = Canned(), Canned()
+  server, _ = server_of(folder, config, first)
+  server._run.start(config, small.dataset())
+  other, _ = server_of(folder, config, second)
+  assert 'another process' in small.error_of(other.train)
+  server._run._lock.close()
+  other, _ = server_of(folder, small.config(batch_size=5), second)
+  assert 'holds a run with `batch_size=4`' in small.error_of(other.train)
+  assert not second.asked
+
+
+def test_counts_that_come_later_are_added_once(folder, dataset):
+  config = small.config(item_embedding='content_plus_id,shrinkage=1')
+
+  def counts(*rows):
+    return Parcel(
+      {}, {'rows': np.array(rows, np.int32), 'counts': np.ones(len(rows), int)}
+    )
+
+  link = Canned(setup={0: counts(1, 2)})
+  server, _ = server_of(folder, config, link)
+  server._run.path.mkdir()
+  server._simulation = simulation_lib.assemble(
+    config, dataset, simulation_lib.catalogue_of(config, dataset), None
+  )
+  server._roster = Roster.of([['a', 5, 3, 0, True], ['b', 5, 3, 0, True]])
+  server._enrolled = {0: [0], 1: [1]}
+  server._set_up()
+  link.answers = {'setup': {1: counts(2, 3)}}
+  server._set_up()
+  # Told again, of a client that has been counted.
+  server._ready.clear()
+  link.answers = {'setup': {0: counts()}}
+  server._set_up()
+  assert link.asked[-1][1][0].facts['counted'] == []
+  roster = Roster.read(server._run.path)
+  assert roster.counts[:5] == [0, 1, 2, 1, 0]
+  assert roster.counted == [0, 1]
 
 
 def test_a_node_that_is_not_set_up_says_so(folder):

@@ -185,9 +185,12 @@ class Node:
     number = asked.facts['round']
     key = round_lib.round_key(config.seed, number)
     at = {n: place for place, n in enumerate(plan['numbers'])}
-    updates, notes = [], []
+    updates, trained, notes = [], [], []
     for client, used in asked.facts['clients']:
       before = _read_client(place, client, used, simulation, notes)
+      if before is None:
+        continue
+      trained.append(client)
       update = train_client(
         program,
         broadcast,
@@ -200,9 +203,11 @@ class Node:
       _write_client(place, client, used, before, number, after)
       updates.append(pack(to_send(update)))
     return Parcel(
-      {'clients': [client for client, _ in asked.facts['clients']]}
-      | {'notes': notes},
-      {name: np.stack([x[name] for x in updates]) for name in updates[0]},
+      {'clients': trained, 'notes': notes},
+      {
+        name: np.stack([x[name] for x in updates])
+        for name in (updates[0] if updates else ())
+      },
     )
 
   def _validate(self, federation, place, asked) -> Parcel:
@@ -215,21 +220,26 @@ class Node:
     )._replace(catalogue=simulation.catalogue)
     split = asked.facts['split']
     at = {n: place for place, n in enumerate(plan['numbers'])}
-    used = {at[client]: use for client, use in asked.facts['clients']}
-    numbers = {at[client]: client for client in dict(asked.facts['clients'])}
+    notes: list[str] = []
+    clients = {
+      at[client]: _read_client(place, client, used, simulation, notes)
+      for client, used in asked.facts['clients']
+    }
+    clients = {row: x for row, x in clients.items() if x is not None}
     targets = Targets.of(
       simulation.dataset, split, _history(config)
-    ).of_clients(np.array(list(used), int))
+    ).of_clients(np.array(list(clients), int))
+    if not len(targets.client):
+      return Parcel({'notes': notes, 'sums': {}, 'count': 0})
     ranks = []
     for row, after_train, known in zip(*targets[:3]):
-      client = _read_client(place, numbers[row], used[row], simulation, [])
       ranks.append(
         rank_one(
           simulation.model,
           simulation.compiled_config,
           broadcast,
           view_of(simulation.data, row, plan['max_items']),
-          client.memory,
+          clients[row].memory,
           jnp.int32(after_train),
           jnp.int32(known),
           jnp.int32(ranking.SPLITS[split]),
@@ -246,7 +256,8 @@ class Node:
       }
       for protocol in metrics_lib.PROTOCOLS
     }
-    return Parcel({'sums': values, 'count': len(np.unique(targets.client))})
+    count = len(np.unique(targets.client))
+    return Parcel({'notes': notes, 'sums': values, 'count': count})
 
   def _data_of(self, federation, place) -> tuple[RunConfig, Dataset]:
     plan = _read_plan(place)
@@ -442,18 +453,16 @@ def _read_client(
   used: int,
   simulation: Simulation,
   notes: list[str],
-) -> Client:
-  """What a client kept from the training that the server used last.
+) -> Client | None:
+  """What a client kept from the training that the server used last; None if it
+  is of other rounds, or damaged.
 
   Args:
     place: the federation's folder.
     number: the client's.
     used: round of that training; 0 = none.
     simulation: for its shapes.
-    notes: gets a line if it is lost.
-
-  Raises:
-    UserError: it is of other rounds, or damaged.
+    notes: gets a line if it is lost or cannot be used.
   """
   fresh = _fresh_client(simulation)
   if used == _NEVER or not jax.tree.leaves(fresh):
@@ -465,21 +474,28 @@ def _read_client(
       'afresh'
     )
     return fresh
-  arrays = catalogue_lib.load_arrays(path)
-  for when in ('after', 'before'):
-    if int(arrays[f'{when}_round']) == used:
-      own = {
-        name.removeprefix(when): x
-        for name, x in arrays.items()
-        if name.startswith(when)
-      }
-      return jax.tree.map(jnp.asarray, unpack(own, fresh, str(path)))
-  raise UserError(
-    f'{path}: the client is as it was after rounds '
-    f'{int(arrays["before_round"])} and {int(arrays["after_round"])}, but the '
-    f'server used its training of round {used}; remove the file, and the '
-    'client starts afresh'
-  )
+  try:
+    arrays = catalogue_lib.load_arrays(path)
+    for when in ('after', 'before'):
+      if int(arrays[f'{when}_round']) == used:
+        own = {
+          name.removeprefix(when): x
+          for name, x in arrays.items()
+          if name.startswith(when)
+        }
+        return jax.tree.map(jnp.asarray, unpack(own, fresh, str(path)))
+    raise UserError(
+      f'{path}: it holds the client after rounds '
+      f'{int(arrays["before_round"])} and {int(arrays["after_round"])}, but '
+      f'the server used its training of round {used}'
+    )
+  except (UserError, KeyError) as error:
+    _log(f'{error}; remove the file, and the client starts afresh')
+    notes.append(
+      f'client {number}: what it kept cannot be used, and it is left out; see '
+      "the node's log"
+    )
+    return None
 
 
 def _write_client(

@@ -74,6 +74,7 @@ class Roster(NamedTuple):
     num_items, num_train, num_disliked: [K] each.
     validated: [K] whether a client has a validation target.
     counts: [V] training interactions with each item; None without `shrinkage`.
+    counted: numbers of the clients whose interactions they count.
   """
 
   federation: str
@@ -83,6 +84,7 @@ class Roster(NamedTuple):
   num_disliked: list[int]
   validated: list[bool]
   counts: list[int] | None = None
+  counted: Sequence[int] = ()
 
   @classmethod
   def of(cls, clients: Sequence[list], top: int = 0) -> 'Roster':
@@ -207,6 +209,7 @@ class Server:
         run folder holds another run, or the training diverged.
     """
     self._run.check_free(resume=True)
+    self._run.hold(self._config)  # before nodes are told anything
     self._wait_for_nodes()
     roster = Roster.read(self._run.path)
     if roster is None:
@@ -231,10 +234,8 @@ class Server:
     self._like = node_lib.update_like(self._simulation, roster.max_items)
     self._run.start(self._config, dataset)
     self._run.keep_content(np.asarray(self._simulation.catalogue.content))
-    counts = self._set_up()
-    if roster.counts is None and counts is not None:
-      self._roster = roster._replace(counts=counts.tolist())
     self._roster.write(self._run.path)
+    self._set_up()
     self._say(
       f'{len(roster.ids)} clients on {len(self._enrolled)} nodes, '
       f'{self._simulation.model.num_rows - 1} items; run folder '
@@ -322,8 +323,14 @@ class Server:
       {'federation': federation, 'config': self._config.as_flat_dict()},
       {'item_ids': self._catalogue.item_ids},
     )
-    answers = self._exchange('enrol', dict.fromkeys(nodes, asked))
-    return {node: x.facts['clients'] for node, x in answers.items()}
+
+    def clients(answer):
+      return [
+        [user, int(items), int(train), int(disliked), bool(validated)]
+        for user, items, train, disliked, validated in answer.facts['clients']
+      ]
+
+    return self._exchange('enrol', dict.fromkeys(nodes, asked), clients)
 
   def _place(self, roster: Roster, answers: dict[int, list[list]]) -> None:
     """Notes which node has which clients."""
@@ -371,11 +378,10 @@ class Server:
       )
       for node, clients in asked.items()
     }
-    answers = self._exchange('sketch', parcels)
-    total = np.zeros_like(probe)
-    for node in sorted(answers):
-      arrays = answers[node].arrays
-      np.add.at(total, arrays['rows'], arrays['sketched'])
+    answers = self._exchange(
+      'sketch', parcels, lambda x: _spread(x, 'sketched', probe)
+    )
+    total = sum((answers[n] for n in sorted(answers)), np.zeros_like(probe))
     self._say(
       f'sketch of {sum(len(asked[node]) for node in answers)} of '
       f'{len(places)} clients'
@@ -384,9 +390,10 @@ class Server:
       content, total, probe, start.collaborative_dim
     )
 
-  def _set_up(self) -> np.ndarray | None:
-    """Sends the features and the clients' numbers to the nodes that lack them;
-    returns [V] the items' counts, if they are needed."""
+  def _set_up(self) -> None:
+    """Sends the features and the clients' numbers to the nodes that lack them,
+    and adds how often their clients train on each item, if that is needed and
+    they have not told it before."""
     catalogue, config = self._simulation.catalogue, self._config
     connected = set(self._link.nodes())
     start = config.model.item_embedding
@@ -395,7 +402,9 @@ class Server:
       taking_part(
         np.array(self._roster.num_train), config.data.new_clients
       ).tolist()
-    )
+      if wanted
+      else ()
+    ) - set(self._roster.counted)
     parcels = {
       node: Parcel(
         {
@@ -404,9 +413,7 @@ class Server:
           'numbers': numbers,
           'text_ids': isinstance(self._roster.ids[0], str),
           'features': list(catalogue.features),
-          'counted': [
-            self._roster.ids[n] for n in numbers if wanted and n in part
-          ],
+          'counted': [self._roster.ids[n] for n in numbers if n in part],
         },
         {name: np.asarray(x) for name, x in catalogue.features.items()}
         | {'content': np.asarray(catalogue.content)},
@@ -414,14 +421,19 @@ class Server:
       for node, numbers in self._enrolled.items()
       if node in connected - self._ready
     }
-    answers = self._exchange('setup', parcels)
+    none = np.zeros(self._simulation.model.num_rows, int)
+    answers = self._exchange(
+      'setup', parcels, lambda x: _spread(x, 'counts', none)
+    )
     self._ready |= set(answers)
-    if not wanted:
-      return None
-    counts = np.zeros(self._simulation.model.num_rows, int)
-    for answer in answers.values():
-      counts[answer.arrays['rows']] += answer.arrays['counts']
-    return counts
+    if wanted and answers:
+      before = none if self._roster.counts is None else self._roster.counts
+      counted = {n for node in answers for n in self._enrolled[node]} & part
+      self._roster = self._roster._replace(
+        counts=sum(answers.values(), np.array(before)).tolist(),
+        counted=sorted({*self._roster.counted, *counted}),
+      )
+      self._roster.write(self._run.path)
 
   def _restore(self, rounds: Rounds) -> tuple[Checkpoint, int, float]:
     """(state, its round, seconds spent so far)."""
@@ -518,21 +530,24 @@ class Server:
       if node in self._ready
     }
     updates: dict[int, ClientUpdate] = {}
-    for node, answer in self._exchange('train', parcels).items():
-      self._traffic += Traffic(len(answer.facts['clients']), 0, 0)
-      for line in answer.facts['notes']:
-        self._say(f'node {node}: {line}')
+
+    def trained(answer):
+      return list(answer.facts['clients']), answer.arrays
+
+    answers = self._exchange('train', parcels, trained)
+    for node, (clients, found) in answers.items():
+      self._traffic += Traffic(len(clients), 0, 0)
       mine = [client for client, _ in parcels[node].facts['clients']]
-      for row, client in enumerate(answer.facts['clients']):
+      for row, client in enumerate(clients):
         try:
           if client not in mine:
             raise UserError('it was not asked')
           update = unpack(
-            {name: x[row] for name, x in answer.arrays.items()},
+            {name: x[row] for name, x in found.items()},
             self._like,
             'its update',
           )
-          _check_finite(update)
+          _check_update(update)
         except (UserError, IndexError) as error:
           self._say(f'node {node}: client {client} is left out: {error}')
         else:
@@ -596,16 +611,29 @@ class Server:
       for node, own in self._by_node(clients).items()
       if node in self._ready
     }
-    answers = self._exchange('validate', parcels)
-    count = sum(answer.facts['count'] for answer in answers.values())
-    if not count:
+    names = metrics_lib.ranking_of_each(np.arange(9), simulation.metrics)
+
+    def sums(answer):
+      told, count = answer.facts['sums'], int(answer.facts['count'])
+      found = {
+        protocol: {
+          name: float(told[protocol][name]) if count else 0.0 for name in names
+        }
+        for protocol in metrics_lib.PROTOCOLS
+      }
+      if not all(np.isfinite(x) for y in found.values() for x in y.values()):
+        raise ValueError('a metric is NaN or infinite')
+      return found, count
+
+    answers = self._exchange('validate', parcels, sums).values()
+    count = sum(own for _, own in answers)
+    if count < 1:
       self._say(f'round {record["round"]}: nobody validated')
       return progress
     record['val'] = {
       protocol: {
-        name: sum(x.facts['sums'][protocol][name] for x in answers.values())
-        / count
-        for name in next(iter(answers.values())).facts['sums'][protocol]
+        name: sum(found[protocol][name] for found, _ in answers) / count
+        for name in names
       }
       for protocol in metrics_lib.PROTOCOLS
     }
@@ -652,9 +680,10 @@ class Server:
     return found
 
   def _exchange(
-    self, kind: str, parcels: dict[int, Parcel]
-  ) -> dict[int, Parcel]:
-    """The answers without errors; says who has none."""
+    self, kind: str, parcels: dict[int, Parcel], read: Callable[[Parcel], Any]
+  ) -> dict[int, Any]:
+    """What `read` makes of the answers without errors; says who has none, and
+    the notes of the others."""
     if not parcels:
       return {}
     answers = self._link.exchange(kind, parcels, self._timeout)
@@ -672,15 +701,18 @@ class Server:
           self._ready.discard(node)
           self._enrolled.pop(node, None)
       else:
-        good[node] = answer
+        try:
+          good[node] = read(answer)
+          for line in answer.facts.get('notes', ()):
+            self._say(f'node {node}: {line}')
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+          good.pop(node, None)
+          self._say(f'node {node}: its answer to {kind} is none: {error!r}')
     self._traffic += Traffic(
       0,
       sum(parcel.num_bytes for parcel in parcels.values()),
       sum(answer.num_bytes for answer in answers.values()),
     )
-    for node, answer in good.items():
-      for line in answer.facts.get('notes', ()) if kind == 'enrol' else ():
-        self._say(f'node {node}: {line}')
     return good
 
 
@@ -697,10 +729,21 @@ def _with_features(
   )
 
 
-def _check_finite(update: ClientUpdate) -> None:
-  for x in jax.tree.leaves((update.delta, update.control, update.prototypes)):
+def _check_update(update: ClientUpdate) -> None:
+  for x in jax.tree.leaves(update):
     if not np.isfinite(x).all():
       raise UserError('its update is NaN or infinite')
+  if update.weight < 0 or update.steps < 1:
+    raise UserError('it has a weight below 0, or fewer than 1 step')
+
+
+def _spread(answer: Parcel, name: str, like: np.ndarray) -> np.ndarray:
+  """An array as `like`, of an answer's rows; ValueError if it has no such."""
+  found = np.zeros_like(like)
+  np.add.at(found, answer.arrays['rows'], answer.arrays[name])
+  if not np.isfinite(found).all():
+    raise ValueError(f'{name} is NaN or infinite')
+  return found
 
 
 def _no_sums(program: RoundProgram, params) -> Any:

@@ -90,6 +90,13 @@ class RunFolder:
         f'{self.path} already holds a run; continue it, or name another folder'
       )
 
+  def hold(self, config: RunConfig) -> None:
+    """The part of `start` that needs no data; raises as it."""
+    if self._lock is None:
+      self._lock = hold(self.path)
+    if (self.path / CONFIG).exists():
+      self._check_same(config)
+
   def start(
     self,
     config: RunConfig,
@@ -109,10 +116,9 @@ class RunFolder:
       UserError: the folder's run had other settings or other data, another
         process trains in it, or it cannot be written.
     """
-    self._lock = hold(self.path)
+    self.hold(config)
     versions, machine = provenance.versions(), provenance.machine()
     if (self.path / CONFIG).exists():
-      self._check_same(config)
       self.check_data(dataset)
       versions = self._read(CONFIG, 'versions')
       machine = self._read(CONFIG).get('machine', {})  # older runs have none
