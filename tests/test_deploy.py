@@ -11,6 +11,8 @@ import pytest
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import presets
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.data.interactions import Interactions
+from fedmmr_jax.data.selection import select
 from fedmmr_jax.deploy import node as node_lib
 from fedmmr_jax.deploy import server as server_lib
 from fedmmr_jax.deploy.catalogue import FILE, load_arrays, SharedCatalogue
@@ -487,6 +489,29 @@ def test_a_node_that_is_not_set_up_says_so(folder):
   assert 'no name' in node.answer('enrol', bad).facts['error']
 
 
+def test_a_node_without_a_test_item_has_clients(folder):
+  path = Calls(folder).folders[0] / INTERACTIONS
+  path.write_text(
+    'user_id,item_id,timestamp\n'
+    + ''.join(f'7,{item},2001-0{item}-05\n' for item in range(1, 6))
+  )
+  config = small.config(split_by='timeline,test_from=2001-06-01')
+  answer = enrol(folder, config=config.as_flat_dict())
+  assert answer.facts['clients'] == [[7, 5, 4, 0, True]]
+
+
+def test_a_network_run_is_known_by_its_ids_alone():
+  """Where a longer id was left out, too."""
+  users = np.array(['a'] * 5 + ['b'] * 5 + ['a_long_name'] * 2)
+  items = np.array([*'xyzvw', *'zvwuy', *'xy'])
+  longer = np.append(items[:-1], 'a_long_item')
+  found = select('small', Interactions.of(users, longer)).dataset
+  assert found.user_ids.tolist() == ['a', 'b']
+  assert found.user_ids.dtype == 'U11'  # what the test is about
+  known = SharedCatalogue.of(found.item_ids[1:].tolist()).dataset(['a', 'b'])
+  assert known.fingerprint() == found.without_interactions().fingerprint()
+
+
 def test_a_client_has_one_node(folder):
   one, other = list(Calls(folder).folders.values())[:2]
   shutil.copy(one / INTERACTIONS, other / INTERACTIONS)
@@ -515,6 +540,7 @@ def test_the_roster_is_in_the_order_of_ids():
   [
     ({'k_core': 5}, '`k_core=5`'),
     ({'cold_items': 0.1}, '`cold_items=0.1`'),
+    ({'split_by': 'given'}, '`split_by=given`'),
     ({'text_features': 'x.npy'}, '`text_features=x.npy`'),
     ({'load': 'all,memories', 'pretrained_path': 'x'}, 'memories stay'),
   ],

@@ -298,8 +298,14 @@ class Dataset:
     """The same clients and items, without anything that a client consumed: what
     the server of a federation over a network knows."""
     nothing = np.zeros(self.num_clients, int)
+
+    def as_listed(ids):  # without the width of longer ids that were left out
+      return np.array(ids.tolist()) if ids.dtype.kind == 'U' else ids
+
     return dataclasses.replace(
       self,
+      user_ids=as_listed(self.user_ids),
+      item_ids=as_listed(self.item_ids),
       items=np.zeros(0, np.int32),
       offsets=np.zeros(self.num_clients + 1, np.int64),
       held_out=nothing,

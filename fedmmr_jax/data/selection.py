@@ -82,6 +82,7 @@ def select(
   interactions: Interactions,
   filters: Filters = Filters(),
   whole_catalogue: bool = False,
+  tested: bool = True,
 ) -> Selected:
   """Groups interactions by user and renumbers users and items.
 
@@ -90,7 +91,7 @@ def select(
   a federation has agreed on them). Equal times keep the order of the source.
 
   Raises:
-    UserError: no user is left.
+    UserError: no user is left, or with `tested` none has a test item.
   """
   if filters.test_from is not None and interactions.times is None:
     raise UserError(
@@ -131,7 +132,7 @@ def select(
   if filters.top_k_users:
     kept = kept.where(_most_active(sizes.used, filters.top_k_users)[kept.users])
     sizes = kept.sizes(size, filters)
-  if not (sizes.held_out > sizes.validation)[kept.users].any():
+  if tested and not (sizes.held_out > sizes.validation)[kept.users].any():
     raise UserError(
       f'{name}: no test item has an item of its user before it'
       if interactions.parts is not None

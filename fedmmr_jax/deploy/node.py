@@ -36,7 +36,7 @@ from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.client import windows
 from fedmmr_jax.client.memory import Memory
 from fedmmr_jax.client.update import Broadcast, ClientProgram, ClientUpdate
-from fedmmr_jax.config import Given, RunConfig
+from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data import formats, selection, sources
 from fedmmr_jax.data import load as load_lib
@@ -130,7 +130,7 @@ class Node:
     self._bound.pop(federation, None)
     dataset, notes = own_dataset(self._data, self._format, config, item_ids)
     self._datasets[federation] = dataset
-    targets = Targets.of(dataset, 'val', _history(config))
+    targets = Targets.of(dataset, 'val')
     _write_plan(
       place,
       {'config': asked.facts['config'], 'fingerprint': dataset.fingerprint()},
@@ -226,9 +226,9 @@ class Node:
       for client, used in asked.facts['clients']
     }
     clients = {row: x for row, x in clients.items() if x is not None}
-    targets = Targets.of(
-      simulation.dataset, split, _history(config)
-    ).of_clients(np.array(list(clients), int))
+    targets = Targets.of(simulation.dataset, split).of_clients(
+      np.array(list(clients), int)
+    )
     if not len(targets.client):
       return Parcel({'notes': notes, 'sums': {}, 'count': 0})
     ranks = []
@@ -318,8 +318,7 @@ def own_dataset(
     UserError: as `sources.read`; or the catalogue has none of the items, or no
       client has enough of them.
   """
-  given = isinstance(config.data.split_by, Given)
-  found = sources.read(sources.find(format, data, 'data', given))
+  found = sources.read(sources.find(format, data, 'data'))
   rows_of = {str(item): row for row, item in enumerate(item_ids[1:].tolist())}
   rows = np.array([rows_of.get(str(i), -1) for i in found.item_ids.tolist()])
   known = rows[found.items] >= 0
@@ -341,6 +340,7 @@ def own_dataset(
     own._replace(item_ids=item_ids[1:]),
     load_lib.filters_of(config.data)._replace(k_core=0, top_k_users=0),
     whole_catalogue=True,
+    tested=False,  # another node's clients may be
   )
   if selected.dropped_users:
     notes.append(
@@ -531,11 +531,6 @@ def _places(dataset: Dataset, ids: list) -> Iterator[int]:
     str(user): place for place, user in enumerate(dataset.user_ids.tolist())
   }
   return (of[str(user)] for user in ids)
-
-
-def _history(config: RunConfig) -> str:
-  by = config.data.split_by
-  return by.history if isinstance(by, Given) else ranking.ALL
 
 
 def _read_plan(place: pathlib.Path) -> dict[str, Any]:

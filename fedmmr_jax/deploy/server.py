@@ -26,7 +26,13 @@ from fedmmr_jax.client.drift import Cohort
 from fedmmr_jax.client.update import ClientUpdate
 from fedmmr_jax.client.vocabulary import ITEM_TABLE
 from fedmmr_jax.client.windows import num_positives
-from fedmmr_jax.config import ContentInit, ContentPlusId, MEMORIES, RunConfig
+from fedmmr_jax.config import (
+  ContentInit,
+  ContentPlusId,
+  Given,
+  MEMORIES,
+  RunConfig,
+)
 from fedmmr_jax.data import features as features_lib
 from fedmmr_jax.data.dataset import taking_part
 from fedmmr_jax.deploy import node as node_lib
@@ -145,6 +151,11 @@ def check(config: RunConfig) -> None:
     raise UserError(
       f'`cold_items={data.cold_items}` hides items from everybody, for an '
       'experiment; say `cold_items=0`'
+    )
+  if isinstance(data.split_by, Given):
+    raise UserError(
+      f'`split_by={data.split_by}` depends on the parts that all interactions '
+      'have, which no server sees; say leave_one_out or timeline'
     )
   for kind in features_lib.KINDS:
     named = getattr(data, f'{kind}_features')
