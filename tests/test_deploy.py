@@ -11,6 +11,7 @@ import pytest
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import presets
 from fedmmr_jax import simulation as simulation_lib
+from fedmmr_jax.client.update import ClientUpdate
 from fedmmr_jax.data.interactions import Interactions
 from fedmmr_jax.data.selection import select
 from fedmmr_jax.deploy import node as node_lib
@@ -408,20 +409,16 @@ def test_an_answer_that_is_none_costs_its_node_alone(folder):
     assert lines[0].startswith('node 0: its answer to enrol is none')
 
 
-def update(**changes):
-  like = node_lib.update_like(small.simulation(), 40)
-  made = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), like)
-  return made._replace(**changes)
-
-
 def test_an_update_is_checked():
-  good = update()
+  one = np.float32(1)
+  good = ClientUpdate(
+    {'a': np.ones(2)}, None, None, one, one, None, None, None, {'x': one}
+  )
   server_lib._check_update(good)
-  name = next(iter(good.metrics))
   for bad, told in (
     ({'weight': np.float32(np.nan)}, 'NaN'),
     ({'steps': np.float32(np.inf)}, 'NaN'),
-    ({'metrics': {name: Mean(np.float32(np.nan), np.float32(1))}}, 'NaN'),
+    ({'metrics': {'x': Mean(np.float32(np.nan), one)}}, 'NaN'),
     ({'weight': np.float32(-1)}, 'below 0'),
     ({'steps': np.float32(0)}, 'fewer than 1 step'),
   ):

@@ -214,7 +214,6 @@ class Node:
     if 'max_items' not in _read_plan(place):
       return Parcel({NOT_SET_UP: True, 'error': 'not set up yet'})
     simulation, plan = self._bound_to(federation, place)
-    config = simulation.config
     broadcast = unpack(
       asked.arrays, ranked_like(simulation), 'parameters'
     )._replace(catalogue=simulation.catalogue)
