@@ -195,9 +195,9 @@ def assert_rounds(run, expected):
 def test_two_rounds_over_tls_and_one_without_a_killed_node(tmp_path, expected):
   params, seconds = expected
   cut(small.dataset(), tmp_path, 2)
-  # A machine that takes longer for this takes longer for a node's answer; the
-  # killed node is waited for as long.
-  patience = max(20.0, 3 * seconds)
+  # The nodes may still have to compile what the simulation found in the cache;
+  # the killed node is waited for as long.
+  patience = 60 + 2 * seconds
   authority, certificate, key = certificates(tmp_path)
   port, run = free_port(), RunFolder(tmp_path / 'run')
   with Network(tmp_path) as network:
