@@ -182,16 +182,10 @@ def test_docstrings_run(module):
   assert result.attempted and not result.failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'example',
-  [
-    own_slice,
-    pytest.param(own_data, marks=pytest.mark.slow),
-    pytest.param(own_logger, marks=pytest.mark.slow),
-    pytest.param(own_metric, marks=pytest.mark.slow),
-    pytest.param(clipped, marks=pytest.mark.slow),
-    pytest.param(third_modality, marks=pytest.mark.slow),
-  ],
+  [own_slice, own_data, own_logger, own_metric, clipped, third_modality],
   ids=lambda e: e.__name__,
 )
 def test_an_example_runs(example, capsys):

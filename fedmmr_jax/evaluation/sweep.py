@@ -108,7 +108,7 @@ def _check_rounds(rounds: int, config: RunConfig) -> None:
   if rounds >= num_rounds:
     raise UserError(
       f'with rounds={rounds} of the pruner and `num_rounds={num_rounds}` no '
-      'trial would end early; lower rounds, or say --pruner=none'
+      'trial would end early; lower it, or choose `pruner=none`'
     )
 
 
