@@ -14,14 +14,9 @@ from fedmmr_jax.deploy import scorer as scorer_lib
 from fedmmr_jax.deploy.scorer import Scorer
 from tests import small
 from tests.test_cli import refused, run, TINY
+from tests.test_recommendation import SETTINGS
 
 K = 5
-SETTINGS = dict(
-  item_embedding='content_plus_id',
-  profile='history',
-  positions='relative',
-  expert_form='similarity,features=components',
-)
 
 
 def moved(state):

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from fedmmr_jax.client import memory as memory_lib
-from fedmmr_jax.client import view as view_lib
 from fedmmr_jax.client.memory import Memory
 from fedmmr_jax.config import RunConfig, UtilityMemory
 from fedmmr_jax.evaluation import ranking, recommendation
@@ -104,15 +103,7 @@ def _recall(
   if memory is None:
     return None
   rule = config.memory
-  view = view_lib.view(
-    model,
-    memory,
-    catalogue,
-    broadcast.prototypes,
-    view_lib.Asked(items),
-    window,
-    rule,
-  )
+  view = ranking.view_of(model, config, broadcast, window, memory, items)
   candidates = model.apply(
     {'params': broadcast.params}, items, catalogue, view, method='candidates'
   )

@@ -30,6 +30,7 @@ from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.server import ServerState
 from fedmmr_jax.metrics import Metric
+from fedmmr_jax.models.experts import MemoryView
 from fedmmr_jax.models.feddmmr import Catalogue, FedDMMR
 from fedmmr_jax.models.profile import last, States
 from fedmmr_jax.streams import generator, Stream
@@ -131,15 +132,7 @@ def score_catalogue(
   def score_block(number):
     items = number * block_size + jnp.arange(block_size)
     items = jnp.minimum(items, model.num_rows - 1)
-    view = view_lib.view(
-      model,
-      memory,
-      broadcast.catalogue,
-      broadcast.prototypes,
-      view_lib.Asked(items),
-      window,
-      config.memory,
-    )
+    view = view_of(model, config, broadcast, window, memory, items)
     candidates = apply(items, broadcast.catalogue, view, method='candidates')
     return model.score(state, candidates)
 
@@ -218,6 +211,27 @@ def score_next(
     config, broadcast.catalogue, history, now, num_train, memory
   )
   return score_catalogue(model, config, broadcast, *question)
+
+
+def view_of(
+  model: FedDMMR,
+  config: RunConfig,
+  broadcast: Broadcast,
+  window: jax.Array,
+  memory: Memory | None,
+  items: jax.Array,
+) -> MemoryView | None:
+  """What the experts may attend to when a client is asked about [J] items;
+  `window` and `memory` are those of its `Question`."""
+  return view_lib.view(
+    model,
+    memory,
+    broadcast.catalogue,
+    broadcast.prototypes,
+    view_lib.Asked(items),
+    window,
+    config.memory,
+  )
 
 
 class Question(NamedTuple):

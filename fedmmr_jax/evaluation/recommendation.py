@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedmmr_jax.client import memory as memory_lib
-from fedmmr_jax.client import view as view_lib
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking
@@ -327,15 +326,7 @@ def _reasons_shard(
       config, catalogue, person.history, person.length, person.num_train, memory
     )
     profile = ranking.profile_of(model, config, broadcast, earlier)
-    view = view_lib.view(
-      model,
-      memory,
-      catalogue,
-      broadcast.prototypes,
-      view_lib.Asked(items),
-      window,
-      config.memory,
-    )
+    view = ranking.view_of(model, config, broadcast, window, memory, items)
 
     def score(window, view):
       state = ranking.encode_last(model, broadcast, window, profile)
