@@ -1131,6 +1131,28 @@ class ServerConfig(_Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class FederationConfig(_Settings):
+  """What happens to updates on the way to the server (`federation.uplink`)."""
+
+  attack: str = _field(
+    'none',
+    'what a share of the clients does to mislead the server',
+    evidence=NOT_MEASURED,
+  )
+  failures: str = _field(
+    'none', 'how clients fail to answer, or answer badly', evidence=NOT_MEASURED
+  )
+  compression: str = _field(
+    'none',
+    'how updates are made smaller for the way to the server',
+    evidence=NOT_MEASURED,
+  )
+  privacy: str = _field(
+    'none', 'differential privacy of each client', evidence=NOT_MEASURED
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig(_Settings):
   """When and how a run is evaluated and when it stops."""
 
@@ -1262,6 +1284,7 @@ class RunConfig(_Settings):
   )
   client: ClientConfig = ClientConfig()
   server: ServerConfig = ServerConfig()
+  federation: FederationConfig = FederationConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   start: StartConfig = StartConfig()
   keep: KeepSome | KeepAll = _choice(

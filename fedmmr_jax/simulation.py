@@ -41,12 +41,14 @@ from fedmmr_jax.federation import (
   collaborative,
   communication,
   devices,
+  uplink,
 )
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.communication import Traffic
 from fedmmr_jax.federation.round import FederationState, RoundProgram
 from fedmmr_jax.federation.server import ServerState
+from fedmmr_jax.federation.transforms import Transforms
 from fedmmr_jax.metrics import Metric
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models import experts as experts_lib
@@ -100,6 +102,7 @@ class Simulation:
     cold: items held out of training, with `cold_items`.
     aggregator: how a cohort's updates are combined.
     drift: the drift control.
+    transforms: what an update passes on its way to the aggregator.
     metrics: further ranking metrics besides HR, NDCG and MRR.
   """
 
@@ -111,6 +114,7 @@ class Simulation:
   cold: ColdSplit | None = None
   aggregator: Aggregator = FedAvg()
   drift: DriftControl = DriftControl()
+  transforms: Transforms = ()
   metrics: tuple[Metric, ...] = ()
   # Of `ready_to_rank`.
   _ready: tuple[ServerState, ServerState, Catalogue] | None = dataclasses.field(
@@ -188,6 +192,7 @@ class Simulation:
       ClientProgram(self.model, self.compiled_config, self.drift),
       self.aggregator,
       self.max_items,
+      self.transforms,
     )
 
   def init_state(self) -> FederationState:
@@ -791,6 +796,7 @@ def assemble(
     cold=cold,
     aggregator=aggregator or aggregators.of(config),
     drift=drift or drift_lib.of(config),
+    transforms=uplink.of(config),
     metrics=metrics_lib.further_metrics(config.evaluation.metric_names)
     if metrics is None
     else tuple(metrics),

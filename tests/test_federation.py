@@ -272,7 +272,9 @@ def test_a_round_without_features(kind):
 def test_server_optimizers_first_step(name, expected):
   config = small.config(server_optimizer=name, server_learning_rate=0.1)
   params = {'item_embedding': jnp.zeros(3), 'router': jnp.zeros(3)}
-  state = server_lib.init(params, config, 4, FedAvg(), DriftControl())
+  state = server_lib.init(
+    params, config, 4, FedAvg(), DriftControl(), (), jax.random.key(0)
+  )
   delta_sum = jax.tree.map(lambda x: x + 2.0, params)  # Σ w·d with Σ w = 4
   after = aggregate(state, delta_sum, 4.0, config)
   np.testing.assert_allclose(after.params['router'], expected, rtol=5e-3)
@@ -283,7 +285,9 @@ def test_server_optimizers_first_step(name, expected):
 def test_what_got_no_update_does_not_move(name):
   config = small.config(server_optimizer=name, server_learning_rate=0.1)
   params = {'item_embedding': jnp.ones(3), 'router': jnp.ones(3)}
-  state = server_lib.init(params, config, 4, FedAvg(), DriftControl())
+  state = server_lib.init(
+    params, config, 4, FedAvg(), DriftControl(), (), jax.random.key(0)
+  )
   for _ in range(3):
     state = aggregate(state, jax.tree.map(jnp.zeros_like, params), 4.0, config)
   small.assert_trees_equal(state.params, params)
@@ -317,7 +321,9 @@ def test_partial_aggregation_holds_the_experts_back():
     'backbone': {'w': jnp.zeros(3)},
     'router': jnp.zeros(3),
   }
-  state = server_lib.init(params, config, 4, FedAvg(), DriftControl())
+  state = server_lib.init(
+    params, config, 4, FedAvg(), DriftControl(), (), jax.random.key(0)
+  )
   delta = jax.tree.map(lambda x: x + 1.0, params)
   first = aggregate(state, delta, 1.0, config)
   assert first.params['item_embedding'].all()

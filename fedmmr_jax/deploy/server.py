@@ -6,6 +6,7 @@ How messages travel is a `Link`'s business; `flower_server` has Flower's. What
 does not come back by the deadline is not waited for.
 """
 
+import dataclasses
 import json
 import pathlib
 import secrets
@@ -157,6 +158,13 @@ def check(config: RunConfig) -> None:
       f'`split_by={data.split_by}` depends on the parts that all interactions '
       'have, which no server sees; say leave_one_out or timeline'
     )
+  for field in dataclasses.fields(config.federation):
+    value = getattr(config.federation, field.name)
+    if value != field.default:
+      raise UserError(
+        f'`{field.name}={value}` is simulated; a federation over a network has '
+        f'it from the world or not at all; say `{field.name}={field.default}`'
+      )
   for kind in features_lib.KINDS:
     named = getattr(data, f'{kind}_features')
     if named not in (features_lib.AUTO, features_lib.NONE):

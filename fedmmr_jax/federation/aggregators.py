@@ -27,8 +27,9 @@ Tree = Any  # of arrays; None = nothing
 class Aggregator:
   """Base class; subclasses must define `zero`, `add` and `finish`."""
 
-  def init(self, params: Params) -> Tree:
-    """The aggregator's state before round 1; None for none."""
+  def init(self, params: Params, key: jax.Array) -> Tree:
+    """The aggregator's state before round 1; None for none. One that draws
+    random numbers keeps a key made of `key`, which others use too."""
     return None
 
   def zero(self, params: Params) -> Tree:

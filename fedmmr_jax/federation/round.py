@@ -38,9 +38,11 @@ from fedmmr_jax.data.dataset import (
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import server as server_lib
+from fedmmr_jax.federation import transforms as transforms_lib
 from fedmmr_jax.federation.aggregators import add_weighted, Aggregator
 from fedmmr_jax.federation.devices import PADDING_CLIENT
 from fedmmr_jax.federation.server import ServerState, Upload
+from fedmmr_jax.federation.transforms import Sender, Transforms
 from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models import content
 from fedmmr_jax.models.experts import TEXT
@@ -63,6 +65,7 @@ class RoundProgram:
     client: the program of every client of a cohort.
     aggregator: how their updates are combined.
     max_items: H, the longest client's number of interactions.
+    transforms: what an update passes on its way to the aggregator.
     of_seeds: whether several seeds run in parallel: states, keys, cohorts and
       results of a round then have a leading axis, the seeds.
   """
@@ -70,6 +73,7 @@ class RoundProgram:
   client: ClientProgram
   aggregator: Aggregator
   max_items: int
+  transforms: Transforms = ()
   of_seeds: bool = False
 
   @property
@@ -86,11 +90,13 @@ class FederationState(NamedTuple):
       experts, since only they read it.
     controls: drift-control state of each client, leading axis [K]; None
       without one.
+    transforms: of each transform, what every client keeps, leading axis [K].
   """
 
   server: ServerState
   memories: Memory | None
   controls: Any = None
+  transforms: tuple[Any, ...] = ()
 
 
 def init(
@@ -118,6 +124,8 @@ def init(
     catalogue.features[TEXT].shape[-1] if config.global_memory else 0,
     program.aggregator,
     program.client.drift,
+    program.transforms,
+    key,
   )
 
   def for_each(tree):
@@ -131,6 +139,9 @@ def init(
       None if model.is_backbone_only else memory_lib.init(config.memory)
     ),
     controls=for_each(program.client.drift.client_state(params)),
+    transforms=transforms_lib.init_clients(
+      program.transforms, params, key, num_clients
+    ),
   )
 
 
@@ -274,6 +285,7 @@ def run_round(
     program,
     state,
     shards,
+    key,
     sums,
     each,
     jnp.where(data.takes_part, data.num_train, 0),
@@ -287,12 +299,14 @@ class Kept(NamedTuple):
   Attributes:
     memory: its memory, or None.
     control: its drift-control state, or None.
+    transforms: its state of each transform.
     prototypes: its prototypes, or None.
     collected: what the aggregator collects, or None.
   """
 
   memory: Memory | None
   control: Any
+  transforms: tuple[Any, ...]
   prototypes: Prototypes | None
   collected: Any
 
@@ -329,20 +343,28 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
       # One trip count for all seeds: each with its own, a loop has to select
       # between old and new parameters in every step.
       max_steps = jax.lax.pmax(max_steps, _SEEDS)
-    updates = jax.vmap(
-      lambda view, memory, kept, client: client_lib.local_update(
+
+    def train_client(view, memory, control, kept, client):
+      own_key = jax.random.fold_in(key, client)
+      sender = Sender(
+        client, own_key, broadcast.params, state.server.transforms
+      )
+      update = client_lib.local_update(
         program.client,
         broadcast,
-        view,
+        transforms_lib.prepare(program.transforms, view, kept, sender),
         memory,
-        kept,
-        jax.random.fold_in(key, client),
+        control,
+        own_key,
         max_steps,
       )
-    )(
+      return transforms_lib.apply(program.transforms, update, kept, sender)
+
+    updates, kept = jax.vmap(train_client)(
       views,
       memory_lib.fetch(state.memories, clients),
       memory_lib.fetch(state.controls, clients),
+      memory_lib.fetch(state.transforms, clients),
       clients,
     )
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
@@ -354,6 +376,7 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
       Kept(
         updates.memory,
         updates.kept,
+        kept,
         updates.prototypes,
         program.aggregator.collect(updates),
       ),
@@ -362,6 +385,7 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
   no_metrics = (
     client_lib.empty_metrics(program.client.model)
     | client_lib.no_client_metrics()
+    | transforms_lib.no_metrics(program.transforms)
   )
   nothing = (
     no_upload(program, state.server.params),
@@ -395,6 +419,7 @@ def finish_round(
   program: RoundProgram,
   state: FederationState,
   shards: jax.Array,
+  key: jax.Array,
   sums: tuple[Upload, dict[str, Mean]],
   each: list[Kept],
   num_train: jax.Array,
@@ -407,6 +432,7 @@ def finish_round(
     state: before the round; donated.
     shards: [n, g, C/G] int32 clients that each shard trained; with several
       seeds [n, seeds, g, C/G].
+    key: the round's.
     sums: of all shards, see `train_shard`.
     each: `Kept` of each shard's clients.
     num_train: [K] int32 training items of all clients that take part.
@@ -417,11 +443,11 @@ def finish_round(
   """
   finish = partial(_finish, program, num_train, takes_part)
   if program.of_seeds:
-    finish = jax.vmap(finish, in_axes=(0, 1, 0, 0))
-  return finish(state, shards, sums, each)
+    finish = jax.vmap(finish, in_axes=(0, 1, 0, 0, 0))
+  return finish(state, shards, key, sums, each)
 
 
-def _finish(program, num_train, takes_part, state, shards, sums, each):
+def _finish(program, num_train, takes_part, state, shards, key, sums, each):
   upload, metrics = sums
   kept = jax.tree.map(lambda *x: jnp.concatenate(x), *each)
   cohort = shards.reshape(-1, shards.shape[-1])
@@ -445,11 +471,17 @@ def _finish(program, num_train, takes_part, state, shards, sums, each):
     program.aggregator,
     program.client.drift,
   )
+  server = server._replace(
+    transforms=transforms_lib.server_step(
+      program.transforms, state.server.transforms, metrics, key
+    )
+  )
   return devices.kept_everywhere(
     FederationState(
       server,
       memory_lib.store(state.memories, cohort, kept.memory),
       memory_lib.store(state.controls, cohort, kept.control),
+      memory_lib.store(state.transforms, cohort, kept.transforms),
     )
   ), metrics
 

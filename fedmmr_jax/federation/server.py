@@ -13,7 +13,9 @@ from fedmmr_jax.client.prototypes import Prototypes
 from fedmmr_jax.client.scoring import Params
 from fedmmr_jax.client.update import Broadcast
 from fedmmr_jax.config import RunConfig
+from fedmmr_jax.federation import transforms as transforms_lib
 from fedmmr_jax.federation.aggregators import Aggregator
+from fedmmr_jax.federation.transforms import Transforms
 from fedmmr_jax.models.feddmmr import Catalogue, group_of
 
 # Aggregated from the first round on, also during partial aggregation.
@@ -30,6 +32,7 @@ class ServerState(NamedTuple):
     round: [] int32 finished rounds.
     control: drift-control state of the server; None for none.
     aggregator: state of the aggregator; None for none.
+    transforms: what the server keeps of each transform of updates.
   """
 
   params: Params
@@ -38,6 +41,7 @@ class ServerState(NamedTuple):
   round: jax.Array
   control: Any = None
   aggregator: Any = None
+  transforms: tuple[Any, ...] = ()
 
   def broadcast(
     self,
@@ -62,6 +66,8 @@ def init(
   text_dim: int,
   aggregator: Aggregator,
   drift: DriftControl,
+  transforms: Transforms,
+  key: jax.Array,
 ) -> ServerState:
   """State before round 1."""
   prototypes = None
@@ -73,7 +79,8 @@ def init(
     prototypes=prototypes,
     round=jnp.zeros((), jnp.int32),
     control=drift.server_state(params),
-    aggregator=aggregator.init(params),
+    aggregator=aggregator.init(params, key),
+    transforms=transforms_lib.init_server(transforms, params),
   )
 
 
@@ -149,6 +156,7 @@ def aggregate(
     round=None,
     control=control,
     aggregator=aggregator_state,
+    transforms=state.transforms,
   )
   before = state._replace(prototypes=None, round=None)
   trained = everybody.weight > 0

@@ -1,0 +1,184 @@
+"""What happens to a client's update between its data and the server's sum.
+
+An update passes a row of transforms, each in a single class: an attack or a
+failure (simulated), compression, and what the server does with each update
+before it adds it up: rejection, clipping. A transform is a frozen dataclass of
+pure functions for ONE client, vmapped with the local update. `uplink.of` puts
+them in the order in which an update meets them.
+
+A transform may change the client's data before it trains (`prepare`) and its
+update afterwards (`apply`). It may keep something with each client
+(`client_state`) and with the server (`server_state`), which each client is
+told. What the server learns from a cohort is the transform's metrics, summed
+like those of training (`no_metrics`, `server_step`).
+"""
+
+import dataclasses
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+
+from fedmmr_jax.client.update import ClientUpdate
+from fedmmr_jax.data.dataset import ClientData
+from fedmmr_jax.metrics import Mean
+
+Params = Any
+Tree = Any  # of arrays; None = nothing
+# The local update folds epochs into the same key; no epoch is so late.
+_FIRST_STREAM = 1 << 30
+
+
+class Sender(NamedTuple):
+  """The client whose update a transform gets.
+
+  Attributes:
+    client: [] int32; PADDING_CLIENT for none.
+    key: of this client, round and transform.
+    params: what the server sent.
+    told: the transform's server state.
+  """
+
+  client: jax.Array
+  key: jax.Array
+  params: Params
+  told: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateTransform:
+  """Changes nothing; the base class of every transform."""
+
+  def client_state(
+    self, params: Params, key: jax.Array, num_clients: int
+  ) -> Tree:
+    """What all clients keep before round 1, [K, …]; None for nothing."""
+    return None
+
+  def server_state(self, params: Params) -> Tree:
+    """What the server keeps before round 1; None for nothing."""
+    return None
+
+  def no_metrics(self) -> dict[str, Mean]:
+    """The neutral elements of the metrics that `apply` adds."""
+    return {}
+
+  def prepare(self, data: ClientData, kept: Tree, sender: Sender) -> ClientData:
+    """The data that the client trains on; it may not become longer."""
+    return data
+
+  def apply(
+    self, update: ClientUpdate, kept: Tree, sender: Sender
+  ) -> tuple[ClientUpdate, Tree]:
+    """(the update as it goes on, what the client keeps).
+
+    Args:
+      update: of one client; of a padding client with weight 0. Its metrics get
+        those of `no_metrics`. A weight of 0 takes it out of the sum; its delta
+        has to be finite all the same.
+      kept: the client's state.
+      sender: the client, its key, and what the server sent.
+    """
+    return update, kept
+
+  def server_step(
+    self, state: Tree, metrics: dict[str, Mean], key: jax.Array
+  ) -> Tree:
+    """The server's next state.
+
+    Args:
+      state: before the round.
+      metrics: of the whole cohort.
+      key: of this round and transform.
+    """
+    return state
+
+
+Transforms = tuple[UpdateTransform, ...]
+
+
+def init_clients(
+  transforms: Transforms, params: Params, key: jax.Array, num_clients: int
+) -> tuple[Tree, ...]:
+  """What all clients keep before round 1, of each transform."""
+  return tuple(
+    t.client_state(params, _own_key(key, t), num_clients) for t in transforms
+  )
+
+
+def init_server(transforms: Transforms, params: Params) -> tuple[Tree, ...]:
+  """What the server keeps before round 1, of each transform."""
+  return tuple(t.server_state(params) for t in transforms)
+
+
+def no_metrics(transforms: Transforms) -> dict[str, Mean]:
+  """Neutral elements of the metrics of all transforms."""
+  found: dict[str, Mean] = {}
+  for transform in transforms:
+    found |= transform.no_metrics()
+  return found
+
+
+def prepare(
+  transforms: Transforms,
+  data: ClientData,
+  kept: tuple[Tree, ...],
+  sender: Sender,
+) -> ClientData:
+  """One client's data after all transforms.
+
+  Args:
+    transforms: in order.
+    data: of the client.
+    kept: its state, of each transform.
+    sender: with the client's key of the round, and what the server told of
+      each transform.
+  """
+  for number, transform in enumerate(transforms):
+    data = transform.prepare(
+      data, kept[number], _sender_of(sender, number, transform)
+    )
+  return data
+
+
+def apply(
+  transforms: Transforms,
+  update: ClientUpdate,
+  kept: tuple[Tree, ...],
+  sender: Sender,
+) -> tuple[ClientUpdate, tuple[Tree, ...]]:
+  """One client's update after all transforms, and what the client keeps of
+  each; arguments as for `prepare`."""
+  after = []
+  for number, transform in enumerate(transforms):
+    update, own = transform.apply(
+      update, kept[number], _sender_of(sender, number, transform)
+    )
+    after.append(own)
+  return update, tuple(after)
+
+
+def server_step(
+  transforms: Transforms,
+  states: tuple[Tree, ...],
+  metrics: dict[str, Mean],
+  key: jax.Array,
+) -> tuple[Tree, ...]:
+  """The server's states after a round; `key` is the round's."""
+  return tuple(
+    transform.server_step(state, metrics, _own_key(key, transform))
+    for transform, state in zip(transforms, states)
+  )
+
+
+def _sender_of(sender: Sender, number: int, transform) -> Sender:
+  return sender._replace(
+    key=_own_key(sender.key, transform), told=sender.told[number]
+  )
+
+
+def _own_key(key: jax.Array, transform: UpdateTransform) -> jax.Array:
+  """A key for each class of transforms, so that adding one moves no other's
+  draws."""
+  name = type(transform).__name__.encode()
+  return jax.random.fold_in(key, _FIRST_STREAM | zlib.crc32(name) >> 2)

@@ -1,0 +1,20 @@
+"""Which transforms an update passes, in their order.
+
+The client trains, attacks or fails, and compresses; the server rejects and
+clips. So the bound that the server relies on is the last thing to happen before
+the sum.
+"""
+
+from fedmmr_jax.config import RunConfig
+from fedmmr_jax.federation.transforms import Transforms
+
+
+def of(config: RunConfig) -> Transforms:
+  """The transforms that a config asks for, in the order in which an update
+  meets them.
+
+  Raises:
+    UserError: there is no part of that name, or it has no such option.
+  """
+  del config
+  return ()
