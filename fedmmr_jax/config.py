@@ -1150,6 +1150,14 @@ class FederationConfig(_Settings):
   privacy: str = _field(
     'none', 'differential privacy of each client', evidence=NOT_MEASURED
   )
+  rejection: str = _field(
+    'absurd',
+    'which updates the server leaves out of the sum and counts. absurd: those '
+    'that are NaN or infinite, weigh less than nothing, or are longer than '
+    '`times` the norm of all its parameters (times=0: of any length; 10 if '
+    'nothing is said); none: it adds up whatever comes',
+    evidence=NOT_MEASURED,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,13 @@ ITEM_ROWS = 'item_rows'
 # the gradient at an expert or the backbone. Its name follows.
 ROUTER_WEIGHT, GRADIENT = 'w_', 'gradient_'
 BACKBONE = 'backbone'
+# And of clients of a round: these are counts, no means (`count`).
+CLIENTS = 'clients_'
+ASKED, ANSWERED = CLIENTS + 'asked', CLIENTS + 'answered'
+DROPPED, LOST, LATE = CLIENTS + 'dropped', CLIENTS + 'lost', CLIENTS + 'late'
+NOT_FINITE, TOO_LONG = CLIENTS + 'not_finite', CLIENTS + 'too_long'
+MALFORMED = CLIENTS + 'malformed'
+REJECTED = (NOT_FINITE, TOO_LONG, MALFORMED)
 
 # Ranking metrics and protocols that tables show first.
 CUTOFFS = (5, 10, 20)
@@ -92,6 +99,7 @@ _FIGURES = {
   ITEM_ROWS: Figure(
     'item rows', 'Item table', 'rows that a client works on, mean'
   ),
+  CLIENTS: Figure('{}', 'Clients', 'clients of a round'),
 }
 
 
@@ -118,7 +126,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 def _family(name: str) -> str:
   """The key of the table that a metric of training falls under."""
-  for prefix in (ROUTER_WEIGHT, GRADIENT):
+  for prefix in (ROUTER_WEIGHT, GRADIENT, CLIENTS):
     if name.startswith(prefix):
       return prefix
   return name
@@ -173,19 +181,28 @@ def over(values: jax.Array, counted: jax.Array) -> Mean:
   )
 
 
+def count(counted: jax.Array) -> Mean:
+  """The value of a metric that counts: how often `counted` is True."""
+  return Mean(jnp.sum(counted, dtype=jnp.float32), jnp.zeros(()))
+
+
 def merge(first, second):
   """Adds two trees of `Mean`."""
   return jax.tree.map(jnp.add, first, second)
 
 
 def finish(means: dict[str, Mean]) -> dict[str, float | list[float] | None]:
-  """Host values; None where nothing was counted (JSON has no NaN)."""
-  return {
-    name: (np.float64(m.total) / np.float64(m.weight)).tolist()
-    if m.weight > 0
-    else None
-    for name, m in means.items()
-  }
+  """Host values; None where nothing was counted (JSON has no NaN), but whole
+  numbers where the metric is one (`CLIENTS`)."""
+
+  def value(name, m):
+    if name.startswith(CLIENTS):
+      return int(m.total)
+    if m.weight > 0:
+      return (np.float64(m.total) / np.float64(m.weight)).tolist()
+    return None
+
+  return {name: value(name, m) for name, m in means.items()}
 
 
 def ranking(

@@ -285,11 +285,9 @@ class Simulation:
       start = time.perf_counter()
       cohort = self.sample_cohort(number)
       state, means = self.run_round(state, number, cohort)
-      round_lib.check_finite_state(
-        state,
-        number,
-        f'round {number - 1} is the last good one' if number > 1 else '',
-      )
+      saved = f'round {number - 1} is the last good one' if number > 1 else ''
+      round_lib.check_finite_state(state, number, saved)
+      round_lib.check_accepted(self.config, means, number, saved)
       yield Round(number, state, means, cohort, time.perf_counter() - start)
 
   def run_round(

@@ -414,16 +414,17 @@ def test_an_update_is_checked():
   good = ClientUpdate(
     {'a': np.ones(2)}, None, None, one, one, None, None, None, {'x': one}
   )
-  server_lib._check_update(good)
+  server_lib._check_update(good, 2.0)
   for bad, told in (
     ({'weight': np.float32(np.nan)}, 'NaN'),
     ({'steps': np.float32(np.inf)}, 'NaN'),
     ({'metrics': {'x': Mean(np.float32(np.nan), one)}}, 'NaN'),
+    ({'delta': {'a': np.full(2, 2.0)}}, 'long'),
     ({'weight': np.float32(-1)}, 'below 0'),
     ({'steps': np.float32(0)}, 'fewer than 1 step'),
   ):
     changed = good._replace(**bad)
-    assert told in small.error_of(server_lib._check_update, changed)
+    assert told in small.error_of(server_lib._check_update, changed, 2.0)
 
 
 def test_a_metric_to_select_by_is_measured_by_nodes_too(folder):

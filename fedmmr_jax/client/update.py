@@ -76,6 +76,8 @@ class ClientUpdate(NamedTuple):
     prototypes: centres of the texts in its memory and their sizes; None unless
       `global_memory`.
     metrics: means over its steps.
+    counts: [] bool, False where the server took the update out of the sum
+      (`without`); what the client keeps is then what it was.
   """
 
   delta: Params
@@ -87,6 +89,30 @@ class ClientUpdate(NamedTuple):
   kept: Any
   prototypes: Prototypes | None
   metrics: dict[str, Mean]
+  counts: jax.Array | bool = True
+
+  def sent(self) -> dict[str, Any]:
+    """The numbers that leave the client, by the fields they are in; which rows
+    of the item table its delta is of is left out."""
+    fields = 'delta', 'control', 'weight', 'steps', 'prototypes', 'metrics'
+    return {name: getattr(self, name) for name in fields}
+
+  def without(self, out: jax.Array) -> 'ClientUpdate':
+    """As if no client stood behind it, where `out`, [] bool: nothing that is
+    summed or collected has a trace of it. Elsewhere bit for bit the same."""
+
+    def cleared(tree):
+      return jax.tree.map(lambda x: jnp.where(out, jnp.zeros_like(x), x), tree)
+
+    return self._replace(
+      delta=cleared(self.delta),
+      control=cleared(self.control),
+      weight=cleared(self.weight),
+      steps=jnp.where(out, 1.0, self.steps),
+      prototypes=cleared(self.prototypes),
+      metrics=cleared(self.metrics),
+      counts=self.counts & ~out,
+    )
 
 
 def step_loss(
@@ -295,6 +321,7 @@ def local_update(
     prototypes=summarise(end.memory, broadcast.catalogue, config),
     metrics=end.metrics
     | client_metrics(end.memory, vocabulary, client.num_train > 0),
+    counts=jnp.ones((), bool),
   )
 
 

@@ -371,8 +371,9 @@ rank_one = partial(devices.jit, static_argnames=('model', 'config'))(
 
 
 def to_send(update: ClientUpdate) -> ClientUpdate:
-  """An update without what stays with its client."""
-  return update._replace(memory=None, kept=None)
+  """An update without what stays with its client, and without what the server
+  makes of it."""
+  return update._replace(memory=None, kept=None, counts=None)
 
 
 def view_of(data: FederatedData, client: int, max_items: int) -> ClientData:

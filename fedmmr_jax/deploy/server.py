@@ -41,7 +41,7 @@ from fedmmr_jax.deploy.catalogue import SharedCatalogue
 from fedmmr_jax.deploy.parcel import pack, Parcel, unpack
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking
-from fedmmr_jax.federation import collaborative, devices
+from fedmmr_jax.federation import collaborative, devices, rejection
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation import server as server_lib
 from fedmmr_jax.federation.communication import NOTHING, Traffic
@@ -55,6 +55,10 @@ from fedmmr_jax.runs.run_folder import RunFolder
 from fedmmr_jax.streams import generator, Stream
 
 ROSTER = 'federation.json'
+
+
+# Settings that hold over a network too; the others are of a simulation.
+_RULES_OF_A_SERVER = ('rejection',)
 
 
 class Link(Protocol):
@@ -160,7 +164,7 @@ def check(config: RunConfig) -> None:
     )
   for field in dataclasses.fields(config.federation):
     value = getattr(config.federation, field.name)
-    if value != field.default:
+    if value != field.default and field.name not in _RULES_OF_A_SERVER:
       raise UserError(
         f'`{field.name}={value}` is simulated; a federation over a network has '
         f'it from the world or not at all; say `{field.name}={field.default}`'
@@ -549,6 +553,7 @@ class Server:
       if node in self._ready
     }
     updates: dict[int, ClientUpdate] = {}
+    longest = rejection.of(simulation.config).broadcast(None, server.params)
 
     def trained(answer):
       return list(answer.facts['clients']), answer.arrays
@@ -566,11 +571,11 @@ class Server:
             self._like,
             'its update',
           )
-          _check_update(update)
+          _check_update(update, longest)
         except (UserError, IndexError) as error:
           self._say(f'node {node}: client {client} is left out: {error}')
         else:
-          updates[client] = update
+          updates[client] = update._replace(counts=np.ones((), bool))
     return updates
 
   def _combine(
@@ -583,7 +588,9 @@ class Server:
     clients = np.full(-(-num_asked // per_chunk) * per_chunk, PADDING_CLIENT)
     clients[: len(updates)] = sorted(updates)
     nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._like)
-    nothing = nothing._replace(steps=np.ones((), np.float32))
+    nothing = nothing._replace(
+      steps=np.ones((), np.float32), counts=np.zeros((), bool)
+    )
     sums = _no_sums(self._program, server.params)
     each = []
     for chunk in clients.reshape(-1, per_chunk).astype(np.int32):
@@ -748,12 +755,21 @@ def _with_features(
   )
 
 
-def _check_update(update: ClientUpdate) -> None:
-  for x in jax.tree.leaves(update):
-    if not np.isfinite(x).all():
-      raise UserError('its update is NaN or infinite')
-  if update.weight < 0 or update.steps < 1:
-    raise UserError('it has a weight below 0, or fewer than 1 step')
+_FAULTS = {
+  metrics_lib.NOT_FINITE: 'its update is NaN or infinite',
+  metrics_lib.TOO_LONG: 'its update is absurdly long',
+  metrics_lib.MALFORMED: 'it has a weight below 0, or fewer than 1 step',
+}
+
+
+def _check_update(update: ClientUpdate, longest: jax.Array | None) -> None:
+  """Raises UserError for what a simulation would reject, see `rejection`."""
+  for name, fault in jax.device_get(_faults(update, longest)).items():
+    if fault:
+      raise UserError(_FAULTS[name])
+
+
+_faults = jax.jit(rejection.faults)
 
 
 def _spread(answer: Parcel, name: str, like: np.ndarray) -> np.ndarray:

@@ -279,6 +279,8 @@ def _train_group(simulations, on_round):
       metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
       for i in range(len(simulations))
     ]
+    for simulation, train in zip(simulations, last):
+      round_lib.check_accepted(simulation.config, train, number)
     first = first or last
     for simulation, lines, train in zip(simulations, records, last):
       lines.append(

@@ -13,7 +13,7 @@ few.
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,9 @@ from fedmmr_jax.streams import generator, Stream
 # the seeds of an ablation run one after another. A round and its saving hold
 # copies besides.
 MOST_STATE_BYTES = 4_000_000_000
+
+# Of a round's updates, rejected: then it is the training that went wrong.
+NEARLY_ALL = 0.9
 
 _SEEDS = 'seed'  # the axis of runs side by side
 
@@ -335,6 +338,9 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
   broadcast = state.server.broadcast(
     catalogue, program.config, program.client.drift
   )
+  told = transforms_lib.broadcast(
+    program.transforms, state.server.transforms, broadcast.params
+  )
 
   def train_chunk(sums, clients):
     upload, metrics = sums
@@ -346,9 +352,7 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
 
     def train_client(view, memory, control, kept, client):
       own_key = jax.random.fold_in(key, client)
-      sender = Sender(
-        client, own_key, broadcast.params, state.server.transforms
-      )
+      sender = Sender(client, own_key, broadcast.params, told)
       update = client_lib.local_update(
         program.client,
         broadcast,
@@ -358,7 +362,17 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
         own_key,
         max_steps,
       )
-      return transforms_lib.apply(program.transforms, update, kept, sender)
+      update, after = transforms_lib.apply(
+        program.transforms, update, kept, sender
+      )
+      # A client goes on from its last training that counted, as a node does
+      # (deploy/node.py): its control variate and the server's fit together.
+      own = jax.tree.map(
+        lambda new, old: jnp.where(update.counts, new, old),
+        (update.memory, update.kept, after),
+        (memory, control, kept),
+      )
+      return update._replace(memory=own[0], kept=own[1]), own[2]
 
     updates, kept = jax.vmap(train_client)(
       views,
@@ -471,6 +485,7 @@ def _finish(program, num_train, takes_part, state, shards, key, sums, each):
     program.aggregator,
     program.client.drift,
   )
+  metrics = metrics | {metrics_lib.ANSWERED: Mean(upload.size, jnp.zeros(()))}
   server = server._replace(
     transforms=transforms_lib.server_step(
       program.transforms, state.server.transforms, metrics, key
@@ -497,11 +512,46 @@ def check_finite_state(
     saved: the last good round, if rounds are saved.
   """
   if not jax.device_get(_all_finite(state.server)):
-    raise UserError(
-      f'round {round_number}: parameters are NaN or infinite, the training '
-      f'diverged{saved and f" ({saved})"}; start anew with a lower '
-      '`client_learning_rate` or `server_learning_rate`'
+    raise _diverged(round_number, 'parameters are NaN or infinite', saved)
+
+
+def check_accepted(
+  config: RunConfig,
+  train: Mapping[str, Any],
+  round_number: int,
+  saved: str = '',
+) -> None:
+  """Raises UserError if the training diverged at the clients: the server had to
+  reject (nearly) all updates, which leave it as it is, round after round.
+
+  Args:
+    config: where attacks or failures are simulated, nothing is concluded.
+    train: the round's finished metrics.
+    round_number: 1-based.
+    saved: the last good round, if rounds are saved.
+  """
+  simulated = config.federation
+  if simulated.attack != 'none' or simulated.failures != 'none':
+    return
+  rejected = sum(train.get(name, 0) for name in metrics_lib.REJECTED)
+  came = rejected + train.get(metrics_lib.ANSWERED, 0)
+  # Without a loss, those that are left are clients with nothing to train on.
+  if rejected and (
+    rejected >= NEARLY_ALL * came or train[metrics_lib.LOSS] is None
+  ):
+    raise _diverged(
+      round_number,
+      f'{rejected} of {came} updates are NaN, infinite or absurdly long',
+      saved,
     )
+
+
+def _diverged(round_number: int, sign: str, saved: str) -> UserError:
+  return UserError(
+    f'round {round_number}: {sign}, the training diverged'
+    f'{saved and f" ({saved})"}; start anew with a lower '
+    '`client_learning_rate` or `server_learning_rate`'
+  )
 
 
 @jax.jit
@@ -554,5 +604,5 @@ def add_updates(
     total=aggregator.add(upload.total, updates),
     control=control,
     weight=upload.weight + jnp.sum(updates.weight),
-    size=upload.size + jnp.sum(clients >= 0),
+    size=upload.size + jnp.sum((clients >= 0) & updates.counts),
   )

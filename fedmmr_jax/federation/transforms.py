@@ -36,7 +36,7 @@ class Sender(NamedTuple):
     client: [] int32; PADDING_CLIENT for none.
     key: of this client, round and transform.
     params: what the server sent.
-    told: the transform's server state.
+    told: what the transform's `broadcast` gave.
   """
 
   client: jax.Array
@@ -59,6 +59,15 @@ class UpdateTransform:
     """What the server keeps before round 1; None for nothing."""
     return None
 
+  def broadcast(self, state: Tree, params: Params) -> Tree:
+    """What each client of a round is told.
+
+    Args:
+      state: the server's.
+      params: what the server sends.
+    """
+    return state
+
   def no_metrics(self) -> dict[str, Mean]:
     """The neutral elements of the metrics that `apply` adds."""
     return {}
@@ -74,8 +83,7 @@ class UpdateTransform:
 
     Args:
       update: of one client; of a padding client with weight 0. Its metrics get
-        those of `no_metrics`. A weight of 0 takes it out of the sum; its delta
-        has to be finite all the same.
+        those of `no_metrics`. `ClientUpdate.without` takes it out of the round.
       kept: the client's state.
       sender: the client, its key, and what the server sent.
     """
@@ -109,6 +117,16 @@ def init_clients(
 def init_server(transforms: Transforms, params: Params) -> tuple[Tree, ...]:
   """What the server keeps before round 1, of each transform."""
   return tuple(t.server_state(params) for t in transforms)
+
+
+def broadcast(
+  transforms: Transforms, states: tuple[Tree, ...], params: Params
+) -> tuple[Tree, ...]:
+  """What each client of a round is told, of each transform."""
+  return tuple(
+    transform.broadcast(state, params)
+    for transform, state in zip(transforms, states)
+  )
 
 
 def no_metrics(transforms: Transforms) -> dict[str, Mean]:

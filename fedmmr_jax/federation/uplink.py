@@ -6,7 +6,10 @@ the sum.
 """
 
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.federation.transforms import Transforms
+from fedmmr_jax.federation import rejection
+from fedmmr_jax.federation.transforms import Transforms, UpdateTransform
+
+NOTHING = UpdateTransform()
 
 
 def of(config: RunConfig) -> Transforms:
@@ -16,5 +19,5 @@ def of(config: RunConfig) -> Transforms:
   Raises:
     UserError: there is no part of that name, or it has no such option.
   """
-  del config
-  return ()
+  found = [rejection.of(config)]
+  return tuple(transform for transform in found if transform != NOTHING)
