@@ -34,6 +34,7 @@ from fedmmr_jax.data import load
 from fedmmr_jax.data.dataset import client_view, Dataset
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking
+from fedmmr_jax.federation import cohorts as cohorts_lib
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation import server as server_lib
 from fedmmr_jax.runs import training
@@ -200,7 +201,7 @@ def _round(config: RunConfig, dataset: Dataset) -> Figures:
   ranked = len(ranking.evaluated_clients(config, dataset.num_clients))
   rank_flops = _rank_flops(simulation)
   return {
-    'cohort': round_lib.cohort_size(config, dataset.num_clients),
+    'cohort': cohorts_lib.cohort_size(config, dataset.num_clients),
     'seconds': {
       'sampling': sampling,
       'local_training': whole - aggregation,

@@ -20,8 +20,8 @@ from fedmmr_jax.config import (
 from fedmmr_jax.data import dataset as dataset_lib
 from fedmmr_jax.data import features
 from fedmmr_jax.data.load import Loaded
-from fedmmr_jax.federation import devices
-from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation import cohorts, devices
+from fedmmr_jax.federation.privacy import Plan
 from fedmmr_jax.models import groups
 from fedmmr_jax.runs import warm_start
 from fedmmr_jax.runs.warm_start import WarmStart
@@ -93,7 +93,7 @@ def banner(simulation: Simulation) -> str:
   trained = len(
     dataset_lib.taking_part(simulation.num_train, config.data.new_clients)
   )
-  size = round_lib.cohort_size(config, trained)
+  size = cohorts.cohort_size(config, trained)
   steps = windows.num_steps(simulation.num_train, config).mean()
   contrastive = (
     config.contrastive.name
@@ -120,9 +120,40 @@ def banner(simulation: Simulation) -> str:
       f'{_decay(s.server_schedule)}, '
       f'{size} of {trained} clients a round, '
       f'rounds {s.num_rounds}, seed {config.seed}',
+      *_privacy_lines(simulation.privacy),
       *_out_of_cohorts(simulation),
     ]
   )
+
+
+def _privacy_lines(plan: Plan | None) -> list[str]:
+  """What bounds a client, and what the run will have spent."""
+  if plan is None:
+    return []
+  told = plan.told(plan.rounds)
+  lines = [
+    f'  privacy    {told["mechanism"]}, clip norm {told["clip_norm"]:g}'
+    + ('' if not plan.mechanism.quantile else ' at first')
+    + (
+      f', noise multiplier {told["noise_multiplier"]:.4g}'
+      if plan.noise_multiplier
+      else ', no noise: no privacy'
+    )
+  ]
+  if plan.noise_multiplier:
+    lines.append(
+      f'             epsilon {told["epsilon"]:.4g} at delta '
+      f'{told["delta"]:.3g} after {plan.rounds} rounds '
+      f'({told["sampling"]} sampling, neighbours: {told["neighbours"]}, '
+      f'{told["accountant"]})'
+    )
+  if plan.is_assumed:
+    lines.append(
+      f'             as if cohorts were {plan.schedule.cohort:g} of '
+      f'{plan.schedule.population:g} clients: noise and epsilon are of that '
+      'federation, not of this one'
+    )
+  return lines
 
 
 def no_gpu(config: RunConfig) -> list[str]:
@@ -288,7 +319,9 @@ def round_line(record: dict[str, Any], num_rounds: int) -> str:
   shares = metrics.members(train, metrics.ROUTER_WEIGHT)
   parts = [
     f'round {record["round"]:>{len(str(num_rounds))}}/{num_rounds}',
-    'nothing trained, nobody in the cohort has a positive'
+    _privacy_told(record['privacy'])
+    if record.get('privacy')
+    else 'nothing trained, nobody in the cohort has a positive'
     if train[metrics.LOSS] is None
     else _told('loss', train[metrics.LOSS], '.4f'),
     'router ' * bool(shares)
@@ -306,6 +339,11 @@ def round_line(record: dict[str, Any], num_rounds: int) -> str:
     )
   parts.append(f'{record["seconds"]:.1f} s')
   return '  '.join(part for part in parts if part)
+
+
+def _privacy_told(privacy: dict[str, Any]) -> str:
+  spent = _told('epsilon', privacy['epsilon'], '.3f') or 'no noise'
+  return spent + ' (assumed cohort)' * privacy['assumed']
 
 
 def _told(title: str, value: float | None, form: str) -> str:
@@ -352,6 +390,24 @@ def _acceptance_line(point: dict[str, Any]) -> str:
   return f'  {mark:3}  {point["name"]} ({point["target"]}): {point["measured"]}'
 
 
+def _privacy_spent(privacy: dict[str, Any] | None) -> list[str]:
+  if not privacy:
+    return []
+  if privacy['epsilon'] is None:
+    return ['updates clipped, no noise: no privacy\n']
+  assumed = privacy['assumed_cohort']
+  return [
+    f'epsilon {privacy["epsilon"]:.4g} at delta {privacy["delta"]:.3g}'
+    + (
+      f', as if cohorts were {assumed:g} of {privacy["assumed_clients"]:g} '
+      'clients'
+      if assumed
+      else ''
+    )
+    + " (the metrics below are the experiment's, and not covered)\n"
+  ]
+
+
 def final_table(summary: dict[str, Any]) -> str:
   """Both protocols of validation and test at the best round, and costs."""
   rows = {
@@ -362,12 +418,17 @@ def final_table(summary: dict[str, Any]) -> str:
   return '\n'.join(
     [
       f'\nbest round {summary["best_round"]} of {summary["rounds"]}\n',
+      *_privacy_spent(summary.get('privacy')),
       ranking_table(rows),
       '\nacceptance',
       *map(_acceptance_line, summary['acceptance']),
       f'\n{summary["wall_seconds"]:.1f} s in all, '
       f'{summary["round_seconds_median"]:.2f} s training a round (median), '
-      f'{summary["targets_per_second"]:,.0f} targets/s, '
-      f'{summary["peak_rss_mb"]:,.0f} MB',
+      + (
+        f'{summary["targets_per_second"]:,.0f} targets/s, '
+        if summary['targets_per_second'] is not None
+        else ''
+      )
+      + f'{summary["peak_rss_mb"]:,.0f} MB',
     ]
   )

@@ -37,6 +37,11 @@ ALL_GROUPS, MEMORIES = 'all', 'memories'
 ORIGINAL_EXPERTS = ('visual', 'semantic')
 NOT_MEASURED = 'not measured'
 LAST_ROUND = 'last'  # of `select_by`
+# How cohorts are drawn (federation/cohorts.py).
+FIXED, POISSON, CYCLIC = 'fixed', 'poisson', 'cyclic'
+AUTO = 'auto'
+# Of `privacy`, those whose rounds know nothing of the run's length.
+_ANY_LENGTH = ('none', 'clip', 'gaussian')
 
 
 def _field(default: Any, help: str, **bounds: Any) -> Any:
@@ -1147,8 +1152,37 @@ class FederationConfig(_Settings):
     'how updates are made smaller for the way to the server',
     evidence=NOT_MEASURED,
   )
+  sampling: str = _field(
+    FIXED,
+    'how a cohort is drawn; fixed: so many clients, without replacement; '
+    'poisson: each client with the probability client_fraction (for privacy by '
+    'far the cheapest); cyclic: shuffled groups take turns, so that nobody '
+    'comes again before all others did',
+    choices=(FIXED, POISSON, CYCLIC),
+    evidence=NOT_MEASURED,
+  )
   privacy: str = _field(
-    'none', 'differential privacy of each client', evidence=NOT_MEASURED
+    'none',
+    'differential privacy of each client (docs/privacy.md); clip: every '
+    'update is bounded, nothing more; gaussian: and each round gets noise of '
+    'its own; banded: noise that later rounds take back in part, for '
+    '`sampling=cyclic`; options of them all: clip_norm=1, '
+    'groups=embeddings:0.5+experts:1, quantile=0.5 (adaptive clipping), '
+    'quantile_rate=0.2; of the noise: noise_multiplier, or `target_epsilon`, '
+    'cohort and population that are assumed; of banded: bands',
+    evidence=NOT_MEASURED,
+  )
+  target_epsilon: float = _field(
+    0.0,
+    'epsilon of the whole run, for which the noise of `privacy` is '
+    'calibrated before round 1; 0 = its noise_multiplier says how much noise',
+    minimum=0.0,
+    evidence=NOT_MEASURED,
+  )
+  delta: str = _field(
+    AUTO,
+    'delta of (epsilon, delta) differential privacy, below 1/K of K clients; '
+    'auto = 1/K^1.1',
   )
   rejection: str = _field(
     'absurd',
@@ -1368,6 +1402,15 @@ class RunConfig(_Settings):
     return not (
       isinstance(self.server.server_schedule, Constant)
       and isinstance(self.client.client_schedule, Constant)
+    )
+
+  @property
+  def length_counts(self) -> bool:
+    """Whether a round would be another one in a longer run."""
+    return (
+      self.decays
+      or self.federation.target_epsilon > 0
+      or parts.split(self.federation.privacy)[0] not in _ANY_LENGTH
     )
 
   def as_flat_dict(self) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from fedmmr_jax.client.update import ClientProgram
 from fedmmr_jax.client.vocabulary import ITEM_TABLE
 from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
+  AUTO,
   ContentInit,
   ContentPlusId,
   DataConfig,
   EvaluationConfig,
+  FIXED,
   Given,
   KeepSome,
   ORIGINAL_EXPERTS,
@@ -38,14 +40,17 @@ from fedmmr_jax.evaluation import local_only, popularity, ranking
 from fedmmr_jax.evaluation.ranking import Ranks, Targets
 from fedmmr_jax.federation import (
   aggregators,
+  cohorts,
   collaborative,
   communication,
   devices,
   uplink,
 )
+from fedmmr_jax.federation import privacy as privacy_lib
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.communication import Traffic
+from fedmmr_jax.federation.privacy import Plan
 from fedmmr_jax.federation.round import FederationState, RoundProgram
 from fedmmr_jax.federation.server import ServerState
 from fedmmr_jax.federation.transforms import Transforms
@@ -103,6 +108,7 @@ class Simulation:
     aggregator: how a cohort's updates are combined.
     drift: the drift control.
     transforms: what an update passes on its way to the aggregator.
+    privacy: what bounds and hides each client; None without.
     metrics: further ranking metrics besides HR, NDCG and MRR.
   """
 
@@ -115,6 +121,7 @@ class Simulation:
   aggregator: Aggregator = FedAvg()
   drift: DriftControl = DriftControl()
   transforms: Transforms = ()
+  privacy: Plan | None = None
   metrics: tuple[Metric, ...] = ()
   # Of `ready_to_rank`.
   _ready: tuple[ServerState, ServerState, Catalogue] | None = dataclasses.field(
@@ -155,6 +162,11 @@ class Simulation:
     return self.dataset.num_train
 
   @functools.cached_property
+  def num_taking_part(self) -> int:
+    """Clients that cohorts are drawn of."""
+    return len(taking_part(self.num_train, self.config.data.new_clients))
+
+  @functools.cached_property
   def max_items(self) -> int:
     """H, the longest client's number of interactions."""
     return self.dataset.max_items
@@ -164,6 +176,14 @@ class Simulation:
     """The config without what no compiled function reads, so that a different
     seed, run length or data folder triggers no compilation."""
     server = dataclasses.replace(self.config.server, client_fraction=1.0)
+    # `transforms` and `aggregator` know of it.
+    federation = dataclasses.replace(
+      self.config.federation,
+      sampling=FIXED,
+      privacy=privacy_lib.OFF,
+      target_epsilon=0.0,
+      delta=AUTO,
+    )
     if not self.config.decays:
       server = dataclasses.replace(server, num_rounds=1)
     evaluation_ = EvaluationConfig(
@@ -181,6 +201,7 @@ class Simulation:
       evaluation=evaluation_,
       client=client,
       server=server,
+      federation=federation,
       start=StartConfig(),
       keep=KeepSome(),
     )
@@ -248,11 +269,11 @@ class Simulation:
       cohort: PADDING_CLIENT where none.
       item_rows: `Round.metrics['item_rows']`; None if nobody trained.
     """
+    visits = int((cohort >= 0).sum())
+    if self.privacy:  # all rows, and who came is nobody's business
+      visits, item_rows = round(self.privacy.cohort), self.model.num_rows
     return communication.of_round(
-      self.program,
-      self.abstract_state,
-      int((cohort >= 0).sum()),
-      item_rows or 0.0,
+      self.program, self.abstract_state, visits, item_rows or 0.0
     )
 
   def sketch_traffic(self) -> Traffic:
@@ -703,6 +724,7 @@ def build(
       items for the negatives, global prototypes without texts, too many control
       variates, or nothing left to train.
   """
+  privacy_lib.part(config)
   _check_trainable(config, dataset)
   simulation = assemble(
     config,
@@ -716,6 +738,7 @@ def build(
   )
   # Before hours of training:
   _check_targets(simulation)
+  cohorts.check(config, simulation.num_taking_part)
   round_lib.check_size(simulation.abstract_state)
   return simulation
 
@@ -785,6 +808,9 @@ def assemble(
     UserError: an expert without features, a parameter group that is none, or
       nothing left to train.
   """
+  private = privacy_lib.of(
+    config, len(taking_part(dataset.num_train, config.data.new_clients))
+  )
   simulation = Simulation(
     config=config,
     model=FedDMMR(config.model, dataset.num_rows, _modalities(config, dataset)),
@@ -792,14 +818,20 @@ def assemble(
     data=cast(FederatedData, data),
     dataset=dataset,
     cold=cold,
-    aggregator=aggregator or aggregators.of(config),
+    aggregator=aggregator
+    or (private.aggregator() if private else aggregators.of(config)),
     drift=drift or drift_lib.of(config),
-    transforms=uplink.of(config),
+    transforms=uplink.of(config, private),
+    privacy=private,
     metrics=metrics_lib.further_metrics(config.evaluation.metric_names)
     if metrics is None
     else tuple(metrics),
   )
   params = simulation.abstract_state.server.params
+  if private:
+    privacy_lib.check_parts(config, aggregator, simulation.drift, params)
+    names = [name for name, _ in private.mechanism.bounds]
+    groups.check(params, names, 'privacy')
   groups.check(params, config.client.frozen_groups, 'freeze')
   if all(jax.tree.leaves(optimizers.frozen(config.client, params))):
     raise UserError(

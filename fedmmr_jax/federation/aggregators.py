@@ -9,7 +9,7 @@ or from one defined here (docs/extending.md, `examples/clipped.py`).
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,14 @@ Tree = Any  # of arrays; None = nothing
 
 @dataclasses.dataclass(frozen=True)
 class Aggregator:
-  """Base class; subclasses must define `zero`, `add` and `finish`."""
+  """Base class; subclasses must define `zero`, `add` and `finish`.
+
+  Attributes:
+    always_steps: whether the server takes a step even if nobody trained, as it
+      must where noise hides who did.
+  """
+
+  always_steps: ClassVar[bool] = False
 
   def init(self, params: Params, key: jax.Array) -> Tree:
     """The aggregator's state before round 1; None for none. One that draws

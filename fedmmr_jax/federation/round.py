@@ -36,7 +36,7 @@ from fedmmr_jax.data.dataset import (
   taking_part,
 )
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.federation import devices
+from fedmmr_jax.federation import cohorts, devices
 from fedmmr_jax.federation import server as server_lib
 from fedmmr_jax.federation import transforms as transforms_lib
 from fedmmr_jax.federation.aggregators import add_weighted, Aggregator
@@ -47,7 +47,6 @@ from fedmmr_jax.metrics import Mean
 from fedmmr_jax.models import content
 from fedmmr_jax.models.experts import TEXT
 from fedmmr_jax.models.feddmmr import Catalogue
-from fedmmr_jax.streams import generator, Stream
 
 # More than this, and what drift control keeps at the clients is refused, and
 # the seeds of an ablation run one after another. A round and its saving hold
@@ -178,43 +177,39 @@ def round_key(seed: int, round_number: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), round_number)
 
 
-def cohort_size(config: RunConfig, num_clients: int) -> int:
-  """C: client_fraction · K, at least one."""
-  return max(1, round(config.server.client_fraction * num_clients))
-
-
 def sample_cohort(
   config: RunConfig, round_number: int, num_train: np.ndarray
 ) -> np.ndarray:
-  """Draws the clients of a round, without replacement.
+  """Draws the clients of a round, see `cohorts`.
 
   Args:
-    config: seed, client fraction and chunk size.
+    config: seed, sampling, client fraction and chunk size.
     round_number: 1-based.
     num_train: [K] training items of each client.
 
   Returns:
-    [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the last chunk.
+    [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the rest.
   """
   takes_part = taking_part(num_train, config.data.new_clients)
-  size = cohort_size(config, len(takes_part))
-  rng = generator(config.seed, Stream.COHORT, round_number)
   return chunked(
-    takes_part[rng.choice(len(takes_part), size, replace=False)],
+    cohorts.draw(config, round_number, takes_part),
     num_train,
     config.server.clients_per_chunk,
+    cohorts.most(config, len(takes_part)),
   )
 
 
 def chunked(
-  clients: np.ndarray, num_train: np.ndarray, per_chunk: int
+  clients: np.ndarray, num_train: np.ndarray, per_chunk: int, room: int = 0
 ) -> np.ndarray:
-  """[G, per_chunk] int32: clients of similar length in the same chunk.
+  """[G, per_chunk] int32: clients of similar length in the same chunk, and
+  room for so many clients in all.
 
   Longest first, ties by number, so the order of the input does not matter.
   """
   order = np.lexsort((clients, -num_train[clients]))
-  return in_chunks(clients[order], per_chunk)
+  empty = np.full(max(0, room - len(clients)), PADDING_CLIENT)
+  return in_chunks(np.concatenate([clients[order], empty]), per_chunk)
 
 
 def in_chunks(clients: np.ndarray, per_chunk: int) -> np.ndarray:
@@ -484,6 +479,7 @@ def _finish(program, num_train, takes_part, state, shards, key, sums, each):
     program.config,
     program.aggregator,
     program.client.drift,
+    program.transforms,
   )
   metrics = metrics | {metrics_lib.ANSWERED: Mean(upload.size, jnp.zeros(()))}
   server = server._replace(
@@ -498,7 +494,7 @@ def _finish(program, num_train, takes_part, state, shards, key, sums, each):
       memory_lib.store(state.controls, cohort, kept.control),
       memory_lib.store(state.transforms, cohort, kept.transforms),
     )
-  ), metrics
+  ), transforms_lib.shown(program.transforms, metrics)
 
 
 def check_finite_state(

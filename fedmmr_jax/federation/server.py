@@ -109,11 +109,13 @@ def aggregate(
   config: RunConfig,
   aggregator: Aggregator,
   drift: DriftControl,
+  transforms: Transforms = (),
 ) -> ServerState:
   """Applies one round's updates.
 
   A cohort without a single positive taught nothing: parameters, moments and
-  drift control stay as they are, where a momentum would go on by itself.
+  drift control stay as they are, where a momentum would go on by itself (unless
+  the aggregator `always_steps`).
 
   Args:
     state: before the round.
@@ -124,6 +126,7 @@ def aggregate(
     config: optimizer and warm-up.
     aggregator: turns the upload into a delta.
     drift: turns the delta into a step.
+    transforms: of the updates.
 
   Returns:
     The state after the round.
@@ -131,6 +134,7 @@ def aggregate(
   delta, aggregator_state = aggregator.finish(
     upload.total, collected, state.aggregator, state.params
   )
+  delta = transforms_lib.released(transforms, state.transforms, delta)
   warming_up = state.round < config.server.partial_aggregation_warmup_rounds
   delta = {
     name: part
@@ -159,7 +163,7 @@ def aggregate(
     transforms=state.transforms,
   )
   before = state._replace(prototypes=None, round=None)
-  trained = everybody.weight > 0
+  trained = (everybody.weight > 0) | aggregator.always_steps
   kept = jax.tree.map(lambda x, y: jnp.where(trained, x, y), after, before)
   # Memories are summarised whether or not their clients trained.
   return kept._replace(prototypes=prototypes, round=state.round + 1)

@@ -15,9 +15,10 @@ like those of training (`no_metrics`, `server_step`).
 
 import dataclasses
 import zlib
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fedmmr_jax.client.update import ClientUpdate
 from fedmmr_jax.data.dataset import ClientData
@@ -47,7 +48,13 @@ class Sender(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UpdateTransform:
-  """Changes nothing; the base class of every transform."""
+  """Changes nothing; the base class of every transform.
+
+  Attributes:
+    hides_metrics: whether a round's metrics must not leave the server.
+  """
+
+  hides_metrics: ClassVar[bool] = False
 
   def client_state(
     self, params: Params, key: jax.Array, num_clients: int
@@ -88,6 +95,15 @@ class UpdateTransform:
       sender: the client, its key, and what the server sent.
     """
     return update, kept
+
+  def released(self, delta: Params, state: Tree) -> Params:
+    """The cohort's delta as the server's step takes it.
+
+    Args:
+      delta: from the aggregator.
+      state: the transform's, as the clients were told.
+    """
+    return delta
 
   def server_step(
     self, state: Tree, metrics: dict[str, Mean], key: jax.Array
@@ -174,6 +190,23 @@ def apply(
     )
     after.append(own)
   return update, tuple(after)
+
+
+def released(
+  transforms: Transforms, states: tuple[Tree, ...], delta: Params
+) -> Params:
+  """A cohort's delta after all transforms, the last to touch an update
+  first."""
+  for transform, state in reversed(list(zip(transforms, states))):
+    delta = transform.released(delta, state)
+  return delta
+
+
+def shown(transforms: Transforms, metrics: dict[str, Mean]) -> dict[str, Mean]:
+  """A round's metrics; none of anything if a transform hides them."""
+  if any(t.hides_metrics for t in transforms):
+    return jax.tree.map(jnp.zeros_like, metrics)
+  return metrics
 
 
 def server_step(

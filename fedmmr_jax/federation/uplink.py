@@ -7,17 +7,24 @@ the sum.
 
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.federation import rejection
+from fedmmr_jax.federation.privacy import Plan
 from fedmmr_jax.federation.transforms import Transforms, UpdateTransform
 
 NOTHING = UpdateTransform()
 
 
-def of(config: RunConfig) -> Transforms:
+def of(config: RunConfig, private: Plan | None = None) -> Transforms:
   """The transforms that a config asks for, in the order in which an update
   meets them.
+
+  Args:
+    config: settings.
+    private: its privacy.
 
   Raises:
     UserError: there is no part of that name, or it has no such option.
   """
   found = [rejection.of(config)]
+  if private:
+    found.append(private.transform())
   return tuple(transform for transform in found if transform != NOTHING)

@@ -331,7 +331,9 @@ class RunFolder:
       name
       for name in now
       if before[name] != now[name]
-      and (name not in MAY_CHANGE or name == 'num_rounds' and config.decays)
+      and (
+        name not in MAY_CHANGE or name == 'num_rounds' and config.length_counts
+      )
     ]
     if changed:
       name = changed[0]
@@ -340,7 +342,7 @@ class RunFolder:
         f'{now[name]}; a run is continued with its '
         f'own settings (differing: {", ".join(changed)}'
         + (
-          '; its learning rates fall to the end of the run'
+          '; its learning rates or its noise are made for that length'
           if 'num_rounds' in changed
           else ''
         )

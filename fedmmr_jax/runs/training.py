@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 import time
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, cast, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking, user_results
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.communication import Traffic
+from fedmmr_jax.federation.privacy import Plan
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.runs import acceptance
 from fedmmr_jax.runs.checkpoint import Checkpoint, Progress, Rounds, Saver
@@ -93,6 +94,11 @@ def train(
     on_step(f'testing round {best_round}')
     summary = test(simulation, rounds.load(best_round, checkpoint).state)
     records = run.records()
+    if simulation.privacy:
+      # All rounds count, whichever is tested.
+      summary['privacy'] = simulation.privacy.told(len(records)) | {
+        'clip_norm': records[-1]['privacy']['clip_norm']
+      }
     summary |= describe(simulation, records, best_round, wall_seconds())
     summary['acceptance'] = acceptance.judge(
       config, records, summary['test'], run.integrity()
@@ -178,15 +184,35 @@ def validated(
       done.number,
       selection_value(record['val'], done.number, simulation.config),
     )
-  record['targets'] = simulation.count_targets(done.cohort)
+  if simulation.privacy:
+    # What a cohort trained on is nobody's business.
+    record['privacy'] = spent(simulation, done)
+  record['targets'] = (
+    None if simulation.privacy else simulation.count_targets(done.cohort)
+  )
   record['communication'] = traffic(
     simulation, done.number, done.cohort, done.metrics
   )._asdict()
-  record['masked_fraction'] = round_lib.masked_fraction(
-    done.cohort, simulation.num_train, simulation.config
+  record['masked_fraction'] = (
+    None
+    if simulation.privacy
+    else round_lib.masked_fraction(
+      done.cohort, simulation.num_train, simulation.config
+    )
   )
   record['seconds'] = done.seconds
   return Checkpoint(done.state, progress), record
+
+
+def spent(simulation: Simulation, done: Round) -> dict[str, Any]:
+  """A record's 'privacy': ε so far, None without noise; the bound on a whole
+  update for the next round; whether both are of an assumed cohort."""
+  plan = cast(Plan, simulation.privacy)
+  return {
+    'epsilon': plan.epsilon(done.number),
+    'clip_norm': plan.clip_norm(done.state.server),
+    'assumed': plan.is_assumed,
+  }
 
 
 def traffic(
@@ -283,9 +309,9 @@ def describe(
     'rounds': len(records),
     'wall_seconds': wall_seconds,
     'round_seconds_median': statistics.median(seconds),
-    'targets_per_second': statistics.median(
-      r['targets'] / r['seconds'] for r in records
-    ),
+    'targets_per_second': None
+    if simulation.privacy
+    else statistics.median(r['targets'] / r['seconds'] for r in records),
     'peak_rss_mb': peak_rss_mb(),
     'num_clients': simulation.dataset.num_clients,
     'num_items': simulation.model.num_rows - 1,
