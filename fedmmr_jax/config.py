@@ -1183,6 +1183,7 @@ class FederationConfig(_Settings):
     AUTO,
     'delta of (epsilon, delta) differential privacy, below 1/K of K clients; '
     'auto = 1/K^1.1',
+    evidence=NOT_MEASURED,
   )
   rejection: str = _field(
     'absurd',

@@ -53,6 +53,7 @@ def updates_of(scales, weights=None) -> ClientUpdate:
     kept=None,
     prototypes=None,
     metrics={},
+    counts=jnp.ones(count, bool),
   )
 
 
@@ -423,9 +424,10 @@ def test_private_rounds_resume_and_compile_once():
 
 
 def test_transforms_hide_what_they_must():
-  counted = {'loss': metrics_lib.Mean(jnp.ones(()), jnp.ones(()))}
+  one = metrics_lib.Mean(jnp.ones(()), jnp.ones(()))
+  counted = {'loss': one, metrics_lib.ANSWERED: one}
   clip = ClipUpdates((('', 1.0),), 1.0)
-  assert metrics_lib.finish(transforms_lib.shown((), counted)) == {'loss': 1.0}
+  assert transforms_lib.shown((), counted) == counted
   assert metrics_lib.finish(transforms_lib.shown((clip,), counted)) == {
     'loss': None
   }

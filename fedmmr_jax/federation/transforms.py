@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.client.update import ClientUpdate
 from fedmmr_jax.data.dataset import ClientData
 from fedmmr_jax.metrics import Mean
@@ -203,10 +204,15 @@ def released(
 
 
 def shown(transforms: Transforms, metrics: dict[str, Mean]) -> dict[str, Mean]:
-  """A round's metrics; none of anything if a transform hides them."""
-  if any(t.hides_metrics for t in transforms):
-    return jax.tree.map(jnp.zeros_like, metrics)
-  return metrics
+  """A round's metrics; if a transform hides them nothing of any, and no counts
+  of clients at all, since 0 would be a lie."""
+  if not any(t.hides_metrics for t in transforms):
+    return metrics
+  return {
+    name: jax.tree.map(jnp.zeros_like, mean)
+    for name, mean in metrics.items()
+    if not name.startswith(metrics_lib.CLIENTS)
+  }
 
 
 def server_step(
