@@ -1149,7 +1149,13 @@ class FederationConfig(_Settings):
   )
   compression: str = _field(
     'none',
-    'how updates are made smaller for the way to the server',
+    'how what a client sends is made smaller; int8: stochastic rounding to 8 '
+    'bits; quantised,bits=8,block=256,down=0: to 8, 4 or 2 bits, with a scale '
+    'for each block of values; down=8: the parameters that clients receive, '
+    'too; top_k,share=0.01: the largest values; low_rank,rank=4,iterations=2: '
+    'matrices as products of narrow ones; error_feedback=true with these two: '
+    'a client keeps what was left out for its next update; or your own as '
+    'my_package.module:Thing (federation/compression.py)',
     evidence=NOT_MEASURED,
   )
   sampling: str = _field(

@@ -27,6 +27,9 @@ INSTANCE_WEIGHT = 'instance_weight'
 WEIGHT_SHARES = 'instance_weight_shares'  # a histogram
 MEMORY_FILL, MEMORY_AGE = 'memory_fill', 'memory_age'
 ITEM_ROWS = 'item_rows'
+# With `compression`, of a client of the cohort: all that it returns, and the
+# parameters that it receives.
+UPLOADED, DOWNLOADED = 'uploaded_bytes', 'downloaded_bytes'
 # Families of them: the mean weight that the router gives an expert, the norm of
 # the gradient at an expert or the backbone. Its name follows.
 ROUTER_WEIGHT, GRADIENT = 'w_', 'gradient_'
@@ -100,6 +103,8 @@ _FIGURES = {
     'item rows', 'Item table', 'rows that a client works on, mean'
   ),
   CLIENTS: Figure('{}', 'Clients', 'clients of a round'),
+  UPLOADED: Figure('bytes up', 'Bytes of a client', 'mean'),
+  DOWNLOADED: Figure('bytes down', 'Bytes of a client', 'mean'),
 }
 
 

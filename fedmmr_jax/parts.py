@@ -230,7 +230,7 @@ def fault(bounds: Mapping[str, Any], value: Any) -> str:
     value: a setting or an option.
   """
   if 'choices' in bounds and value not in bounds['choices']:
-    return 'is unknown; choose from ' + ', '.join(bounds['choices'])
+    return f'is unknown; choose from {", ".join(map(str, bounds["choices"]))}'
   if 'minimum' in bounds and value < bounds['minimum']:
     return f'is below its minimum {bounds["minimum"]}'
   if 'maximum' in bounds and value > bounds['maximum']:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from typing import Any, cast, Iterator, NamedTuple, Sequence
+from typing import Any, cast, Iterator, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ from fedmmr_jax.federation import (
 )
 from fedmmr_jax.federation import privacy as privacy_lib
 from fedmmr_jax.federation import round as round_lib
+from fedmmr_jax.federation import transforms as transforms_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.communication import Traffic
 from fedmmr_jax.federation.privacy import Plan
@@ -262,18 +263,19 @@ class Simulation:
       * num_positives(trained, self.config).sum()
     )
 
-  def traffic(self, cohort: np.ndarray, item_rows: float | None) -> Traffic:
+  def traffic(self, cohort: np.ndarray, metrics: Mapping[str, Any]) -> Traffic:
     """What a round of this cohort [G, C/G] cost.
 
     Args:
       cohort: PADDING_CLIENT where none.
-      item_rows: `Round.metrics['item_rows']`; None if nobody trained.
+      metrics: `Round.metrics`.
     """
     visits = int((cohort >= 0).sum())
     if self.privacy:  # all rows, and who came is nobody's business
-      visits, item_rows = round(self.privacy.cohort), self.model.num_rows
+      visits = round(self.privacy.cohort)
+      metrics = {metrics_lib.ITEM_ROWS: self.model.num_rows}
     return communication.of_round(
-      self.program, self.abstract_state, visits, item_rows or 0.0
+      self.program, self.abstract_state, visits, metrics
     )
 
   def sketch_traffic(self) -> Traffic:
@@ -739,7 +741,11 @@ def build(
   # Before hours of training:
   _check_targets(simulation)
   cohorts.check(config, simulation.num_taking_part)
-  round_lib.check_size(simulation.abstract_state)
+  state = simulation.abstract_state
+  round_lib.check_size(state)
+  transforms_lib.check(
+    simulation.transforms, state.server.params, dataset.num_clients
+  )
   return simulation
 
 

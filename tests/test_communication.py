@@ -15,7 +15,7 @@ def numbers(tree):
 
 def of_cohort(simulation, item_rows):
   cohort = np.array([[3, 1], [0, -1]], np.int32)
-  return simulation.traffic(cohort, item_rows)
+  return simulation.traffic(cohort, {'item_rows': item_rows})
 
 
 def test_a_visit_moves_the_parameters_and_the_rows_with_their_ids():

@@ -20,7 +20,7 @@ items beyond the client's own history (the experts read the features of memory
 entries, not their rows of the table).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -128,11 +128,15 @@ def add_weighted(
   return _map(sparse, dense, total, deltas)
 
 
+def is_table(path: Sequence[Any]) -> bool:
+  """Whether a `jax.tree_util` path leads to an item table."""
+  return any(getattr(key, 'key', None) == ITEM_TABLE for key in path)
+
+
 def _map(on_tables, elsewhere, *trees):
   """tree.map with one function for item tables and one for the rest."""
 
   def apply(path, *leaves):
-    is_table = any(getattr(key, 'key', None) == ITEM_TABLE for key in path)
-    return (on_tables if is_table else elsewhere)(*leaves)
+    return (on_tables if is_table(path) else elsewhere)(*leaves)
 
   return jax.tree_util.tree_map_with_path(apply, *trees)

@@ -295,8 +295,8 @@ def _train_group(simulations, on_round):
     if training.due(number, config):
       for i, simulation in enumerate(simulations):
         state = jax.tree.map(lambda x: x[i], states)
-        # Control variates are of no use in testing, and large.
-        state = state._replace(controls=None)
+        # Control variates and the like are of no use in testing, and large.
+        state = state._replace(controls=None, transforms=())
         found = simulation.validate(state)
         records[i][-1]['val'] = found
         value = training.selection_value(found, number, config)

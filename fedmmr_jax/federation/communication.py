@@ -1,10 +1,10 @@
 """What a federation pays with: visits of clients and the bytes they move.
 
 Counted is what this simulation's clients receive and return, four bytes a
-number, nothing compressed: the parameters, of the item table the rows that a
-client works on, each with its id (with `vocabulary=dense` the whole table),
-prototypes, and what drift control sends. Item features are public and do not
-count. The sketch of `collaborative_dim` and the counts of `shrinkage`
+number, or what `compression` makes of it: the parameters, of the item table the
+rows that a client works on, each with its id (with `vocabulary=dense` the whole
+table), prototypes, and what drift control sends. Item features are public and
+do not count. The sketch of `collaborative_dim` and the counts of `shrinkage`
 are part of round 1.
 """
 
@@ -13,7 +13,8 @@ from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 import jax
 import numpy as np
 
-from fedmmr_jax.client.vocabulary import ITEM_TABLE
+from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax.client import vocabulary
 from fedmmr_jax.config import ContentInit, ContentPlusId, RunConfig
 from fedmmr_jax.data.dataset import taking_part
 from fedmmr_jax.federation import collaborative
@@ -43,7 +44,10 @@ NOTHING = Traffic(0, 0, 0)
 
 
 def of_round(
-  program: RoundProgram, state: FederationState, visits: int, item_rows: float
+  program: RoundProgram,
+  state: FederationState,
+  visits: int,
+  metrics: Mapping[str, Any],
 ) -> Traffic:
   """Traffic of a round.
 
@@ -51,17 +55,26 @@ def of_round(
     program: the static parts of the round.
     state: of the federation, or a tree with the same shapes.
     visits: clients of the cohort.
-    item_rows: rows of the item table that one of them works on, in the mean.
+    metrics: means over them: `item_rows` that one works on, None if nobody
+      trained; with `compression` the bytes that it found.
   """
+  item_rows = metrics[metrics_lib.ITEM_ROWS] or 0.0
   server = state.server
   sent = program.client.drift.broadcast(server.control, server.opt_state)
   uploaded = jax.eval_shape(program.client.drift.no_upload, server.params)
   delta = _size(server.params, item_rows)
   prototypes = _size(server.prototypes, item_rows)
+  # None, too, if nobody was asked.
+  received = metrics.get(metrics_lib.DOWNLOADED)
+  returned = metrics.get(metrics_lib.UPLOADED)
+  if received is None:
+    received = delta
+  if returned is None:
+    returned = delta + prototypes + _size(uploaded, item_rows)
   return Traffic(
     visits,
-    visits * (delta + prototypes + _size(sent, item_rows)),
-    visits * (delta + prototypes + _size(uploaded, item_rows)),
+    visits * (received + prototypes + _size(sent, item_rows)),
+    visits * returned,
   )
 
 
@@ -69,7 +82,7 @@ def _size(tree: Any, item_rows: float) -> float:
   """Bytes of a tree of parameters, of its item tables only so many rows."""
   total = 0.0
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if any(getattr(key, 'key', None) == ITEM_TABLE for key in path):
+    if vocabulary.is_table(path):
       whole = leaf.shape[0] <= item_rows
       total += item_rows * (leaf.size // leaf.shape[0] + (not whole))
     else:

@@ -333,6 +333,9 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
   broadcast = state.server.broadcast(
     catalogue, program.config, program.client.drift
   )
+  broadcast = broadcast._replace(
+    params=transforms_lib.send(program.transforms, broadcast.params)
+  )
   told = transforms_lib.broadcast(
     program.transforms, state.server.transforms, broadcast.params
   )

@@ -76,6 +76,18 @@ class UpdateTransform:
     """
     return state
 
+  def check(self, params: Params, num_clients: int) -> None:
+    """Raises UserError if it does not fit.
+
+    Args:
+      params: of the server, or a tree with the same shapes.
+      num_clients: K.
+    """
+
+  def send(self, params: Params) -> Params:
+    """What the clients receive for the server's parameters."""
+    return params
+
   def no_metrics(self) -> dict[str, Mean]:
     """The neutral elements of the metrics that `apply` adds."""
     return {}
@@ -144,6 +156,19 @@ def broadcast(
     transform.broadcast(state, params)
     for transform, state in zip(transforms, states)
   )
+
+
+def check(transforms: Transforms, params: Params, num_clients: int) -> None:
+  """Raises UserError if one does not fit, see `UpdateTransform.check`."""
+  for transform in transforms:
+    transform.check(params, num_clients)
+
+
+def send(transforms: Transforms, params: Params) -> Params:
+  """What the clients receive for the server's parameters."""
+  for transform in transforms:
+    params = transform.send(params)
+  return params
 
 
 def no_metrics(transforms: Transforms) -> dict[str, Mean]:

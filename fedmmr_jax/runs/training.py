@@ -229,7 +229,7 @@ def traffic(
     cohort: of the round.
     train: its training metrics.
   """
-  cost = simulation.traffic(cohort, train[metrics_lib.ITEM_ROWS])
+  cost = simulation.traffic(cohort, train)
   return cost + simulation.sketch_traffic() if round_number == 1 else cost
 
 
