@@ -54,6 +54,7 @@ _AT = flags.DEFINE_list(
 app.define_config_flags()
 
 TABLE, FIGURE, DATA = 'ablation.md', 'ablation.png', 'ablation.json'
+BYTES_FIGURE = 'bytes.png'
 
 
 def main() -> None:
@@ -90,7 +91,15 @@ def main() -> None:
     json.dumps(as_json(outcomes, differences), indent=2, allow_nan=False) + '\n'
   )
   draw(pyplot, outcomes, differences, workdir / FIGURE)
-  print(f'\n{table}\n{workdir / TABLE}   {workdir / FIGURE}   {workdir / DATA}')
+  draw_bytes(
+    pyplot,
+    outcomes,
+    base.evaluation.shown,
+    loaded.dataset.num_clients,
+    workdir / BYTES_FIGURE,
+  )
+  written = (TABLE, FIGURE, BYTES_FIGURE, DATA)
+  print(f'\n{table}\n' + '   '.join(str(workdir / name) for name in written))
 
 
 def _outcomes(
@@ -206,6 +215,7 @@ def markdown(
       *_cold_lines(outcomes),
       *_new_client_lines(outcomes),
       *_history_lines(outcomes),
+      *_bytes_lines(outcomes),
       *_cost_lines(outcomes, base, seeds),
       '',
       'Training, first round → last round, mean over the seeds '
@@ -352,6 +362,43 @@ def _history_lines(outcomes) -> list[str]:
   ]
 
 
+def _bytes_lines(outcomes) -> list[str]:
+  """What a client receives and returns in a round of each trained variant."""
+  rows = []
+  for name, outcome in outcomes.items():
+    # Without what was asked before round 1, if there are more.
+    spent = [
+      communication.Traffic(**record['communication'])
+      for lines in outcome.records
+      for record in lines[1:] or lines
+    ]
+    if spent:
+      total = sum(spent, communication.NOTHING)
+      rows.append((name, total.per_visit))
+  if not rows:
+    return []
+  first = rows[0][1]
+  return [
+    '',
+    'What a client receives and returns in a round, four bytes a number where '
+    'nothing is compressed:',
+    '',
+    *_pipes(
+      ['variant', 'kB down', 'kB up', 'of the first, down', 'up'],
+      [
+        [
+          name,
+          f'{cost.bytes_down / 1e3:,.1f}',
+          f'{cost.bytes_up / 1e3:,.1f}',
+          f'1/{first.bytes_down / cost.bytes_down:.2f}',
+          f'1/{first.bytes_up / cost.bytes_up:.2f}',
+        ]
+        for name, cost in rows
+      ],
+    ),
+  ]
+
+
 def _cost_lines(outcomes, base, seeds) -> list[str]:
   """What each trained variant and seed cost until the quality that all
   reach."""
@@ -368,7 +415,7 @@ def _cost_lines(outcomes, base, seeds) -> list[str]:
   return [
     '',
     f"Until the validation's {costs.metric} reached {costs.rows[0][1]:.4f}, "
-    'which all variants reach (bytes: four a number, uncompressed):',
+    'which all variants reach:',
     '',
     *_pipes(
       ['variant', 'round', 'client visits', 'MB down', 'MB up'],
@@ -475,6 +522,70 @@ def draw(
   axes[0][0].invert_yaxis()
   figure.suptitle(f'Differences to “{baseline}”, 95 % intervals')
   figure.savefig(path, dpi=150)
+
+
+def draw_bytes(
+  pyplot,
+  outcomes: dict[str, Outcome],
+  shown: tuple[str, str],
+  num_clients: int,
+  path: pathlib.Path,
+) -> None:
+  """A validation metric over the bytes that were moved until then, for each
+  client in the mean: up, and both ways; one curve per variant, the mean of its
+  seeds.
+
+  Args:
+    pyplot: of matplotlib.
+    outcomes: of all variants; those without rounds are not drawn.
+    shown: (protocol, metric) of the validations.
+    num_clients: K.
+    path: of the picture.
+  """
+  protocol, metric = shown
+  figure, axes = pyplot.subplots(
+    1, 2, sharey=True, figsize=(11, 5), layout='constrained'
+  )
+  colours = pyplot.get_cmap('tab10').colors
+  for number, (name, outcome) in enumerate(outcomes.items()):
+    found = [
+      communication.curve(lines, protocol, metric) for lines in outcome.records
+    ]
+    if not found or not found[0]:
+      continue
+    values = np.mean([[value for _, value in curve] for curve in found], axis=0)
+    for axis, parts in ((axes[0], ('bytes_up',)), (axes[1], _BOTH_WAYS)):
+      spent = np.mean(
+        [
+          [sum(getattr(cost, part) for part in parts) for cost, _ in curve]
+          for curve in found
+        ],
+        axis=0,
+      )
+      axis.plot(
+        spent / num_clients / 1e6,
+        values,
+        marker='.',
+        color=colours[number % len(colours)],
+        linestyle=('-', '--', ':')[number // len(colours) % 3],
+        label=name,
+      )
+  for axis, what in zip(axes, ('sent', 'sent and received')):
+    axis.set_xscale('log')
+    axis.set_xlabel(f'MB {what} per client so far, mean of all clients')
+    axis.grid(color='#d1d9e0', linewidth=0.6)
+    axis.spines[['top', 'right']].set_visible(False)
+  axes[0].set_ylabel(f'{metric}, {protocol}, validation')
+  if axes[0].lines:
+    figure.legend(
+      *axes[0].get_legend_handles_labels(),
+      loc='outside right center',
+      frameon=False,
+    )
+  figure.savefig(path, dpi=150)
+
+
+_BOTH_WAYS = ('bytes_up', 'bytes_down')
 
 
 def _configured(base: RunConfig, variant: Variant) -> RunConfig:

@@ -39,6 +39,12 @@ class Traffic(NamedTuple):
   def __add__(self, other: Any) -> 'Traffic':
     return Traffic(*(a + b for a, b in zip(self, other)))
 
+  @property
+  def per_visit(self) -> 'Traffic':
+    """Of one visit, in the mean; nothing without any."""
+    visits = max(self.visits, 1)
+    return Traffic(1, self.bytes_down / visits, self.bytes_up / visits)
+
 
 NOTHING = Traffic(0, 0, 0)
 
@@ -189,6 +195,24 @@ def best(
   """The largest value of a validation metric; 0 without any."""
   found = (r.get('val', {}).get(protocol, {}).get(metric, 0.0) for r in records)
   return max(found, default=0.0)
+
+
+def curve(
+  records: Iterable[Mapping[str, Any]], protocol: str, metric: str
+) -> list[tuple[Traffic, float]]:
+  """(What it had cost by then, the validation metric) of each validation.
+
+  Args:
+    records: lines of `metrics.jsonl`, from round 1 on, with what they cost.
+    protocol, metric: which.
+  """
+  found, total = [], NOTHING
+  for record in records:
+    total += Traffic(**record['communication'])
+    value = record.get('val', {}).get(protocol, {}).get(metric)
+    if value is not None:
+      found.append((total, value))
+  return found
 
 
 def until(
