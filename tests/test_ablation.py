@@ -235,7 +235,7 @@ def test_ablate_writes_a_table_a_figure_and_goes_on(ml_1m, tmp_path):
   ]
   out, _ = run('ablate', *arguments)
   assert '| backbone |' in out
-  for name in ('ablation.md', 'ablation.png', 'ablation.json'):
+  for name in ('ablation.md', 'ablation.png', 'bytes.png', 'ablation.json'):
     assert (tmp_path / 'out' / name).stat().st_size > 100
   told = json.loads((tmp_path / 'out' / 'ablation.json').read_text())
   assert list(told) == ['full', 'backbone', 'popular']
