@@ -218,17 +218,13 @@ class _Rounding(NamedTuple):
 
   def _levels(self, x, scale, key):
     step = scale / self._most
-    # A scale that is NaN stays one, and makes the values NaN.
     scaled = x / jnp.where(step == 0, 1.0, step)
-    if key is None:
-      offset = 0.5
-    else:  # half the random bits of a float32, and the mean off by 2^-17 levels
-      bits = jax.random.bits(key, x.shape, jnp.uint16)
-      offset = (bits.astype(jnp.float32) + 0.5) / 2**16
+    offset = 0.5 if key is None else jax.random.uniform(key, x.shape)
     levels = jnp.clip(jnp.floor(scaled + offset), -self._most, self._most)
     return levels.astype(jnp.int8)
 
   def _values(self, levels, scale):
+    # A scale that is NaN or infinite makes them NaN.
     return levels * (scale / self._most)
 
   def _packed(self, count):
@@ -365,8 +361,8 @@ class WithFeedback(Compression):
     if not self.error_feedback:
       return super().apply(update, kept, sender)
     rows = Rows.of(update.vocabulary, sender.params)
-    before = _travelling(vocabulary_lib.take(kept, rows.vocabulary.ids), rows)
-    wanted = jax.tree.map(jnp.add, _travelling(update.delta, rows), before)
+    before = vocabulary_lib.take(kept, rows.vocabulary.ids)
+    wanted = jax.tree.map(jnp.add, update.delta, before)
     sent, _ = super().apply(update._replace(delta=wanted), None, sender)
     # Who sends nothing, or nothing of use, keeps what it had.
     sends = update.weight > 0
@@ -424,27 +420,26 @@ class TopK(WithFeedback):
   def compress(self, delta, rows, key):
     del key
     tables, rest = _parts(delta)
-    ids, real = rows.vocabulary.ids, rows.vocabulary.is_first
-    values, travels, positions = [], [], []
+    ids = rows.vocabulary.ids
+    values, positions = [], []
+    considered = len(rest)
     offset = 0
     for table in tables:
       width = table.shape[1]
       values.append(table.reshape(-1))
-      travels.append(jnp.repeat(real, width))
       positions.append(
         (offset + ids[:, None] * width + jnp.arange(width)).reshape(-1)
       )
+      considered += rows.count * width
       offset += rows.num_rows * width
     value = jnp.concatenate([*values, rest])
-    travels = jnp.concatenate([*travels, jnp.ones(len(rest), bool)])
     position = jnp.concatenate([*positions, offset + jnp.arange(len(rest))])
-    wanted = jnp.ceil(self.share * jnp.sum(travels, dtype=jnp.int32))
     # Floats that are not negative are ordered like their bits; NaN is last, so
     # that it travels, and the server sees it.
-    size = jax.lax.bitcast_convert_type(
-      jnp.where(travels, jnp.abs(value), 0.0), jnp.int32
+    size = jax.lax.bitcast_convert_type(jnp.abs(value), jnp.int32)
+    least = jnp.maximum(
+      _kth_largest(size, jnp.ceil(self.share * considered)), 1
     )
-    least = jnp.maximum(_kth_largest(size, wanted), 1)
     return Chosen(value, size >= least, position)
 
   def decompress(self, code, rows, like):
