@@ -284,11 +284,13 @@ def test_who_sends_nothing_of_use_keeps_what_it_had(weight, broken):
   small.assert_trees_close(after, kept)
 
 
-def test_a_padding_client_counts_nothing():
+def test_who_is_not_there_or_does_not_answer_counts_nothing():
+  update = update_of(delta_of(IDS), IDS)
   for method in METHODS:
-    update, _ = method.apply(update_of(delta_of(IDS), IDS), None, sender(-1))
-    assert update.metrics['uploaded_bytes'].weight == 0
-    assert update.metrics['uploaded_bytes'].total == 0
+    for own, client in ((update, -1), (update.without(jnp.bool_(True)), 0)):
+      after, _ = method.apply(own, None, sender(client))
+      assert after.metrics['uploaded_bytes'].weight == 0
+      assert after.metrics['uploaded_bytes'].total == 0
 
 
 def test_parameters_on_the_way_down():

@@ -28,7 +28,7 @@ from fedmmr_jax.client.vocabulary import Vocabulary
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.federation import round as round_lib
-from fedmmr_jax.federation.transforms import UpdateTransform
+from fedmmr_jax.federation.transforms import Sender, UpdateTransform
 
 Params = Any
 Tree = Any  # of arrays; None = nothing
@@ -132,7 +132,9 @@ class Compression(UpdateTransform):
     return update._replace(
       delta=self.decompress(code, rows, update.delta),
       metrics=update.metrics
-      | {metrics_lib.UPLOADED: metrics_lib.mean(uploaded, sender.client >= 0)},
+      | {
+        metrics_lib.UPLOADED: metrics_lib.mean(uploaded, _sends(update, sender))
+      },
     ), kept
 
 
@@ -296,7 +298,7 @@ class Quantised(Compression):
     sent = vocabulary_lib.take(sender.params, rows.vocabulary.ids)
     code = self._down.compress(sent, rows, None)  # for its shapes
     size = rows.num_bytes() + self._down.num_bytes(code, rows)
-    received = metrics_lib.mean(size, sender.client >= 0)
+    received = metrics_lib.mean(size, _sends(update, sender))
     return update._replace(
       metrics=update.metrics | {metrics_lib.DOWNLOADED: received}
     ), kept
@@ -365,7 +367,7 @@ class WithFeedback(Compression):
     wanted = jax.tree.map(jnp.add, update.delta, before)
     sent, _ = super().apply(update._replace(delta=wanted), None, sender)
     # Who sends nothing, or nothing of use, keeps what it had.
-    sends = update.weight > 0
+    sends = update.counts & (update.weight > 0)
     for x in jax.tree.leaves(wanted):
       sends &= jnp.all(jnp.isfinite(x))
     left = jax.tree.map(
@@ -567,6 +569,11 @@ def of(config: RunConfig) -> UpdateTransform:
   return parts.built(
     config.federation.compression, COMPRESSIONS, UpdateTransform, 'compression'
   )
+
+
+def _sends(update: ClientUpdate, sender: Sender) -> jax.Array:
+  """[] bool, whether there is a client whose message reaches the server."""
+  return (sender.client >= 0) & update.counts
 
 
 def _parts(tree: Tree) -> tuple[list[jax.Array], jax.Array]:
