@@ -572,6 +572,9 @@ def draw_bytes(
       )
   for axis, what in zip(axes, ('sent', 'sent and received')):
     axis.set_xscale('log')
+    axis.xaxis.set_major_locator(pyplot.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter('{x:g}')
+    axis.xaxis.set_minor_formatter('')
     axis.set_xlabel(f'MB {what} per client so far, mean of all clients')
     axis.grid(color='#d1d9e0', linewidth=0.6)
     axis.spines[['top', 'right']].set_visible(False)
