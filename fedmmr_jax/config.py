@@ -1094,8 +1094,10 @@ class ServerConfig(_Settings):
     'fedavg',
     "fedavg: a delta counts by its client's positives; fednova "
     '(Wang et al. 2020): divided by its local steps, so that a client with '
-    'twice the positives counts twice, not four times; or your own as '
-    'my_package.module:Thing,option=value',
+    'twice the positives counts twice, not four times; against attackers '
+    'norm_bound, median_norm, median, trimmed_mean, krum, multi_krum or '
+    'geometric_median (docs/robustness.md), with options as in '
+    'krum,attackers=5; or your own as my_package.module:Thing,option=value',
     evidence='fednova: full NDCG@10 0.150 against 0.140 with all 6,040 users; '
     'docs/results.md',
   )

@@ -44,6 +44,7 @@ from fedmmr_jax.federation import (
   collaborative,
   communication,
   devices,
+  robust,
   uplink,
 )
 from fedmmr_jax.federation import privacy as privacy_lib
@@ -254,6 +255,14 @@ class Simulation:
   def sample_cohort(self, round_number: int) -> np.ndarray:
     """[G, C/G] int32 clients of a round (1-based)."""
     return round_lib.sample_cohort(self.config, round_number, self.num_train)
+
+  @property
+  def cohort_size(self) -> int:
+    """C, clients of a round."""
+    return round_lib.cohort_size(
+      self.config,
+      len(taking_part(self.num_train, self.config.data.new_clients)),
+    )
 
   def count_targets(self, cohort: np.ndarray) -> int:
     """Number of positives that a round with this cohort trains on."""
@@ -724,7 +733,8 @@ def build(
   Raises:
     UserError: no client has anything to train on, a client with too few unseen
       items for the negatives, global prototypes without texts, too many control
-      variates, or nothing left to train.
+      variates, an aggregator that collects too much or whose assumption the
+      cohort breaks, or nothing left to train.
   """
   privacy_lib.part(config)
   _check_trainable(config, dataset)
@@ -745,6 +755,15 @@ def build(
   round_lib.check_size(state)
   transforms_lib.check(
     simulation.transforms, state.server.params, dataset.num_clients
+  )
+  robust.check(
+    simulation.aggregator,
+    simulation.drift,
+    state.server.params,
+    simulation.cohort_size,
+  )
+  round_lib.check_collected(
+    simulation.program, state, simulation.data, simulation.cohort_size
   )
   return simulation
 

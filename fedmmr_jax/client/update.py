@@ -255,7 +255,7 @@ def local_update(
   batch_size = config.client.batch_size
   own_windows = num_windows(client.num_train, stride)
   most_windows = num_windows(client.history.shape[0], stride)
-  vocabulary = _round_vocabulary(model, config, client, key)
+  vocabulary = round_vocabulary(model, config, client, key)
   sent = vocabulary_lib.take(broadcast.params, vocabulary.ids)
   optimizer = _optimizer(program, broadcast, vocabulary, kept)
 
@@ -392,7 +392,7 @@ def _local_result(
   )
 
 
-def _round_vocabulary(model, config, client, key) -> Vocabulary:
+def round_vocabulary(model, config, client, key) -> Vocabulary:
   """The items that a round of this client may look up."""
   catalogue = vocabulary_lib.whole(model.num_rows)
   if config.client.vocabulary == 'dense':

@@ -71,7 +71,7 @@ def touched(items: list[jax.Array], within: Vocabulary) -> Vocabulary:
 
 def take(tree: Any, rows: jax.Array) -> Any:
   """The given rows of each item table in a tree (parameters or moments)."""
-  return _map(lambda table: table[rows], lambda x: x, tree)
+  return map_tables(lambda table: table[rows], lambda x: x, tree)
 
 
 def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
@@ -87,7 +87,7 @@ def put(tree: Any, rows: jax.Array, kept: jax.Array, small: Any) -> Any:
   def write(table, new):
     return table.at[jnp.where(kept, rows, table.shape[0])].set(new, mode='drop')
 
-  return _map(write, lambda old, new: new, tree, small)
+  return map_tables(write, lambda old, new: new, tree, small)
 
 
 def scatter(small: Any, vocabulary: Vocabulary, like: Any) -> Any:
@@ -125,7 +125,7 @@ def add_weighted(
     new = weights[:, None, None] * new
     return table.at[ids.reshape(-1)].add(new.reshape(-1, new.shape[-1]))
 
-  return _map(sparse, dense, total, deltas)
+  return map_tables(sparse, dense, total, deltas)
 
 
 def is_table(path: Sequence[Any]) -> bool:
@@ -133,7 +133,7 @@ def is_table(path: Sequence[Any]) -> bool:
   return any(getattr(key, 'key', None) == ITEM_TABLE for key in path)
 
 
-def _map(on_tables, elsewhere, *trees):
+def map_tables(on_tables, elsewhere, *trees: Any) -> Any:
   """tree.map with one function for item tables and one for the rest."""
 
   def apply(path, *leaves):

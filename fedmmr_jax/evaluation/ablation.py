@@ -207,7 +207,12 @@ def train_seeds(
   Raises:
     UserError: the training of a seed diverged.
   """
-  size = round_lib.state_bytes(simulations[0].abstract_state) * len(simulations)
+  base = simulations[0]
+  size = round_lib.state_bytes(base.abstract_state)
+  size += round_lib.collected_bytes(
+    base.program, base.abstract_state, base.data, base.cohort_size
+  )
+  size *= len(simulations)
   groups = (
     [simulations]
     if size <= round_lib.MOST_STATE_BYTES

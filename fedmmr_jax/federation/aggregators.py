@@ -165,6 +165,11 @@ def of(config: RunConfig) -> Aggregator:
   Raises:
     UserError: there is no aggregator of that name, or it has no such option.
   """
+  from fedmmr_jax.federation import robust  # pylint: disable=g-import-not-at-top
+
   return parts.built(
-    config.server.aggregator, AGGREGATORS, Aggregator, 'aggregator'
+    config.server.aggregator,
+    AGGREGATORS | robust.ROBUST,  # it builds on this module
+    Aggregator,
+    'aggregator',
   )

@@ -172,6 +172,65 @@ def check_size(state: FederationState) -> None:
     )
 
 
+def collected_bytes(
+  program: RoundProgram,
+  state: FederationState,
+  data: FederatedData,
+  cohort: int,
+) -> int:
+  """Bytes of what the aggregator collects of a cohort.
+
+  Args:
+    program: the static parts of the round.
+    state: a state, or a tree with the same shapes.
+    data: all clients' data.
+    cohort: clients of a round.
+  """
+
+  def collect(params, memory, client):
+    view = client_view(data, client, program.max_items)
+    own = client_lib.round_vocabulary(
+      program.client.model, program.config, view, jax.random.key(0)
+    )
+    update = ClientUpdate(
+      delta=vocabulary.take(params, own.ids),
+      control=None,
+      vocabulary=own,
+      weight=jnp.zeros(()),
+      steps=jnp.zeros(()),
+      memory=memory,
+      kept=None,
+      prototypes=None,
+      metrics={},
+    )
+    return program.aggregator.collect(jax.tree.map(lambda x: x[None], update))
+
+  memory = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.memories
+  )
+  each = jax.eval_shape(collect, state.server.params, memory, jnp.int32(0))
+  return cohort * state_bytes(each)
+
+
+def check_collected(
+  program: RoundProgram,
+  state: FederationState,
+  data: FederatedData,
+  cohort: int,
+) -> None:
+  """Raises UserError if the aggregator would collect more than a machine should
+  hold; arguments as for `collected_bytes`."""
+  bytes_ = collected_bytes(program, state, data, cohort)
+  if bytes_ > MOST_STATE_BYTES:
+    raise UserError(
+      f'`aggregator`: it collects {bytes_ // cohort:,} bytes of each of '
+      f'{cohort:,} clients, {bytes_:,} in all, more than the '
+      f'{MOST_STATE_BYTES:,} allowed; take `aggregator=norm_bound`, which '
+      'collects nothing, or smaller cohorts (`client_fraction`), fewer rows '
+      '(`vocabulary=local`, `num_negatives`), a smaller `hidden_dim`'
+    )
+
+
 def round_key(seed: int, round_number: int) -> jax.Array:
   """Key of a round (1-based); a client's is fold_in(round_key, client)."""
   return jax.random.fold_in(jax.random.key(seed), round_number)
