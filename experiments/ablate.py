@@ -33,7 +33,7 @@ from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ablation, user_results
 from fedmmr_jax.evaluation.ablation import Differences, Outcome, Variant
 from fedmmr_jax.evaluation.ranking import Ranks
-from fedmmr_jax.federation import communication
+from fedmmr_jax.federation import attacks, communication
 from fedmmr_jax.metrics import FULL, HEADLINES, HR, NDCG, PROTOCOLS, SAMPLED
 from fedmmr_jax.runs import provenance, run_folder, training
 from fedmmr_jax.simulation import NEW_CLIENTS
@@ -72,6 +72,7 @@ def main() -> None:
     )
   variants = variants_lib.read(app.find_file(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
+  _check_attacks(variants, configs)
   loaded = load.load(base)
   if at:
     metrics_lib.check_cutoffs(at, loaded.dataset.num_items)
@@ -100,6 +101,29 @@ def main() -> None:
   )
   written = (TABLE, FIGURE, BYTES_FIGURE, DATA)
   print(f'\n{table}\n' + '   '.join(str(workdir / name) for name in written))
+
+
+def _check_attacks(
+  variants: Sequence[Variant], configs: Sequence[RunConfig]
+) -> None:
+  """Refuses variants that would not rank the same clients."""
+  told = {}
+  for variant, config in zip(variants, configs):
+    attack = attacks.of(config)
+    who = (
+      (attack.share, attack.draw, attack.target)
+      if isinstance(attack, attacks.Attack)
+      else None
+    )
+    told.setdefault(who, variant.name)
+  if len(told) > 1:
+    first, other = list(told.values())[:2]
+    raise UserError(
+      f'{_VARIANTS.value}: {first!r} and {other!r} have other attackers or '
+      'another target, and so rank other clients; give --attack the same '
+      'share, draw and target in each, and to a variant without an attack '
+      '--attack=sleeping,share=…'
+    )
 
 
 def _outcomes(

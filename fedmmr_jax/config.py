@@ -1143,7 +1143,10 @@ class FederationConfig(_Settings):
 
   attack: str = _field(
     'none',
-    'what a share of the clients does to mislead the server',
+    'what a share of the clients does to mislead the server: random, '
+    'sign_flip, label_flip, promotion, replacement or popular '
+    '(docs/robustness.md), as in promotion,share=0.05; sleeping: nothing, to '
+    'compare with; or your own as my_package.module:Thing,option=value',
     evidence=NOT_MEASURED,
   )
   failures: str = _field(

@@ -30,6 +30,7 @@ ITEM_ROWS = 'item_rows'
 # With `compression`, of a client of the cohort: all that it returns, and the
 # parameters that it receives.
 UPLOADED, DOWNLOADED = 'uploaded_bytes', 'downloaded_bytes'
+ATTACKERS = 'attackers'
 # Families of them: the mean weight that the router gives an expert, the norm of
 # the gradient at an expert or the backbone. Its name follows.
 ROUTER_WEIGHT, GRADIENT = 'w_', 'gradient_'
@@ -53,6 +54,8 @@ SPLIT_TITLES = {
   'cold_popularity': 'cold items by popularity',
   'new_clients': 'new clients, test',
 }
+# Of an attack's target, beside the ranking metrics of the full protocol.
+EXPOSURE = 'exposure@10'
 HEADLINES = ((SAMPLED, HR), (FULL, NDCG))
 # What a list is beside accurate (evaluation/beyond_accuracy.py); the name of a
 # feature matrix stands behind DIVERSITY, a cut-off behind each, as in
@@ -105,6 +108,7 @@ _FIGURES = {
   CLIENTS: Figure('{}', 'Clients', 'clients of a round'),
   UPLOADED: Figure('bytes up', 'Bytes of a client', 'mean'),
   DOWNLOADED: Figure('bytes down', 'Bytes of a client', 'mean'),
+  ATTACKERS: Figure('attackers', 'Attackers', 'share of the cohort'),
 }
 
 
@@ -252,6 +256,26 @@ def of_users(values: np.ndarray, users: np.ndarray | None) -> np.ndarray:
     return values
   whose = np.cumsum(new) - 1
   return np.bincount(whose, values) / np.bincount(whose)
+
+
+def exposure_of_each(aimed: np.ndarray, cutoff: int = 10) -> np.ndarray:
+  """[n] float64 whether an attack's target stands among the first.
+
+  Args:
+    aimed: [n] as `Ranks.aimed`; NaN comes of −1.
+    cutoff: how many are first.
+
+  >>> exposure_of_each(np.array([9, 10, -1])).tolist()
+  [1.0, 0.0, nan]
+  """
+  return np.where(aimed >= 0, aimed < cutoff, np.nan)
+
+
+def mean_of_users(values: np.ndarray, users: np.ndarray | None) -> float:
+  """Mean over users of the mean of each one's values [n], NaN = none."""
+  known = ~np.isnan(values)
+  own = None if users is None else np.asarray(users)[known]
+  return float(np.mean(of_users(values[known], own)))
 
 
 @dataclasses.dataclass(frozen=True)

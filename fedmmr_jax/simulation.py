@@ -51,6 +51,7 @@ from fedmmr_jax.federation import privacy as privacy_lib
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation import transforms as transforms_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
+from fedmmr_jax.federation.attacks import Attack
 from fedmmr_jax.federation.communication import Traffic
 from fedmmr_jax.federation.privacy import Plan
 from fedmmr_jax.federation.round import FederationState, RoundProgram
@@ -177,10 +178,13 @@ class Simulation:
   def compiled_config(self) -> RunConfig:
     """The config without what no compiled function reads, so that a different
     seed, run length or data folder triggers no compilation."""
-    server = dataclasses.replace(self.config.server, client_fraction=1.0)
+    server = dataclasses.replace(
+      self.config.server, client_fraction=1.0, aggregator='fedavg'
+    )
     # `transforms` and `aggregator` know of it.
     federation = dataclasses.replace(
       self.config.federation,
+      attack='none',
       sampling=FIXED,
       privacy=privacy_lib.OFF,
       target_epsilon=0.0,
@@ -376,6 +380,7 @@ class Simulation:
       self.config.evaluation.clients_per_eval_chunk,
       self.catalogue,
       on.data,
+      self._aim,
     )
     return ranking.metrics_of(ranks, self.metrics, targets.client), ranks
 
@@ -482,6 +487,7 @@ class Simulation:
       on.data,
       on.targets,
       on.dataset.max_items,
+      self._aim,
     )
 
   def rank_local_only(self, state: FederationState) -> dict[str, Ranks]:
@@ -510,6 +516,7 @@ class Simulation:
       targets,
       self.catalogue,
       self.data,
+      self._aim,
     )
     at = np.empty(len(self.num_train), int)  # where a client's ranks are
     at[chunks[chunks >= 0]] = np.flatnonzero(chunks.reshape(-1) >= 0)
@@ -622,11 +629,32 @@ class Simulation:
     )
 
   @property
+  def attack(self) -> Attack | None:
+    """The attack on this federation."""
+    found = [x for x in self.transforms if isinstance(x, Attack)]
+    return found[0] if found else None
+
+  @property
+  def attackers(self) -> np.ndarray:
+    """[n] clients that attack, ascending."""
+    if self.attack is None:
+      return np.zeros(0, int)
+    return self.attack.attackers(self.dataset.num_clients)
+
+  @property
+  def _aim(self) -> np.ndarray | None:
+    """[] int32 the item that the attack promotes; None without one."""
+    return (
+      None if self.attack is None else np.array(self.attack.aim.row, np.int32)
+    )
+
+  @property
   def evaluated_clients(self) -> np.ndarray:
-    """[n] clients that are ranked, of those with a target."""
+    """[n] clients that are ranked, of those with a target: no attackers."""
     having = np.union1d(
       *(self.dataset.targets(test)[0] for test in (False, True))
     )
+    having = np.setdiff1d(having, self.attackers)
     return ranking.evaluated_clients(
       self.config, self.dataset.num_clients, having
     )
@@ -846,7 +874,7 @@ def assemble(
     aggregator=aggregator
     or (private.aggregator() if private else aggregators.of(config)),
     drift=drift or drift_lib.of(config),
-    transforms=uplink.of(config, private),
+    transforms=tuple(x.fitted(dataset) for x in uplink.of(config, private)),
     privacy=private,
     metrics=metrics_lib.further_metrics(config.evaluation.metric_names)
     if metrics is None

@@ -27,6 +27,7 @@ class Stream(enum.IntEnum):
   COLLABORATIVE = 11
   NEW_CLIENTS = 12
   VALIDATION_CLIENTS = 13
+  ATTACKERS = 17
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

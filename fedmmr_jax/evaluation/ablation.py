@@ -29,7 +29,14 @@ from fedmmr_jax.evaluation.bootstrap import Difference, paired_bootstrap
 from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation.round import FederationState
-from fedmmr_jax.metrics import HEADLINES, Mean, Metric, PROTOCOLS
+from fedmmr_jax.metrics import (
+  EXPOSURE,
+  FULL,
+  HEADLINES,
+  Mean,
+  Metric,
+  PROTOCOLS,
+)
 from fedmmr_jax.runs import training
 from fedmmr_jax.simulation import Simulation
 
@@ -93,16 +100,25 @@ class Outcome(NamedTuple):
     """(protocol, metric) pairs by which variants are compared."""
     own = [f'{kind}@{n}' for n in self.at if n != 10 for kind in ('HR', 'NDCG')]
     own += metrics_lib.own_names(self.metrics)
-    return HEADLINES + tuple((p, name) for name in own for p in PROTOCOLS)
+    exposed = np.any(np.asarray(self.ranks['test'].aimed) >= 0)
+    return (
+      HEADLINES
+      + ((FULL, EXPOSURE),) * bool(exposed)
+      + tuple((p, name) for name in own for p in PROTOCOLS)
+    )
 
   def of_each_user(
     self, protocol: str, metric: str, split: str = 'test'
   ) -> np.ndarray:
-    """[users] a metric, mean over the seeds."""
-    values = [
-      metrics_lib.ranking_of_each(r, self.metrics, self.cutoffs)[metric]
-      for r in getattr(self.ranks[split], protocol)
-    ]
+    """[users] a metric, mean over the seeds; the exposure of an attack's target
+    is NaN for users that consumed it before."""
+    if metric == EXPOSURE:
+      values = list(metrics_lib.exposure_of_each(self.ranks[split].aimed))
+    else:
+      values = [
+        metrics_lib.ranking_of_each(r, self.metrics, self.cutoffs)[metric]
+        for r in getattr(self.ranks[split], protocol)
+      ]
     return metrics_lib.of_users(
       np.mean(values, axis=0), self._clients_of(split)
     )
@@ -117,6 +133,11 @@ class Outcome(NamedTuple):
     """A metric, mean over the users."""
     ranks = getattr(self.ranks[split], protocol)
     users = self._clients_of(split)
+    if metric == EXPOSURE:
+      return [
+        metrics_lib.mean_of_users(metrics_lib.exposure_of_each(r), users)
+        for r in self.ranks[split].aimed
+      ]
     return [
       metrics_lib.ranking(r, self.metrics, users, self.cutoffs)[metric]
       for r in ranks
@@ -126,10 +147,10 @@ class Outcome(NamedTuple):
     self, baseline: 'Outcome', protocol: str, metric: str
   ) -> Difference:
     """To another variant, on the test split, paired over users."""
-    return paired_bootstrap(
-      self.of_each_user(protocol, metric),
-      baseline.of_each_user(protocol, metric),
-    )
+    mine = self.of_each_user(protocol, metric)
+    others = baseline.of_each_user(protocol, metric)
+    known = ~np.isnan(mine) & ~np.isnan(others)
+    return paired_bootstrap(mine[known], others[known])
 
 
 # Number of a round -> what the validation of each seed found.

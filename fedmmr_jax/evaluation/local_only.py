@@ -29,6 +29,7 @@ def rank_all(
   targets: np.ndarray,
   catalogue: Catalogue,
   data: FederatedData,
+  aim: np.ndarray | None = None,
 ) -> Ranks:
   """Trains each client alone for `local_epochs` and ranks its targets.
 
@@ -42,6 +43,7 @@ def rank_all(
       one of its own.
     catalogue: item features.
     data: all clients' data.
+    aim: [] int32 the item that an attack promotes.
 
   Returns:
     Ranks with axes [G, C, n], on the host.
@@ -55,6 +57,7 @@ def rank_all(
     targets,
     catalogue,
     data,
+    aim,
   )
   return devices.undealt(ranks, len(clients))
 
@@ -68,6 +71,7 @@ def rank_shard(
   targets: jax.Array,
   catalogue: Catalogue,
   data: FederatedData,
+  aim: jax.Array | None,
 ) -> tuple[None, Ranks]:
   """(None, the ranks [g, C, n] of some chunks' clients)."""
   model, config = program.client.model, program.config
@@ -96,7 +100,7 @@ def rank_shard(
 
     def rank(target):
       return ranking.rank_target(
-        model, config, own, view, update.memory, *target
+        model, config, own, view, update.memory, *target, aim
       )
 
     return jax.lax.map(rank, targets[client])

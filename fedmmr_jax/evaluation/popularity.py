@@ -24,7 +24,11 @@ def training_counts(
 
 
 def rank(
-  counts: np.ndarray, data: FederatedData, targets: Targets, max_items: int
+  counts: np.ndarray,
+  data: FederatedData,
+  targets: Targets,
+  max_items: int,
+  aim: np.ndarray | None = None,
 ) -> Ranks:
   """Ranks of some targets, [n] on the host.
 
@@ -33,6 +37,7 @@ def rank(
     data: all clients' data.
     targets: [n] what to rank.
     max_items: H, the longest client's number of interactions.
+    aim: [] int32 the item that an attack promotes.
   """
   ranks = _rank(
     jnp.asarray(counts, jnp.float32),
@@ -40,17 +45,23 @@ def rank(
     tuple(targets[:3]),
     ranking.SPLITS[targets.split],
     max_items,
+    aim,
   )
   return jax.tree.map(np.asarray, ranks)
 
 
 @partial(jax.jit, static_argnames='max_items')
-def _rank(scores, data, targets, split, max_items) -> Ranks:
+def _rank(scores, data, targets, split, max_items, aim) -> Ranks:
   def rank_one(target):
     client, after_train, known = target
     view = client_view(data, client, max_items)
     return ranking.rank_client(
-      scores, view, view.num_train + after_train, view.num_train + known, split
+      scores,
+      view,
+      view.num_train + after_train,
+      view.num_train + known,
+      split,
+      aim,
     )
 
   return jax.lax.map(rank_one, targets)

@@ -99,12 +99,16 @@ class Ranks(NamedTuple):
     bad_scores: [n] int32 number of scores that are not finite.
     popular: [n] int32 as `sampled`, for negatives drawn by popularity; 0 if
       none were drawn (`Simulation.with_popular_negatives`).
+    aimed: [n] int32 as `full`, of the item that an attack promotes, which the
+      target is ranked against too; −1 where its client consumed it before, or
+      without an attack.
   """
 
   full: jax.Array
   sampled: jax.Array
   bad_scores: jax.Array
   popular: jax.Array | int = 0
+  aimed: jax.Array | int = -1
 
 
 def score_catalogue(
@@ -276,6 +280,7 @@ def rank_client(
   target_at: jax.Array,
   now: jax.Array,
   split: jax.Array | int,
+  aim: jax.Array | None = None,
 ) -> Ranks:
   """Ranks one client's target.
 
@@ -286,6 +291,7 @@ def rank_client(
     now: [] int32 how many items of the history count as consumed; later ones
       remain candidates.
     split: [] int32 one of SPLITS' values, whose negatives are the sampled ones.
+    aim: [] int32 the item that an attack promotes.
   """
   target = client.history[target_at]
   at_least = scores >= scores[target]
@@ -299,11 +305,18 @@ def rank_client(
   unconsumed = unconsumed.at[0].set(False)
   # Nor are items held out of training candidates, until they are the target.
   unconsumed &= jnp.arange(len(scores)) < client.num_drawable
+  aimed = jnp.int32(-1)
+  if aim is not None:
+    seen = jnp.any((client.history == target) & (position < now))
+    candidates = unconsumed.at[target].set(~seen)
+    place = jnp.sum((scores >= scores[aim]) & candidates) - 1
+    aimed = jnp.where(candidates[aim], place, -1)
   return Ranks(
     full=jnp.sum(at_least & unconsumed),
     sampled=jnp.sum(at_least[client.sampled_negatives[split]]),
     bad_scores=jnp.sum(~jnp.isfinite(scores)),
     popular=jnp.sum(at_least[client.popular_negatives[split]]),
+    aimed=aimed,
   )
 
 
@@ -316,6 +329,7 @@ def rank_target(
   after_train: jax.Array,
   known: jax.Array,
   split: jax.Array | int,
+  aim: jax.Array | None = None,
 ) -> Ranks:
   """Ranks one client's target, which comes `after_train` [] int32 items after
   its training items, `known` of which it may know of, with the parameters of
@@ -324,7 +338,9 @@ def rank_target(
   scores = score_next(
     model, config, broadcast, client.history, now, client.num_train, memory
   )
-  return rank_client(scores, client, client.num_train + after_train, now, split)
+  return rank_client(
+    scores, client, client.num_train + after_train, now, split, aim
+  )
 
 
 def rank_all(
@@ -337,6 +353,7 @@ def rank_all(
   split: int,
   catalogue: Catalogue,
   data: FederatedData,
+  aim: np.ndarray | None = None,
 ) -> Ranks:
   """Ranks targets of many clients, each with its own memory.
 
@@ -351,6 +368,7 @@ def rank_all(
     split: one of SPLITS' values.
     catalogue: item features.
     data: all clients' data.
+    aim: [] int32 the item that an attack promotes.
 
   Returns:
     Ranks with axes [G, C], on the host.
@@ -364,6 +382,7 @@ def rank_all(
     jnp.int32(split),
     catalogue,
     data,
+    aim,
   )
   return devices.undealt(ranks, targets.shape[1])
 
@@ -379,6 +398,7 @@ def rank_shard(
   split: jax.Array,
   catalogue: Catalogue,
   data: FederatedData,
+  aim: jax.Array | None,
 ) -> tuple[None, Ranks]:
   """(None, the ranks [g, C] of some chunks [3, g, C] of targets)."""
   broadcast = server.broadcast(catalogue, config)
@@ -387,7 +407,7 @@ def rank_shard(
     index, after_train, known = target
     client = client_view(data, index, max_items)
     return rank_target(
-      model, config, broadcast, client, memory, after_train, known, split
+      model, config, broadcast, client, memory, after_train, known, split, aim
     )
 
   return None, jax.lax.map(
@@ -429,6 +449,7 @@ def evaluate(
   clients_per_chunk: int,
   catalogue: Catalogue,
   data: FederatedData,
+  aim: np.ndarray | None = None,
 ) -> Ranks:
   """Ranks of the targets of one split.
 
@@ -456,6 +477,7 @@ def evaluate(
     SPLITS[targets.split],
     catalogue,
     data,
+    aim,
   )
   ranks = jax.tree.map(lambda x: x.reshape(-1)[: len(targets.client)], ranks)
   check_finite(ranks, targets.split)
@@ -479,7 +501,7 @@ def metrics_of(
   clients: np.ndarray | None = None,
 ) -> dict[str, dict[str, float]]:
   """{'sampled': {'HR@10': …}, 'full': {…}}, with HR, NDCG, MRR and further
-  metrics.
+  metrics; under an attack the exposure of its target too.
 
   Args:
     ranks: [n] of targets.
@@ -487,7 +509,13 @@ def metrics_of(
     clients: [n] whose each target is, ascending; of a client with several, the
       mean counts. None = each has one.
   """
-  return {
+  found = {
     protocol: metrics_lib.ranking(getattr(ranks, protocol), further, clients)
     for protocol in metrics_lib.PROTOCOLS
   }
+  aimed = np.asarray(ranks.aimed)
+  if np.any(aimed >= 0):
+    found[metrics_lib.FULL][metrics_lib.EXPOSURE] = metrics_lib.mean_of_users(
+      metrics_lib.exposure_of_each(aimed), clients
+    )
+  return found

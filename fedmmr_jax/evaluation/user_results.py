@@ -52,6 +52,7 @@ class UserResults(NamedTuple):
     num_sampled: int, negatives of the sampled protocols.
     full, sampled, popular: [n] int, how many of each protocol's candidates
       score at least as high as the target.
+    aimed: [n] int, see `Ranks.aimed`.
     metrics: further metrics besides HR, NDCG and MRR.
     cutoffs: of HR and NDCG.
   """
@@ -66,6 +67,7 @@ class UserResults(NamedTuple):
   full: np.ndarray
   sampled: np.ndarray
   popular: np.ndarray
+  aimed: np.ndarray
   metrics: tuple[Metric, ...] = ()
   cutoffs: tuple[int, ...] = CUTOFFS
 
@@ -82,7 +84,8 @@ class UserResults(NamedTuple):
     )
 
   def of_each(self) -> Metrics:
-    """Protocol -> metric -> [n] values."""
+    """Protocol -> metric -> [n] values; under an attack the exposure of its
+    target too, NaN where the user had consumed it before."""
     found = {
       protocol: metrics.ranking_of_each(ranks, self.metrics, self.cutoffs)
       for protocol, ranks in zip(
@@ -96,13 +99,15 @@ class UserResults(NamedTuple):
       further=self.metrics,
       cutoffs=self.cutoffs,
     )
+    if np.any(self.aimed >= 0):
+      found['full'][metrics.EXPOSURE] = metrics.exposure_of_each(self.aimed)
     return found
 
   def means(self) -> Means:
     """Protocol -> metric -> mean over the users."""
     return {
       protocol: {
-        name: float(np.mean(metrics.of_users(values, self.users)))
+        name: metrics.mean_of_users(values, self.users)
         for name, values in by_metric.items()
       }
       for protocol, by_metric in self.of_each().items()
@@ -154,6 +159,7 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
     ranks.full,
     ranks.sampled,
     ranks.popular,
+    ranks.aimed,
     simulation.metrics,
   )
 
@@ -285,13 +291,20 @@ def difference(
   # Metrics are of ranks: the other run's have this run's too.
   other = other._replace(metrics=results.metrics, cutoffs=results.cutoffs)
   mine, theirs = results.of_each(), other.of_each()
+
+  def paired(values, others):
+    known = ~np.isnan(values) & ~np.isnan(others)
+    users = results.users[known]
+    return bootstrap.paired_bootstrap(
+      metrics.of_users(values[known], users),
+      metrics.of_users(others[known], users),
+    )
+
   return {
     protocol: {
-      metric: bootstrap.paired_bootstrap(
-        metrics.of_users(values, results.users),
-        metrics.of_users(theirs[protocol][metric], other.users),
-      )
+      metric: paired(values, theirs[protocol][metric])
       for metric, values in by_metric.items()
+      if metric in theirs[protocol]
     }
     for protocol, by_metric in mine.items()
   }

@@ -125,7 +125,7 @@ def check(
 
 @dataclasses.dataclass(frozen=True)
 class NormBound(FedAvg):
-  """Sun et al. 2019, "Can you really backdoor federated learning?", section 5:
+  """Sun et al. 2019, "Can you really backdoor federated learning?":
   the mean of the deltas, each divided by max(1, |delta| / norm).
 
   Attributes:
@@ -303,7 +303,7 @@ class TrimmedMean(CoordinateWise):
 @dataclasses.dataclass(frozen=True)
 class MultiKrum(Robust):
   """Blanchard et al. 2017, "Machine learning with adversaries: Byzantine
-  tolerant gradient descent", NeurIPS, sections 3 and 4: the mean of the
+  tolerant gradient descent", NeurIPS: the mean of the
   `chosen` updates with the smallest sums of squared distances to their
   n − f − 2 nearest.
 
@@ -371,7 +371,7 @@ class Krum(MultiKrum):
 @dataclasses.dataclass(frozen=True)
 class GeometricMedian(Robust):
   """Pillutla et al. 2022, "Robust aggregation for federated learning", IEEE
-  Transactions on Signal Processing, algorithm 2 (RFA): the smoothed Weiszfeld
+  Transactions on Signal Processing, RFA: the smoothed Weiszfeld
   algorithm, from a delta of zero, so that the length of an update gains it
   nothing.
 

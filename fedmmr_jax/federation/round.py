@@ -409,7 +409,7 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
 
     def train_client(view, memory, control, kept, client):
       own_key = jax.random.fold_in(key, client)
-      sender = Sender(client, own_key, broadcast.params, told)
+      sender = Sender(client, own_key, broadcast.params, told, catalogue)
       update = client_lib.local_update(
         program.client,
         broadcast,

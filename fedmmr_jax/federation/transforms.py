@@ -22,8 +22,9 @@ import jax.numpy as jnp
 
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.client.update import ClientUpdate
-from fedmmr_jax.data.dataset import ClientData
+from fedmmr_jax.data.dataset import ClientData, Dataset
 from fedmmr_jax.metrics import Mean
+from fedmmr_jax.models.feddmmr import Catalogue
 
 Params = Any
 Tree = Any  # of arrays; None = nothing
@@ -39,12 +40,14 @@ class Sender(NamedTuple):
     key: of this client, round and transform.
     params: what the server sent.
     told: what the transform's `broadcast` gave.
+    catalogue: features of all items, which are public.
   """
 
   client: jax.Array
   key: jax.Array
   params: Params
   told: Tree
+  catalogue: Catalogue | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,14 @@ class UpdateTransform:
   """
 
   hides_metrics: ClassVar[bool] = False
+
+  def fitted(self, dataset: Dataset) -> 'UpdateTransform':
+    """The same for a data set, before round 1.
+
+    Raises:
+      UserError: it cannot be had with this data.
+    """
+    return self
 
   def client_state(
     self, params: Params, key: jax.Array, num_clients: int
