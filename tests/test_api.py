@@ -339,7 +339,7 @@ def test_a_metric_of_ones_own_is_in_whatever_a_run_leaves(tmp_path):
 @pytest.mark.parametrize(
   'name, message',
   [
-    ('nothing', "no aggregator 'nothing'; one of fedavg, fednova, or your own"),
+    ('nothing', "no aggregator 'nothing'; one of fedavg, fednova, norm_bound"),
     ('no_such_package:X', 'cannot import no_such_package'),
     ('math:nothing', 'math has no nothing'),
     ('math:pi', 'is no fedmmr_jax'),

@@ -52,9 +52,9 @@ class UserResults(NamedTuple):
     num_sampled: int, negatives of the sampled protocols.
     full, sampled, popular: [n] int, how many of each protocol's candidates
       score at least as high as the target.
-    aimed: [n] int, see `Ranks.aimed`.
     metrics: further metrics besides HR, NDCG and MRR.
     cutoffs: of HR and NDCG.
+    aimed: [n] int, see `Ranks.aimed`.
   """
 
   users: np.ndarray
@@ -67,9 +67,9 @@ class UserResults(NamedTuple):
   full: np.ndarray
   sampled: np.ndarray
   popular: np.ndarray
-  aimed: np.ndarray
   metrics: tuple[Metric, ...] = ()
   cutoffs: tuple[int, ...] = CUTOFFS
+  aimed: np.ndarray | int = -1
 
   def at(self, cutoffs: tuple[int, ...]) -> 'UserResults':
     """The same at other cut-offs."""
@@ -99,8 +99,9 @@ class UserResults(NamedTuple):
       further=self.metrics,
       cutoffs=self.cutoffs,
     )
-    if np.any(self.aimed >= 0):
-      found['full'][metrics.EXPOSURE] = metrics.exposure_of_each(self.aimed)
+    aimed = np.asarray(self.aimed)
+    if np.any(aimed >= 0):
+      found['full'][metrics.EXPOSURE] = metrics.exposure_of_each(aimed)
     return found
 
   def means(self) -> Means:
@@ -159,8 +160,8 @@ def of_ranks(simulation: Simulation, ranks: Ranks, split: str) -> UserResults:
     ranks.full,
     ranks.sampled,
     ranks.popular,
-    ranks.aimed,
     simulation.metrics,
+    aimed=np.asarray(ranks.aimed),
   )
 
 
