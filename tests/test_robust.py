@@ -41,6 +41,7 @@ def updates(dense, rows=None, weight=None) -> ClientUpdate:
     kept=None,
     prototypes=None,
     metrics={},
+    counts=jnp.ones(len(dense), bool),
   )
 
 

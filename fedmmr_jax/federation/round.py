@@ -202,6 +202,7 @@ def collected_bytes(
       kept=None,
       prototypes=None,
       metrics={},
+      counts=jnp.ones((), bool),
     )
     return program.aggregator.collect(jax.tree.map(lambda x: x[None], update))
 
