@@ -72,7 +72,7 @@ def main() -> None:
     )
   variants = variants_lib.read(app.find_file(_VARIANTS.value))
   configs = [_configured(base, v) for v in variants]
-  _check_attacks(variants, configs)
+  check_attacks(_VARIANTS.value, variants, configs)
   loaded = load.load(base)
   if at:
     metrics_lib.check_cutoffs(at, loaded.dataset.num_items)
@@ -103,8 +103,8 @@ def main() -> None:
   print(f'\n{table}\n' + '   '.join(str(workdir / name) for name in written))
 
 
-def _check_attacks(
-  variants: Sequence[Variant], configs: Sequence[RunConfig]
+def check_attacks(
+  place: str, variants: Sequence[Variant], configs: Sequence[RunConfig]
 ) -> None:
   """Refuses variants that would not rank the same clients."""
   told = {}
@@ -119,7 +119,7 @@ def _check_attacks(
   if len(told) > 1:
     first, other = list(told.values())[:2]
     raise UserError(
-      f'{_VARIANTS.value}: {first!r} and {other!r} have other attackers or '
+      f'{place}: {first!r} and {other!r} have other attackers or '
       'another target, and so rank other clients; give --attack the same '
       'share, draw and target in each, and to a variant without an attack '
       '--attack=sleeping,share=…'

@@ -93,6 +93,47 @@ def test_variants_compare_at_other_cutoffs_without_new_ranks():
   assert found.of_each_seed('full', 'HR@10') == [2 / 3, 2 / 3]
 
 
+def test_exposure_is_compared_over_users_who_may_see_the_target():
+  def exposed(aimed):
+    found = outcome([[0, 20, 3, 4]] * 2)
+    ranks = found.ranks['test']._replace(aimed=np.array(aimed))
+    return found._replace(ranks={'test': ranks})
+
+  attacked = exposed([[0, 9, -1, 30], [5, 10, -1, 30]])
+  clean = exposed([[50, 70, -1, 0]] * 2)
+  assert attacked.headlines[2] == ('full', 'exposure@10')
+  np.testing.assert_allclose(
+    attacked.of_each_user('full', 'exposure@10'), [1, 0.5, np.nan, 0]
+  )
+  assert attacked.of_each_seed('full', 'exposure@10') == [2 / 3, 1 / 3]
+  difference = attacked.difference(clean, 'full', 'exposure@10')
+  assert difference.mean == pytest.approx(0.5 - 1 / 3)
+  assert len(outcome([[0]]).headlines) == 2
+
+
+def test_variants_under_attack_rank_the_same_clients():
+  configs = [
+    small.config(attack=text)
+    for text in (
+      'sleeping,share=0.2',
+      'sign_flip,share=0.2',
+      'sign_flip,share=0.2,draw=1',
+      'none',
+    )
+  ]
+  names = [Variant(name, '', {}) for name in 'abcd']
+  ablate.check_attacks('grid.txt', names[:2], configs[:2])
+  ablate.check_attacks('grid.txt', names[3:], configs[3:])
+  for number in (2, 3):
+    message = small.error_of(
+      ablate.check_attacks,
+      'grid.txt',
+      [names[0], names[number]],
+      [configs[0], configs[number]],
+    )
+    assert f"grid.txt: 'a' and {names[number].name!r} have other" in message
+
+
 def test_a_figure_that_only_some_seeds_or_rounds_have():
   means = [
     {'rec_loss': None, 'w_visual': v, 'memory_age': 1.0}
