@@ -263,10 +263,12 @@ class Simulation:
   @property
   def cohort_size(self) -> int:
     """C, clients of a round."""
-    return round_lib.cohort_size(
-      self.config,
-      len(taking_part(self.num_train, self.config.data.new_clients)),
-    )
+    return cohorts.cohort_size(self.config, self.num_taking_part)
+
+  @property
+  def largest_cohort(self) -> int:
+    """The most clients that a round has room for."""
+    return cohorts.most(self.config, self.num_taking_part)
 
   def count_targets(self, cohort: np.ndarray) -> int:
     """Number of positives that a round with this cohort trains on."""
@@ -791,7 +793,7 @@ def build(
     simulation.cohort_size,
   )
   round_lib.check_collected(
-    simulation.program, state, simulation.data, simulation.cohort_size
+    simulation.program, state, simulation.data, simulation.largest_cohort
   )
   return simulation
 

@@ -231,7 +231,7 @@ def train_seeds(
   base = simulations[0]
   size = round_lib.state_bytes(base.abstract_state)
   size += round_lib.collected_bytes(
-    base.program, base.abstract_state, base.data, base.cohort_size
+    base.program, base.abstract_state, base.data, base.largest_cohort
   )
   size *= len(simulations)
   groups = (
