@@ -1,5 +1,6 @@
 """Checks a run for leaks: tests its own sampler, windows and rounds, and runs a
-canary that reacts to a leak.
+canary that reacts to a leak; attacks a run with `privacy`
+(fedmmr_jax/evaluation/privacy_audit.py).
 
     python -m experiments.audit --workdir=RUN
     python -m experiments.audit --flagfile=experiments/presets/paper.flags \\
@@ -19,7 +20,7 @@ from absl import flags
 from experiments import app, console
 from fedmmr_jax import simulation as simulation_lib
 from fedmmr_jax.data import load
-from fedmmr_jax.evaluation import audit, ranking
+from fedmmr_jax.evaluation import audit, privacy_audit, ranking
 from fedmmr_jax.evaluation.audit import Trained
 from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.metrics import FULL, HR, NDCG, SAMPLED
@@ -32,7 +33,11 @@ _ROUNDS = flags.DEFINE_integer(
   lower_bound=0,
 )
 _CANARIES = flags.DEFINE_integer(
-  'canaries', 200, 'clients that train alone (0 = all)', lower_bound=0
+  'canaries',
+  200,
+  'clients that train alone (0 = all); and, of a private run, whose place '
+  'canaries take',
+  lower_bound=0,
 )
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 app.define_config_flags()
@@ -53,6 +58,16 @@ def main() -> None:
   checks = audit.all_checks(simulation.with_popular_negatives())
   song, alone = audit.canary(simulation.with_clients(_CANARIES.value))
   checks.append(song)
+  attacked = None
+  if (
+    _ROUNDS.value
+    and simulation.privacy
+    and (simulation.privacy.noise_multiplier)
+  ):
+    attacked = privacy_audit.attack(
+      privacy_audit.prepared(simulation), _CANARIES.value or 200, _ROUNDS.value
+    )
+    checks.append(privacy_audit.check(attacked))
   figures = {'alone': alone}
   if _ROUNDS.value:
     figures[f'{_ROUNDS.value} rounds'] = audit.federated(
@@ -63,6 +78,7 @@ def main() -> None:
       json.dumps(
         {
           'checks': [check._asdict() for check in checks],
+          'privacy': attacked and attacked._asdict(),
           'test': {
             name: {
               kind: ranking.metrics_of(ranks, clients=trained.clients)

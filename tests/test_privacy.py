@@ -200,6 +200,26 @@ def test_epsilon_is_that_of_dp_accounting():
   assert got == pytest.approx(6.1436, rel=1e-3)
 
 
+# Printed by pfl 0.6.0 with dp-accounting 0.5, in an environment of its own:
+# from pfl.privacy.privacy_accountant import PLDPrivacyAccountant
+# for noise, share, rounds in ((1, 0.1, 100), (0.8, 0.05, 300), (3, 0.5, 40)):
+#   print(PLDPrivacyAccountant(num_compositions=rounds,
+#     sampling_probability=share, mechanism='gaussian', delta=6040**-1.1,
+#     noise_parameter=noise).epsilon)
+OF_PFL = [
+  (1.0, 0.1, 100, 6.143565),
+  (0.8, 0.05, 300, 8.153029),
+  (3.0, 0.5, 40, 4.405354),
+]
+
+
+@pytest.mark.parametrize('noise, share, rounds, expected', OF_PFL)
+def test_epsilon_is_that_of_pfl_research(noise, share, rounds, expected):
+  schedule = Schedule('poisson', 6040, 6040 * share, 1)
+  got = accounting.epsilon(schedule, noise, rounds, DELTA)
+  assert got == pytest.approx(expected, rel=0.01)
+
+
 def test_epsilon_without_luck():
   """Everybody in every round, or each in its turn: a Gaussian's ε, whose δ is
   Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ) (Dong et al. 2022), μ = √turns / z."""
@@ -227,6 +247,13 @@ def test_fixed_cohorts_cost_more_than_poisson_ones():
     Schedule('fixed', 6040, 6040, 1), 3.0, 100, DELTA
   )
   assert poisson < fixed < everybody
+
+
+def test_calibrated_noise_is_that_of_pfl_research():
+  """As above, with epsilon=8, noise_parameter=None, 0.2 and 40 rounds."""
+  schedule = Schedule('poisson', 6040, 1208, 1)
+  noise = accounting.noise_for(schedule, 8.0, 40, DELTA)
+  assert noise == pytest.approx(0.996304, rel=0.01)
 
 
 def test_calibrated_noise_keeps_to_epsilon():
@@ -448,3 +475,36 @@ def test_an_empty_cohort_gets_noise_too():
   )
   assert np.std(moved[1:]) == pytest.approx(1 / 6, rel=0.1)  # of 0.7 · 9
   assert dataclasses.is_dataclass(simulation.privacy)
+
+
+@pytest.mark.slow
+def test_an_audit_hears_missing_noise():
+  """48 canaries in the noise of ε < 1 are no surer than a guess; without the
+  noise that the accountant believes in, they show more than it allows."""
+  from fedmmr_jax import simulation as simulation_lib
+  from fedmmr_jax.evaluation import privacy_audit
+
+  simulation = privacy_audit.prepared(
+    simulation_lib.build(
+      config(
+        privacy='gaussian',
+        target_epsilon=0.5,
+        sampling='poisson',
+        client_fraction=0.5,
+        num_rounds=6,
+        delta='1e-5',
+        experts='none',
+        memory='none',
+      ),
+      small.dataset(96),
+    )
+  )
+  heard = privacy_audit.attack(simulation, 48, 6)
+  assert heard.upper <= 0.5 and privacy_audit.check(heard).passed
+  silent = dataclasses.replace(
+    simulation,
+    aggregator=dataclasses.replace(simulation.aggregator, stddev=0.0),
+  )
+  heard = privacy_audit.attack(silent, 48, 6)
+  assert heard.area > 0.8
+  assert not privacy_audit.check(heard).passed

