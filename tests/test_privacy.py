@@ -460,21 +460,67 @@ def test_transforms_hide_what_they_must():
   }
 
 
-def test_an_empty_cohort_gets_noise_too():
-  """That nobody trained is a secret like any other."""
+def test_a_real_client_moves_a_round_by_the_clip_norm_at_most():
+  """The same noise with and without a client, and with another in its place; an
+  empty cohort gets noise too, for that nobody came is a secret like any
+  other."""
   simulation = small.simulation(
-    **ALONE, privacy='gaussian,noise_multiplier=1', client_fraction=0.7
+    **ALONE,
+    privacy='gaussian,clip_norm=0.01,noise_multiplier=1',
+    client_fraction=0.7,
   )
-  state = simulation.init_state()
-  before = jax.device_get(state.server.params)
+  start = jax.device_get(simulation.init_state())
   cohort = simulation.sample_cohort(1)
-  state, _ = simulation.run_round(state, 1, np.full_like(cohort, -1))
-  moved = (
-    np.asarray(state.server.params['item_embedding'])
-    - (before['item_embedding'])
-  )
-  assert np.std(moved[1:]) == pytest.approx(1 / 6, rel=0.1)  # of 0.7 · 9
-  assert dataclasses.is_dataclass(simulation.privacy)
+  at = tuple(np.argwhere(cohort >= 0)[0])
+  outside = np.setdiff1d(np.arange(9), cohort)[0]
+
+  def after(members):
+    state, _ = simulation.run_round(devices.copied(start), 1, members)
+    return jax.device_get(state.server.params)
+
+  def changed(client):
+    members = cohort.copy()
+    members[at] = client
+    return after(members)
+
+  def moved(one, other):
+    return 6 * norm(jax.tree.map(np.subtract, one, other))  # 0.7 · 9 clients
+
+  everybody = after(cohort)
+  # The float32 of parameters of about 1 is seen at this scale.
+  assert 0.0099 < moved(everybody, changed(-1)) <= 0.01001
+  assert 0.0099 < moved(everybody, changed(outside)) <= 0.02002
+  nobody = after(np.full_like(cohort, -1))
+  table = nobody['item_embedding'] - start.server.params['item_embedding']
+  assert np.std(table[1:]) == pytest.approx(0.01 / 6, rel=0.1)
+
+
+def test_noise_of_several_seeds_is_that_of_each():
+  params = {'backbone': {'w': jnp.zeros(50)}}
+  mean = PrivateMean(4.0, 2.0, privacy.Banded(bands=2).coefficients(4, 2), 4)
+  states = [mean.init(params, jax.random.key(seed)) for seed in (1, 2)]
+
+  def finish(state):
+    return mean.finish(mean.zero(params), None, state, params)
+
+  together = jax.vmap(finish)(jax.tree.map(lambda *x: jnp.stack(x), *states))
+  for number, state in enumerate(states):
+    small.assert_trees_close(
+      jax.tree.map(lambda x: x[number], together), finish(state)
+    )
+
+
+@pytest.mark.parametrize(
+  'changes, counts',
+  [
+    ({}, False),
+    (dict(privacy='gaussian,noise_multiplier=1'), False),
+    (dict(privacy='gaussian', target_epsilon=8), True),
+    (dict(privacy='banded,noise_multiplier=1'), True),
+  ],
+)
+def test_a_run_whose_noise_depends_on_its_length_keeps_it(changes, counts):
+  assert config(**changes).length_counts == counts
 
 
 @pytest.mark.slow
