@@ -28,7 +28,7 @@ class Stream(enum.IntEnum):
   NEW_CLIENTS = 12
   VALIDATION_CLIENTS = 13
   ATTACKERS = 17
-  CANARIES = 40  # of an audit of privacy
+  CANARIES = 18  # of an audit of privacy
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
