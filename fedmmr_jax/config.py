@@ -1180,7 +1180,8 @@ class FederationConfig(_Settings):
     '`sampling=cyclic`; options of them all: clip_norm=1, '
     'groups=embeddings:0.5+experts:1, quantile=0.5 (adaptive clipping), '
     'quantile_rate=0.2; of the noise: noise_multiplier, or `target_epsilon`, '
-    'cohort and population that are assumed; of banded: bands',
+    'cohort and population that are assumed, sketch_noise for the sketch of '
+    '`item_embedding`; of banded: bands',
     evidence=NOT_MEASURED,
   )
   target_epsilon: float = _field(

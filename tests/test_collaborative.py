@@ -86,3 +86,33 @@ def test_more_directions_than_an_embedding_has_are_refused():
   assert 'collaborative_dim exceeds `hidden_dim=16`' in small.error_of(
     lambda: small.config(item_embedding='content_init,collaborative_dim=32')
   )
+
+
+def test_under_privacy_a_client_adds_length_1_to_the_sketch():
+  dataset = small.dataset()
+  probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 7))
+
+  def sketch(*clients):
+    return collaborative.sketch(dataset, np.array(clients), probe, unit=True)
+
+  alone = sketch(4)
+  np.testing.assert_allclose(np.linalg.norm(alone), 1, rtol=1e-12)
+  plain = collaborative.sketch(dataset, np.array([4]), probe)
+  np.testing.assert_allclose(alone, plain / np.linalg.norm(plain), atol=1e-12)
+  np.testing.assert_allclose(sketch(1, 4) - sketch(1), alone, atol=1e-12)
+
+
+def test_what_stands_out_of_the_noise_is_found():
+  rng = np.random.default_rng(0)
+  left, _ = np.linalg.qr(rng.normal(size=(400, 3)))
+  right, _ = np.linalg.qr(rng.normal(size=(16, 3)))
+  # Noise alone reaches 0.1 (√400 + √16) = 2.4: the third is below it.
+  clean = (left * [300.0, 200.0, 0.1]) @ right.T
+  noisy = np.pad(clean + 0.1 * rng.normal(size=clean.shape), ((1, 0), (0, 0)))
+  found = collaborative.denoised(noisy, 0.1, 8)
+  assert found.shape == (401, 8) and not found[0].any()
+  assert found[:, :2].any(axis=0).all() and not found[:, 2:].any()
+  kept = found[1:, :2] / np.linalg.norm(found[1:, :2], axis=0)
+  np.testing.assert_allclose(np.abs(kept.T @ left[:, :2]), np.eye(2), atol=0.02)
+  message = small.error_of(collaborative.denoised, noisy, 20.0, 8)
+  assert 'stands out of the noise' in message

@@ -262,6 +262,54 @@ def test_calibrated_noise_keeps_to_epsilon():
   assert 7.98 < accounting.epsilon(schedule, noise, 100, DELTA) <= 8.0
 
 
+@pytest.mark.parametrize(
+  'sampling, apart', [('poisson', 1), ('fixed', 2), ('cyclic', 1)]
+)
+def test_the_sketch_has_its_part_of_epsilon(sampling, apart):
+  import dp_accounting
+  from dp_accounting import pld
+
+  schedule = Schedule(sampling, 1000, 100, 10, sketch_noise=2.0)
+  accountant = pld.PLDAccountant(
+    dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    if sampling == 'poisson'
+    else dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+  )
+  accountant.compose(dp_accounting.GaussianDpEvent(2.0 / apart))
+  before = accountant.get_epsilon(1e-4)
+  np.testing.assert_allclose(
+    accounting.epsilon(schedule, 1.0, 0, 1e-4), before, rtol=0.01
+  )
+  accountant.compose(accounting.event(schedule, 1.0, 5))
+  np.testing.assert_allclose(
+    accounting.epsilon(schedule, 1.0, 5, 1e-4),
+    accountant.get_epsilon(1e-4),
+    rtol=0.01,
+  )
+  noise = accounting.noise_for(schedule, 2 * before, 5, 1e-4)
+  spent = accounting.epsilon(schedule, noise, 5, 1e-4)
+  assert 1.9 * before < spent <= 2 * before
+  alone = schedule._replace(sketch_noise=0.0)
+  assert noise > accounting.noise_for(alone, 2 * before, 5, 1e-4)
+
+
+def test_a_noisy_sketch_is_content_and_part_of_the_plan():
+  noisy, plain = (
+    small.simulation(
+      **ALONE,
+      privacy=f'gaussian,noise_multiplier=1,sketch_noise={noise}'
+      if noise
+      else 'none',
+      item_embedding='content_plus_id,collaborative_dim=4',
+    )
+    for noise in (0.5, 0)
+  )
+  assert noisy.privacy.sketch_noise == 0.5
+  assert noisy.privacy.epsilon(0) > 1
+  assert noisy.catalogue.content.shape == plain.catalogue.content.shape
+  assert noisy.catalogue.content[1:, -4:].any()
+
+
 def test_an_assumed_cohort_scales_the_noise():
   real = privacy.of(config(privacy='gaussian,noise_multiplier=2'), 100)
   large = privacy.of(

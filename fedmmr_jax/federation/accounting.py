@@ -43,12 +43,15 @@ class Schedule(NamedTuple):
     population: clients that cohorts are drawn of.
     cohort: clients of a cohort, of `poisson` expected.
     separation: rounds from one turn of a client to the next at the least.
+    sketch_noise: standard deviation of the noise on the sketch, to which every
+      client adds once, over the bound on what it adds; 0 without a sketch.
   """
 
   sampling: str
   population: float
   cohort: float
   separation: int
+  sketch_noise: float = 0.0
 
   @property
   def neighbours(self) -> str:
@@ -92,11 +95,23 @@ def epsilon(
   Raises:
     UserError: the extra is not installed.
   """
-  if not rounds:
-    return 0.0
   accountant = _accountant(schedule)
-  accountant.compose(event(schedule, noise_multiplier, rounds))
+  if schedule.sketch_noise:
+    accountant.compose(sketch_event(schedule))
+  elif not rounds:
+    return 0.0
+  if rounds:
+    accountant.compose(event(schedule, noise_multiplier, rounds))
   return float(accountant.get_epsilon(delta))
+
+
+def sketch_event(schedule: Schedule) -> Any:
+  """The dp-accounting event of the sketch before round 1: all of its clients
+  are known, so that no chance hides anybody."""
+  dp = library('dp_accounting')
+  # Another client's sketch in the place of one may be its opposite.
+  apart = 2 if schedule.neighbours == REPLACED else 1
+  return dp.GaussianDpEvent(schedule.sketch_noise / apart)
 
 
 def event(schedule: Schedule, noise_multiplier: float, rounds: int) -> Any:
@@ -157,9 +172,16 @@ def _noise_for(schedule, target, rounds, delta) -> float:
     low /= 2
     if low < LEAST_NOISE:
       return LEAST_NOISE
+
+  def whole(noise):
+    trained = event(schedule, noise, rounds)
+    if not schedule.sketch_noise:
+      return trained
+    return dp.ComposedDpEvent([sketch_event(schedule), trained])
+
   found = dp.calibrate_dp_mechanism(
     lambda: _accountant(schedule),
-    lambda noise: event(schedule, noise, rounds),
+    whole,
     target,
     delta,
     bracket_interval=dp.ExplicitBracketInterval(low, 2 * low),

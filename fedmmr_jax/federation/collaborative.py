@@ -9,15 +9,26 @@ items, and from the sum Y = GΩ the server computes the Nyström approximation
 Y (ΩᵀY)⁻¹ Yᵀ (Halko et al. 2011, "Finding structure with randomness", SIAM
 Review, algorithm 5.5). A client sends, and reveals, as much as with one delta
 of the item table; it is asked once.
+
+Under differential privacy what a client adds has length 1, whatever its
+history, and the sum gets noise. The Nyström approximation would invert small
+numbers that are noise now; so the leading left singular vectors of the noisy
+sum serve, as many as stand out of the noise.
 """
 
 import numpy as np
 
 from fedmmr_jax.config import ContentInit, RunConfig
 from fedmmr_jax.data.dataset import Dataset, taking_part
+from fedmmr_jax.errors import UserError
+from fedmmr_jax.federation import privacy
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.streams import generator, Stream
 
+_TINY = 1e-300
+# Noise alone has singular values up to √V + √d times its deviation, give or
+# take a little.
+_ABOVE_EDGE = 1.05
 _SMALLEST = 1e-6  # eigenvalue of ΩᵀY that counts, relative to the largest
 
 
@@ -34,6 +45,13 @@ def put_into(
     return content
   takes_part = taking_part(dataset.num_train, config.data.new_clients)
   places, probe = draw(config, len(takes_part), dataset.num_rows)
+  noise = privacy.sketch_noise(config, len(takes_part))
+  if noise:
+    sketched = sketch(dataset, takes_part[places], probe, unit=True)
+    rng = generator(0, Stream.COLLABORATIVE, 1)
+    sketched += noise * rng.standard_normal(sketched.shape)
+    found = denoised(sketched, noise, start.collaborative_dim)
+    return _joined(content, found, config.model.hidden_dim)
   sketched = sketch(dataset, takes_part[places], probe)
   return with_factors(content, sketched, probe, start.collaborative_dim)
 
@@ -49,9 +67,14 @@ def with_factors(
     probe: [V, D] Ω.
     dim: how many dimensions.
   """
-  found = factors(sketched, probe, dim)
-  hidden_dim = probe.shape[1]
-  kept = content[:, : hidden_dim - dim]
+  return _joined(content, factors(sketched, probe, dim), probe.shape[1])
+
+
+def _joined(
+  content: np.ndarray, found: np.ndarray, hidden_dim: int
+) -> np.ndarray:
+  """[V, D] content whose last dimensions are those found."""
+  kept = content[:, : hidden_dim - found.shape[1]]
   # Without any features there is no content to keep.
   free = hidden_dim - kept.shape[1] - found.shape[1]
   return np.concatenate([np.pad(kept, ((0, 0), (0, free))), found], axis=1)
@@ -96,7 +119,7 @@ def _places(rng, config, count) -> np.ndarray:
 
 
 def sketch(
-  dataset: Dataset, clients: np.ndarray, probe: np.ndarray
+  dataset: Dataset, clients: np.ndarray, probe: np.ndarray, unit: bool = False
 ) -> np.ndarray:
   """Σ_k x_k x_kᵀ Ω over some clients.
 
@@ -104,6 +127,8 @@ def sketch(
     dataset: its training items count; held-out items do not.
     clients: [n] clients to ask.
     probe: [V, d] Ω.
+    unit: whether what a client adds is divided by its length, the root of the
+      sum of its squares.
 
   Returns:
     [V, d], the sum of what each client adds to its items' rows.
@@ -112,8 +137,41 @@ def sketch(
   for client in clients:
     start = dataset.offsets[client]
     items = np.unique(dataset.items[start : start + dataset.num_train[client]])
-    total[items] += probe[items].sum(axis=0)
+    added = probe[items].sum(axis=0)
+    if unit:
+      added /= max(np.sqrt(len(items)) * np.linalg.norm(added), _TINY)
+    total[items] += added
   return total
+
+
+def denoised(sketched: np.ndarray, noise: float, dim: int) -> np.ndarray:
+  """The directions of a noisy sketch that stand out of its noise.
+
+  Args:
+    sketched: [V, d] with independent noise on every number.
+    noise: its standard deviation.
+    dim: how many at most; if fewer stand out, the rest is 0.
+
+  Returns:
+    As `factors`.
+
+  Raises:
+    UserError: none does.
+  """
+  left, strength, _ = np.linalg.svd(sketched[1:], full_matrices=False)
+  rows, columns = sketched[1:].shape
+  edge = _ABOVE_EDGE * noise * (rows**0.5 + columns**0.5)
+  found = left[:, strength > edge][:, :dim]
+  if not found.shape[1]:
+    raise UserError(
+      'nothing in the sketch of `collaborative_dim` stands out of the noise '
+      'that `privacy` puts on it; take less of sketch_noise, or leave '
+      'collaborative_dim out'
+    )
+  found = content_lib.with_fixed_signs(found)
+  found = np.pad(found, ((1, 0), (0, dim - found.shape[1])))
+  length = content_lib.root_mean_square_length(found)
+  return (found / length).astype(np.float32)
 
 
 def factors(sketched: np.ndarray, probe: np.ndarray, dim: int) -> np.ndarray:

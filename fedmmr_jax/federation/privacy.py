@@ -116,12 +116,16 @@ class Gaussian(Clipping):
       with such cohorts; 0: as it is.
     population: clients of that federation; 0: so many that a cohort is the
       same share of them.
+    sketch_noise: standard deviation of the noise on the sketch of
+      `collaborative_dim` over the bound on what a client adds to it, part of
+      the same ε; 0: there may be no sketch.
     public_start: says that `pretrained_path` was trained on nobody's data here.
   """
 
   noise_multiplier: float = _option(0.0, minimum=0.0)
   cohort: int = _option(0, minimum=0)
   population: int = _option(0, minimum=0)
+  sketch_noise: float = _option(0.0, minimum=0.0)
   public_start: bool = False
 
   is_private: ClassVar[bool] = True
@@ -380,6 +384,11 @@ class Plan:
     drown it."""
     return self.cohort / self.schedule.cohort
 
+  @property
+  def sketch_noise(self) -> float:
+    """Standard deviation of the noise on the sketch, see the function."""
+    return self.schedule.sketch_noise * self._scale
+
   def transform(self) -> ClipUpdates:
     """What clips."""
     own = self.mechanism
@@ -547,6 +556,11 @@ def _check_noise(config: RunConfig, found: Clipping) -> None:
     raise UserError(
       f'{place} needs `target_epsilon` above 0, or an option noise_multiplier'
     )
+  elif 0 < getattr(found, 'sketch_noise', 0) < accounting.LEAST_NOISE:
+    raise UserError(
+      f'{place}: sketch_noise is below {accounting.LEAST_NOISE:g}, which is '
+      'next to none'
+    )
   elif noise and not accounting.LEAST_NOISE <= noise <= accounting.MOST_NOISE:
     raise UserError(
       f'{place}: noise_multiplier={noise:g} is not from '
@@ -570,10 +584,12 @@ def _check_leaks(config: RunConfig, found: Clipping) -> None:
       'prototypes leave the clients without noise; say `global_memory=none`',
     ),
     (
-      isinstance(start, ContentInit) and start.collaborative_dim > 0,
+      _has_sketch(config)
+      and found.is_private
+      and not getattr(found, 'sketch_noise', 0.0),
       f'`item_embedding={start}`',
-      'the sketch tells which items stand in the same histories; leave '
-      'collaborative_dim out',
+      'the sketch tells which items stand in the same histories; give it noise '
+      'too (the option sketch_noise), or leave collaborative_dim out',
     ),
     (
       isinstance(start, ContentPlusId) and start.shrinkage > 0,
@@ -603,6 +619,26 @@ def _check_leaks(config: RunConfig, found: Clipping) -> None:
   for is_so, what, why in leaks:
     if is_so:
       raise UserError(f'`privacy={config.federation.privacy}`: {what}: {why}')
+
+
+def _has_sketch(config: RunConfig) -> bool:
+  start = config.model.item_embedding
+  return isinstance(start, ContentInit) and start.collaborative_dim > 0
+
+
+def sketch_noise(config: RunConfig, clients: int) -> float:
+  """Standard deviation of the noise on the sum of what clients add to the
+  sketch, each bounded by 1; 0 where the sketch is as it is.
+
+  Args:
+    config: settings.
+    clients: K that cohorts are drawn of.
+
+  Raises:
+    UserError: see `of`.
+  """
+  plan = of(config, clients)
+  return plan.sketch_noise if plan else 0.0
 
 
 def check_parts(
@@ -648,7 +684,8 @@ def _schedule(
     )
   if population != clients * assumed / cohort and sampling == CYCLIC:
     separation = math.floor(population / assumed)
-  return Schedule(sampling, population, assumed, separation), cohort
+  noise = getattr(mechanism, 'sketch_noise', 0.0) * _has_sketch(config)
+  return Schedule(sampling, population, assumed, separation, noise), cohort
 
 
 def _delta(config: RunConfig, population: float) -> float:
