@@ -328,6 +328,7 @@ def round_line(record: dict[str, Any], num_rounds: int) -> str:
     + ' '.join(f'{expert} {share:.2f}' for expert, share in shares.items()),
     _told('inst.weight', train[metrics.INSTANCE_WEIGHT], '.3f'),
     _told('memory', train[metrics.MEMORY_FILL], '.0%'),
+    _answers(record),
   ]
   if 'val' in record:
     parts.append(
@@ -344,6 +345,23 @@ def round_line(record: dict[str, Any], num_rounds: int) -> str:
 def _privacy_told(privacy: dict[str, Any]) -> str:
   spent = _told('epsilon', privacy['epsilon'], '.3f') or 'no noise'
   return spent + ' (assumed cohort)' * privacy['assumed']
+
+
+def _answers(record: dict[str, Any]) -> str:
+  """What became of those who were asked, if it was not an answer of each."""
+  counts = metrics.members(record['train'], metrics.CLIENTS)
+  asked, answered = counts.pop('asked', 0), counts.pop('answered', 0)
+  missing = [
+    f'{number} {name.replace("_", " ")}'
+    for name, number in counts.items()
+    if number
+  ]
+  told = ''
+  if missing:
+    told = f'{answered} of {asked} answers count ({", ".join(missing)})'
+  if record.get('skipped'):
+    told = (told or f'{answered} answers') + ': too few, nothing is changed'
+  return told
 
 
 def _told(title: str, value: float | None, form: str) -> str:

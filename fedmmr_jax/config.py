@@ -1150,7 +1150,34 @@ class FederationConfig(_Settings):
     evidence=NOT_MEASURED,
   )
   failures: str = _field(
-    'none', 'how clients fail to answer, or answer badly', evidence=NOT_MEASURED
+    'none',
+    'how clients fail to answer, or answer badly. random: shares of them, '
+    'drawn in each round (fixed=true: once), as drop=0.3 (before training), '
+    'lose (their answer), late, straggle (they take `work` of their steps, 0.5 '
+    'if not said), corrupt (corruption=nan, infinite, long or any); or your '
+    'own as my_package.module:Thing; docs/failures.md',
+    evidence=NOT_MEASURED,
+  )
+  availability: str = _field(
+    'always',
+    'which clients can be asked in a round. day: by time of day, options '
+    'share, swing, rounds and zones; trace: by a file, trace,file=…,period=0; '
+    'or your own as my_package.module:Thing; docs/failures.md',
+    evidence=NOT_MEASURED,
+  )
+  over_selection: float = _field(
+    0.0,
+    'so much more of a cohort is asked, and the round closes when '
+    '`client_fraction` of the clients have answered (0.3: 130 are asked where '
+    '100 are wanted)',
+    minimum=0.0,
+    evidence=NOT_MEASURED,
+  )
+  min_answers: int = _field(
+    0,
+    'a round in which fewer answers count changes nothing',
+    minimum=0,
+    evidence=NOT_MEASURED,
   )
   compression: str = _field(
     'none',

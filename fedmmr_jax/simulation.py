@@ -22,6 +22,7 @@ from fedmmr_jax.config import (
   ContentPlusId,
   DataConfig,
   EvaluationConfig,
+  FederationConfig,
   FIXED,
   Given,
   KeepSome,
@@ -47,12 +48,16 @@ from fedmmr_jax.federation import (
   robust,
   uplink,
 )
+from fedmmr_jax.federation import availability as availability_lib
+from fedmmr_jax.federation import failures as failures_lib
 from fedmmr_jax.federation import privacy as privacy_lib
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation import transforms as transforms_lib
 from fedmmr_jax.federation.aggregators import Aggregator, FedAvg
 from fedmmr_jax.federation.attacks import Attack
+from fedmmr_jax.federation.availability import Availability
 from fedmmr_jax.federation.communication import Traffic
+from fedmmr_jax.federation.failures import Answers, Failures
 from fedmmr_jax.federation.privacy import Plan
 from fedmmr_jax.federation.round import FederationState, RoundProgram
 from fedmmr_jax.federation.server import ServerState
@@ -86,8 +91,10 @@ class Round(NamedTuple):
     state: after it.
     metrics: name -> mean over the cohort's steps, for some a list of means;
       None if nothing was counted.
-    cohort: [G, C/G] int32 clients that trained; PADDING_CLIENT elsewhere.
+    cohort: [G, C/G] int32 clients that trained and answered; PADDING_CLIENT
+      elsewhere.
     seconds: duration.
+    work: [K] share of its steps that each of them took; None = all.
   """
 
   number: int
@@ -95,6 +102,7 @@ class Round(NamedTuple):
   metrics: dict[str, float | list[float] | None]
   cohort: np.ndarray
   seconds: float
+  work: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays
@@ -181,11 +189,16 @@ class Simulation:
     server = dataclasses.replace(
       self.config.server, client_fraction=1.0, aggregator='fedavg'
     )
-    # `transforms` and `aggregator` know of it.
+    # `transforms` and `aggregator` know of it, or the host does.
+    unsimulated = FederationConfig()
     federation = dataclasses.replace(
       self.config.federation,
       attack='none',
       sampling=FIXED,
+      failures=unsimulated.failures,
+      availability=unsimulated.availability,
+      over_selection=unsimulated.over_selection,
+      rejection=unsimulated.rejection,
       privacy=privacy_lib.OFF,
       target_epsilon=0.0,
       delta=AUTO,
@@ -257,12 +270,29 @@ class Simulation:
     )
 
   def sample_cohort(self, round_number: int) -> np.ndarray:
-    """[G, C/G] int32 clients of a round (1-based)."""
-    return round_lib.sample_cohort(self.config, round_number, self.num_train)
+    """[G, C/G] int32 clients that a round (1-based) asks."""
+    return round_lib.sample_cohort(
+      self.config,
+      round_number,
+      self.num_train,
+      self.availability.there(
+        self.config.seed, round_number, self.dataset.user_ids
+      ),
+    )
+
+  @functools.cached_property
+  def failures(self) -> Failures:
+    """How clients fail."""
+    return failures_lib.of(self.config)
+
+  @functools.cached_property
+  def availability(self) -> Availability:
+    """Who can be asked in a round."""
+    return availability_lib.of(self.config)
 
   @property
   def cohort_size(self) -> int:
-    """C, clients of a round."""
+    """C, how many clients are wanted in a round."""
     return cohorts.cohort_size(self.config, self.num_taking_part)
 
   @property
@@ -270,20 +300,39 @@ class Simulation:
     """The most clients that a round has room for."""
     return cohorts.most(self.config, self.num_taking_part)
 
-  def count_targets(self, cohort: np.ndarray) -> int:
-    """Number of positives that a round with this cohort trains on."""
-    trained = self.num_train[cohort[cohort >= 0]]
-    return int(
-      self.config.client.local_epochs
-      * num_positives(trained, self.config).sum()
+  def answers(self, round_number: int, cohort: np.ndarray) -> Answers:
+    """What comes back from the cohort [G, C/G] of a round (1-based)."""
+    return failures_lib.answers(
+      self.failures,
+      self.config.seed,
+      round_number,
+      cohort,
+      self.dataset.num_clients,
+      self.cohort_size if self.config.federation.over_selection else None,
     )
+
+  def count_targets(
+    self, cohort: np.ndarray, work: np.ndarray | None = None
+  ) -> int:
+    """Number of positives that a round with this cohort trains on, each counted
+    in every epoch.
+
+    Args:
+      cohort: [G, C/G], PADDING_CLIENT where none.
+      work: [K] share of its steps that each client takes; None = all.
+    """
+    clients = cohort[cohort >= 0]
+    each = num_positives(self.num_train[clients], self.config)
+    share = 1 if work is None else work[clients].astype(np.float64)
+    return int(self.config.client.local_epochs * (each * share).sum())
 
   def traffic(self, cohort: np.ndarray, metrics: Mapping[str, Any]) -> Traffic:
     """What a round of this cohort [G, C/G] cost.
 
     Args:
       cohort: PADDING_CLIENT where none.
-      metrics: `Round.metrics`.
+      metrics: `Round.metrics`, which also say how many were asked and did not
+        answer, or not well; without it, all of the cohort did.
     """
     visits = int((cohort >= 0).sum())
     if self.privacy:  # all rows, and who came is nobody's business
@@ -322,25 +371,38 @@ class Simulation:
     for number in range(first, last + 1):
       start = time.perf_counter()
       cohort = self.sample_cohort(number)
+      answers = self.answers(number, cohort)
       state, means = self.run_round(state, number, cohort)
       saved = f'round {number - 1} is the last good one' if number > 1 else ''
       round_lib.check_finite_state(state, number, saved)
       round_lib.check_accepted(self.config, means, number, saved)
-      yield Round(number, state, means, cohort, time.perf_counter() - start)
+      yield Round(
+        number,
+        state,
+        means,
+        answers.cohort,
+        time.perf_counter() - start,
+        np.asarray(answers.fates.work) if answers.fates else None,
+      )
 
   def run_round(
     self, state: FederationState, round_number: int, cohort: np.ndarray
   ) -> tuple[FederationState, dict[str, float | list[float] | None]]:
-    """Trains one round; `state` is donated."""
+    """Trains one round with what comes back from the cohort that is asked;
+    `state` is donated."""
+    answers = self.answers(round_number, cohort)
     state, means = round_lib.run_round(
       self.program,
       state,
-      cohort,
+      answers.cohort,
       round_lib.round_key(self.config.seed, round_number),
       self.catalogue,
       self.data,
+      answers.fates,
     )
-    return state, metrics_lib.finish(jax.device_get(means))
+    return state, metrics_lib.finish(jax.device_get(means)) | (
+      {} if self.privacy else answers.counts
+    )
 
   def validate(self, state: FederationState) -> dict[str, dict[str, float]]:
     """Protocol -> metric -> value of the validation items of
@@ -781,6 +843,7 @@ def build(
   # Before hours of training:
   _check_targets(simulation)
   cohorts.check(config, simulation.num_taking_part)
+  _check_answers(simulation)
   state = simulation.abstract_state
   round_lib.check_size(state)
   transforms_lib.check(
@@ -934,6 +997,31 @@ def _check_targets(simulation: Simulation) -> None:
         f'{simulation.dataset.name}: no {what} item has an item before it that '
         'its client may know of; see `split_by` and `eval_clients`'
       )
+
+
+def _check_answers(simulation: Simulation) -> None:
+  """Raises UserError if no round could have the answers that it needs."""
+  config = simulation.config
+  _ = simulation.failures
+  least = config.federation.min_answers
+  for name in ('failures', 'availability', 'over_selection', 'min_answers'):
+    value = getattr(config.federation, name)
+    if simulation.privacy and value != getattr(FederationConfig(), name):
+      raise UserError(
+        f'`{name}={value}` changes who is in a round, which the accountant of '
+        f'`privacy={config.federation.privacy}` does not know; leave one out'
+      )
+  if least > simulation.cohort_size:
+    raise UserError(
+      f'`min_answers={least}` is more than a cohort has, '
+      f'{simulation.cohort_size} clients '
+      f'(`client_fraction={config.server.client_fraction:g}`)'
+    )
+  simulation.availability.check(
+    simulation.dataset.user_ids,
+    taking_part(simulation.num_train, config.data.new_clients),
+    config.server.num_rounds,
+  )
 
 
 def _check_trainable(config: RunConfig, dataset: Dataset) -> None:

@@ -27,6 +27,8 @@ class Stream(enum.IntEnum):
   COLLABORATIVE = 11
   NEW_CLIENTS = 12
   VALIDATION_CLIENTS = 13
+  FAILURES = 14
+  AVAILABILITY = 15
   ATTACKERS = 17
   CANARIES = 18  # of an audit of privacy
 

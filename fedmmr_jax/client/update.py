@@ -69,7 +69,8 @@ class ClientUpdate(NamedTuple):
     control: the upload of drift control, for the client's rows or the whole
       catalogue; None without one.
     vocabulary: the items of the U rows.
-    weight: [] float32, positives of an epoch.
+    weight: [] float32, positives of an epoch; of a client that stopped before,
+      those it has trained on, divided by the epochs.
     steps: [] float32, local steps taken; at least 1.
     memory: its memory after training; None in a model without experts.
     kept: drift-control state kept by the client; None without one.
@@ -233,6 +234,7 @@ def local_update(
   kept: Any,
   key: jax.Array,
   max_steps: jax.Array,
+  work: jax.Array | None = None,
 ) -> ClientUpdate:
   """Trains on one client's positives for `local_epochs`.
 
@@ -246,6 +248,8 @@ def local_update(
     max_steps: [] int32 steps to run per epoch, at least the client's own
       number; steps beyond it change nothing. Shared by clients vmapped
       together.
+    work: [] float32 share of its own steps after which the client stops, at
+      least one; weight and steps are then of what it has done. None = all.
 
   Returns:
     What goes back to the server, and the memory.
@@ -257,6 +261,11 @@ def local_update(
   most_windows = num_windows(client.history.shape[0], stride)
   vocabulary = round_vocabulary(model, config, client, key)
   sent = vocabulary_lib.take(broadcast.params, vocabulary.ids)
+  own_steps = num_steps(client.num_train, config)
+  all_steps = own_steps * config.client.local_epochs
+  stop = None
+  if work is not None:
+    stop = jnp.maximum(jnp.round(work * all_steps), 1).astype(jnp.int32)
   optimizer = _optimizer(program, broadcast, vocabulary, kept)
 
   cut = _cutter(model, config, client, sent, vocabulary, broadcast.catalogue)
@@ -268,7 +277,10 @@ def local_update(
       rank = i * batch_size + jnp.arange(batch_size)
       index = order.at[rank].get(mode='fill', fill_value=0)
       negative_key, dropout_key = _step_keys(key, number, i)
-      batch = cut(index, rank < own_windows)
+      present = rank < own_windows
+      if stop is not None:
+        present &= number * own_steps + i < stop
+      batch = cut(index, present)
       negative = _negatives_of_step(negative_key, i, client, config)
       data = StepData(
         batch=batch,
@@ -303,6 +315,12 @@ def local_update(
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
   delta = optax.tree.sub(end.params, sent)
   weight = num_positives(client.num_train, config).astype(jnp.float32)
+  if stop is not None:
+    counted = end.metrics[metrics_lib.LOSS].weight
+    weight = jnp.where(
+      stop < all_steps, counted / config.client.local_epochs, weight
+    )
+    all_steps = jnp.minimum(all_steps, stop)
   kept, uploaded = drift.finish(
     _local_result(
       drift, vocabulary, delta, kept, end.opt_state, weight > 0, broadcast
@@ -313,9 +331,7 @@ def local_update(
     control=uploaded,
     vocabulary=vocabulary,
     weight=weight,
-    steps=jnp.maximum(
-      num_steps(client.num_train, config) * config.client.local_epochs, 1
-    ).astype(jnp.float32),
+    steps=jnp.maximum(all_steps, 1).astype(jnp.float32),
     memory=end.memory,
     kept=kept,
     prototypes=summarise(end.memory, broadcast.catalogue, config),

@@ -58,7 +58,7 @@ ROSTER = 'federation.json'
 
 
 # Settings that hold over a network too; the others are of a simulation.
-_RULES_OF_A_SERVER = ('rejection',)
+_RULES_OF_A_SERVER = ('rejection', 'min_answers')
 
 
 class Link(Protocol):
@@ -576,6 +576,10 @@ class Server:
           self._say(f'node {node}: client {client} is left out: {error}')
         else:
           updates[client] = update._replace(counts=np.ones((), bool))
+    least = simulation.config.federation.min_answers
+    if len(updates) < least:
+      self._say(f'{len(updates)} answers, fewer than `min_answers={least}`')
+      return {}  # so that the clients go on from where they were
     return updates
 
   def _combine(

@@ -274,7 +274,9 @@ def run_round(
     As `round_lib.run_round`, with a leading axis over seeds.
   """
   base = simulations[0]
-  cohorts = np.stack([s.sample_cohort(number) for s in simulations])
+  answers = [s.answers(number, s.sample_cohort(number)) for s in simulations]
+  cohorts = np.stack([a.cohort for a in answers])
+  fates = jax.tree.map(lambda *x: np.stack(x), *[a.fates for a in answers])
   keys = jnp.stack(
     [round_lib.round_key(s.config.seed, number) for s in simulations]
   )
@@ -285,6 +287,7 @@ def run_round(
     keys,
     base.catalogue,
     base.data,
+    fates,
   )
 
 
@@ -303,7 +306,8 @@ def _train_group(simulations, on_round):
     means = jax.device_get(means)
     last = [
       metrics_lib.finish(jax.tree.map(lambda x: x[i], means))
-      for i in range(len(simulations))
+      | simulation.answers(number, simulation.sample_cohort(number)).counts
+      for i, simulation in enumerate(simulations)
     ]
     for simulation, train in zip(simulations, last):
       round_lib.check_accepted(simulation.config, train, number)

@@ -45,17 +45,21 @@ def most(config: RunConfig, num_clients: int) -> int:
   one shape. A Poisson cohort is larger less than once in 10⁸ rounds
   (Bernstein's inequality), and then refused."""
   size = cohort_size(config, num_clients)
+  more = math.ceil(size * config.federation.over_selection - 1e-9)
   if config.federation.sampling == CYCLIC:
     return -(-num_clients // separation(config, num_clients))
   if config.federation.sampling == POISSON:
     share = config.server.client_fraction
     deviation = math.sqrt(share * (1 - share) * num_clients)
     size = math.ceil(share * num_clients + 6 * deviation + 16)
-  return min(size, num_clients)
+  return min(size + more, num_clients)
 
 
 def draw(
-  config: RunConfig, round_number: int, clients: np.ndarray
+  config: RunConfig,
+  round_number: int,
+  clients: np.ndarray,
+  there: np.ndarray | None = None,
 ) -> np.ndarray:
   """[≤ most] distinct members of a round's cohort.
 
@@ -63,6 +67,7 @@ def draw(
     config: how they are drawn, and the seed.
     round_number: 1-based.
     clients: [K] whom they are drawn of.
+    there: [K] bool, which of them can be asked in this round; None = all.
 
   Raises:
     UserError: a Poisson cohort is larger than there is room for.
@@ -72,22 +77,31 @@ def draw(
       generator(config.seed, Stream.COHORT, 0).permutation(clients),
       separation(config, len(clients)),
     )
-    return groups[(round_number - 1) % len(groups)]
+    group = groups[(round_number - 1) % len(groups)]
+    return group if there is None else group[np.isin(group, clients[there])]
   rng = generator(config.seed, Stream.COHORT, round_number)
-  size = cohort_size(config, len(clients))
+  size = most(config, len(clients))  # with `over_selection`
+  found = clients if there is None else clients[there]
   if config.federation.sampling == POISSON:
-    size = _poisson_size(config, rng, len(clients))
+    size = _poisson_size(config, rng, len(found))
     if size > most(config, len(clients)):
       raise UserError(
         f'round {round_number} draws {size} clients by `sampling=poisson`, '
         f'more than the {most(config, len(clients))} there is room for; take '
         f'another `seed` than {config.seed}'
       )
-  return clients[rng.choice(len(clients), size, replace=False)]
+  return found[rng.choice(len(found), min(size, len(found)), replace=False)]
 
 
 def check(config: RunConfig, num_clients: int) -> None:
-  """Raises UserError if a round of the run draws too large a cohort."""
+  """Raises UserError if a round of the run draws too large a cohort, or one is
+  to be larger than how it is drawn allows."""
+  more, sampling = config.federation.over_selection, config.federation.sampling
+  if more and sampling in (CYCLIC, POISSON):
+    raise UserError(
+      f'`over_selection={more:g}` asks more than a cohort, and '
+      f'`sampling={sampling}` says who is one; say `sampling=fixed`'
+    )
   if config.federation.sampling == POISSON:
     for number in range(1, config.server.num_rounds + 1):
       draw(config, number, np.arange(num_clients))

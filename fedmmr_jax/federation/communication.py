@@ -30,11 +30,13 @@ class Traffic(NamedTuple):
     visits: clients that were asked, counted each time.
     bytes_down: from the server to them.
     bytes_up: from them to the server.
+    bytes_wasted: of both, those of clients whose answer did not count.
   """
 
   visits: int
   bytes_down: float
   bytes_up: float
+  bytes_wasted: float = 0.0
 
   def __add__(self, other: Any) -> 'Traffic':
     return Traffic(*(a + b for a, b in zip(self, other)))
@@ -55,14 +57,17 @@ def of_round(
   visits: int,
   metrics: Mapping[str, Any],
 ) -> Traffic:
-  """Traffic of a round.
+  """Traffic of a round. Whoever is asked receives the model, also one that then
+  goes away; an answer that is lost on its way is not counted as sent, one that
+  is late or rejected is.
 
   Args:
     program: the static parts of the round.
     state: of the federation, or a tree with the same shapes.
-    visits: clients of the cohort.
+    visits: clients of the cohort; `metrics` may know better.
     metrics: means over them: `item_rows` that one works on, None if nobody
-      trained; with `compression` the bytes that it found.
+      trained; with `compression` the bytes that it found; how many were asked,
+      and what became of them.
   """
   item_rows = metrics[metrics_lib.ITEM_ROWS] or 0.0
   server = state.server
@@ -77,10 +82,22 @@ def of_round(
     received = delta
   if returned is None:
     returned = delta + prototypes + _size(uploaded, item_rows)
+  down = received + prototypes + _size(sent, item_rows)
+
+  def clients(*names):
+    return sum(metrics.get(name, 0) for name in names)
+
+  asked = metrics.get(metrics_lib.ASKED, visits)
+  silent = clients(metrics_lib.DROPPED, metrics_lib.LOST)
+  in_vain = clients(metrics_lib.LATE, *metrics_lib.REJECTED)
+  answered = metrics.get(metrics_lib.ANSWERED, asked)
+  if answered < program.config.federation.min_answers:
+    in_vain = asked - silent
   return Traffic(
-    visits,
-    visits * (received + prototypes + _size(sent, item_rows)),
-    visits * returned,
+    asked,
+    asked * down,
+    (asked - silent) * returned,
+    (silent + in_vain) * down + in_vain * returned,
   )
 
 

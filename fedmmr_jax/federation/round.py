@@ -41,6 +41,7 @@ from fedmmr_jax.federation import server as server_lib
 from fedmmr_jax.federation import transforms as transforms_lib
 from fedmmr_jax.federation.aggregators import add_weighted, Aggregator
 from fedmmr_jax.federation.devices import PADDING_CLIENT
+from fedmmr_jax.federation.failures import Fate
 from fedmmr_jax.federation.server import ServerState, Upload
 from fedmmr_jax.federation.transforms import Sender, Transforms
 from fedmmr_jax.metrics import Mean
@@ -238,7 +239,10 @@ def round_key(seed: int, round_number: int) -> jax.Array:
 
 
 def sample_cohort(
-  config: RunConfig, round_number: int, num_train: np.ndarray
+  config: RunConfig,
+  round_number: int,
+  num_train: np.ndarray,
+  there: np.ndarray | None = None,
 ) -> np.ndarray:
   """Draws the clients of a round, see `cohorts`.
 
@@ -246,13 +250,19 @@ def sample_cohort(
     config: seed, sampling, client fraction and chunk size.
     round_number: 1-based.
     num_train: [K] training items of each client.
+    there: [K] bool, who can be asked in this round; None = everybody.
 
   Returns:
     [G, C/G] int32 clients, longest first; PADDING_CLIENT fills the rest.
   """
   takes_part = taking_part(num_train, config.data.new_clients)
   return chunked(
-    cohorts.draw(config, round_number, takes_part),
+    cohorts.draw(
+      config,
+      round_number,
+      takes_part,
+      None if there is None else there[takes_part],
+    ),
     num_train,
     config.server.clients_per_chunk,
     cohorts.most(config, len(takes_part)),
@@ -265,7 +275,8 @@ def chunked(
   """[G, per_chunk] int32: clients of similar length in the same chunk, and
   room for so many clients in all.
 
-  Longest first, ties by number, so the order of the input does not matter.
+  Longest first, ties by number, so the order of the input does not matter. As
+  many chunks as `size` clients fill, by default these.
   """
   order = np.lexsort((clients, -num_train[clients]))
   empty = np.full(max(0, room - len(clients)), PADDING_CLIENT)
@@ -314,6 +325,7 @@ def run_round(
   key: jax.Array,
   catalogue: Catalogue,
   data: FederatedData,
+  fates: Fate | None = None,
 ) -> tuple[FederationState, dict[str, Mean]]:
   """One round of federated learning.
 
@@ -324,6 +336,7 @@ def run_round(
     key: the round's key, see `round_key`.
     catalogue: item features.
     data: all clients' data; each client sees only its own.
+    fates: what is done to the clients' updates, [K] each; None if nobody fails.
 
   Returns:
     The state after the round and the training metrics of the cohort.
@@ -337,6 +350,7 @@ def run_round(
     key,
     catalogue,
     data,
+    fates,
     merge=merge_shards,
   )
   return finish_round(
@@ -377,6 +391,7 @@ def train_shard(
   key: jax.Array,
   catalogue: Catalogue,
   data: FederatedData,
+  fates: Fate | None = None,
 ) -> tuple[tuple[Upload, dict[str, Mean]], Kept]:
   """Trains the clients of some chunks [g, C/G].
 
@@ -386,10 +401,10 @@ def train_shard(
   train = partial(_train_chunks, program, catalogue, data)
   if program.of_seeds:
     train = jax.vmap(train, axis_name=_SEEDS)
-  return train(chunks, state, key)
+  return train(chunks, state, key, fates)
 
 
-def _train_chunks(program, catalogue, data, chunks, state, key):
+def _train_chunks(program, catalogue, data, chunks, state, key, fates):
   broadcast = state.server.broadcast(
     catalogue, program.config, program.client.drift
   )
@@ -408,9 +423,9 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
       # between old and new parameters in every step.
       max_steps = jax.lax.pmax(max_steps, _SEEDS)
 
-    def train_client(view, memory, control, kept, client):
+    def train_client(view, memory, control, kept, client, fate):
       own_key = jax.random.fold_in(key, client)
-      sender = Sender(client, own_key, broadcast.params, told, catalogue)
+      sender = Sender(client, own_key, broadcast.params, told, catalogue, fate)
       update = client_lib.local_update(
         program.client,
         broadcast,
@@ -419,6 +434,7 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
         control,
         own_key,
         max_steps,
+        None if fate is None else fate.work,
       )
       update, after = transforms_lib.apply(
         program.transforms, update, kept, sender
@@ -438,6 +454,7 @@ def _train_chunks(program, catalogue, data, chunks, state, key):
       memory_lib.fetch(state.controls, clients),
       memory_lib.fetch(state.transforms, clients),
       clients,
+      memory_lib.fetch(fates, clients),
     )
     chunk_metrics = jax.tree.map(lambda x: jnp.sum(x, 0), updates.metrics)
     return (
@@ -545,11 +562,19 @@ def _finish(program, num_train, takes_part, state, shards, key, sums, each):
     program.transforms,
   )
   metrics = metrics | {metrics_lib.ANSWERED: Mean(upload.size, jnp.zeros(()))}
-  server = server._replace(
-    transforms=transforms_lib.server_step(
-      program.transforms, state.server.transforms, metrics, key
-    )
+  told = transforms_lib.server_step(
+    program.transforms, state.server.transforms, metrics, key
   )
+  enough = server_lib.enough(everybody, program.config)
+  if enough is not None:
+    # As nobody's answer counts, everybody keeps what it had.
+    cohort = jnp.where(enough, cohort, PADDING_CLIENT)
+    told = jax.tree.map(
+      lambda new, old: jnp.where(enough, new, old),
+      told,
+      state.server.transforms,
+    )
+  server = server._replace(transforms=told)
   return devices.kept_everywhere(
     FederationState(
       server,

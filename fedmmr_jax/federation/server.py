@@ -100,6 +100,13 @@ class Upload(NamedTuple):
   size: jax.Array
 
 
+def enough(everybody: Cohort, config: RunConfig) -> jax.Array | None:
+  """[] bool, whether so many answers count as `min_answers` wants; None if it
+  wants none."""
+  least = config.federation.min_answers
+  return everybody.size >= least if least else None
+
+
 def aggregate(
   state: ServerState,
   upload: Upload,
@@ -115,7 +122,8 @@ def aggregate(
 
   A cohort without a single positive taught nothing: parameters, moments and
   drift control stay as they are, where a momentum would go on by itself (unless
-  the aggregator `always_steps`).
+  the aggregator `always_steps`). So they do, and prototypes with them, where
+  fewer than `min_answers` count.
 
   Args:
     state: before the round.
@@ -164,6 +172,12 @@ def aggregate(
   )
   before = state._replace(prototypes=None, round=None)
   trained = (everybody.weight > 0) | aggregator.always_steps
+  enough_ = enough(everybody, config)
+  if enough_ is not None:
+    trained &= enough_
+    prototypes = jax.tree.map(
+      lambda x, y: jnp.where(enough_, x, y), prototypes, state.prototypes
+    )
   kept = jax.tree.map(lambda x, y: jnp.where(trained, x, y), after, before)
   # Memories are summarised whether or not their clients trained.
   return kept._replace(prototypes=prototypes, round=state.round + 1)

@@ -41,6 +41,7 @@ class Sender(NamedTuple):
     params: what the server sent.
     told: what the transform's `broadcast` gave.
     catalogue: features of all items, which are public.
+    fate: what is done to its update (`failures.Fate`); None if nobody fails.
   """
 
   client: jax.Array
@@ -48,6 +49,7 @@ class Sender(NamedTuple):
   params: Params
   told: Tree
   catalogue: Catalogue | None = None
+  fate: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

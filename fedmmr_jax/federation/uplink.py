@@ -6,7 +6,7 @@ the sum.
 """
 
 from fedmmr_jax.config import RunConfig
-from fedmmr_jax.federation import attacks, compression, rejection
+from fedmmr_jax.federation import attacks, compression, failures, rejection
 from fedmmr_jax.federation.privacy import Plan
 from fedmmr_jax.federation.transforms import Transforms, UpdateTransform
 
@@ -24,7 +24,12 @@ def of(config: RunConfig, private: Plan | None = None) -> Transforms:
   Raises:
     UserError: there is no part of that name, or it has no such option.
   """
-  found = [attacks.of(config), compression.of(config), rejection.of(config)]
+  found = [
+    attacks.of(config),
+    failures.corruption(config),
+    compression.of(config),
+    rejection.of(config),
+  ]
   if private:
     found.append(private.transform())
   return tuple(transform for transform in found if transform != NOTHING)

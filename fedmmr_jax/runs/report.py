@@ -103,11 +103,12 @@ def _further(records: Sequence[Record]) -> list[str]:
 
 
 def _training_panels(records: Sequence[Record]) -> list[Panel]:
+  quiet = _uneventful(records)
   names = dict.fromkeys(
     name
     for record in records
     for name, value in record['train'].items()
-    if isinstance(value, (int, float))
+    if isinstance(value, (int, float)) and name not in quiet
   )
   found: dict[str, Panel] = {}
   for name in metrics.ordered(names):
@@ -115,6 +116,19 @@ def _training_panels(records: Sequence[Record]) -> list[Panel]:
     panel = found.setdefault(heading, Panel(heading, unit, {}))
     panel.paths[title] = ('train', name)
   return list(found.values())
+
+
+def _uneventful(records: Sequence[Record]) -> set[str]:
+  """Counts of clients that need no figure: those that are always 0, and all of
+  them if everybody who was asked has answered."""
+  counts: dict[str, float] = {}
+  for record in records:
+    for name, value in record['train'].items():
+      if name.startswith(metrics.CLIENTS):
+        counts[name] = counts.get(name, 0) + (value or 0)
+  zero = {name for name, total in counts.items() if not total}
+  everybody = counts.keys() - zero <= {metrics.ASKED, metrics.ANSWERED}
+  return set(counts) if everybody else zero
 
 
 def write(run: RunFolder) -> pathlib.Path:

@@ -188,11 +188,17 @@ def validated(
     # What a cohort trained on is nobody's business.
     record['privacy'] = spent(simulation, done)
   record['targets'] = (
-    None if simulation.privacy else simulation.count_targets(done.cohort)
+    None
+    if simulation.privacy
+    else simulation.count_targets(done.cohort, done.work)
   )
   record['communication'] = traffic(
     simulation, done.number, done.cohort, done.metrics
   )._asdict()
+  least = simulation.config.federation.min_answers
+  answered: Any = done.metrics.get(metrics_lib.ANSWERED, least)
+  if answered < least:
+    record['skipped'] = True
   record['masked_fraction'] = (
     None
     if simulation.privacy
