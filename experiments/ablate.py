@@ -34,7 +34,15 @@ from fedmmr_jax.evaluation import ablation, user_results
 from fedmmr_jax.evaluation.ablation import Differences, Outcome, Variant
 from fedmmr_jax.evaluation.ranking import Ranks
 from fedmmr_jax.federation import attacks, communication
-from fedmmr_jax.metrics import FULL, HEADLINES, HR, NDCG, PROTOCOLS, SAMPLED
+from fedmmr_jax.metrics import (
+  EXPOSURE,
+  FULL,
+  HEADLINES,
+  HR,
+  NDCG,
+  PROTOCOLS,
+  SAMPLED,
+)
 from fedmmr_jax.runs import provenance, run_folder, training
 from fedmmr_jax.simulation import NEW_CLIENTS
 
@@ -496,6 +504,7 @@ def as_json(
           f'{protocol} {metric}': o.of_each_seed(protocol, metric, split)
           for protocol in PROTOCOLS
           for metric in dict.fromkeys(metric for _, metric in o.headlines)
+          if metric != EXPOSURE or protocol == FULL
         }
         for split in o.ranks
       },

@@ -109,6 +109,12 @@ def test_exposure_is_compared_over_users_who_may_see_the_target():
   difference = attacked.difference(clean, 'full', 'exposure@10')
   assert difference.mean == pytest.approx(0.5 - 1 / 3)
   assert len(outcome([[0]]).headlines) == 2
+  outcomes = {'clean': clean, 'attacked': attacked}
+  differences = ablation.differences(outcomes)
+  told = ablate.as_json(outcomes, differences)['attacked']
+  assert told['seeds']['test']['full exposure@10'] == [2 / 3, 1 / 3]
+  assert 'sampled exposure@10' not in told['seeds']['test']
+  assert told['difference']['full exposure@10']['mean'] == difference.mean
 
 
 def test_variants_under_attack_rank_the_same_clients():
