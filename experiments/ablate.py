@@ -79,7 +79,7 @@ def main() -> None:
       'out, or name one seed'
     )
   variants = variants_lib.read(app.find_file(_VARIANTS.value))
-  configs = [_configured(base, v) for v in variants]
+  configs = _configured_all(base, variants)
   check_attacks(_VARIANTS.value, variants, configs)
   loaded = load.load(base)
   if at:
@@ -151,7 +151,8 @@ def _outcomes(
   trained = None  # simulations and states of the first variant
   for variant, config in zip(variants, configs):
     from_first = variant.special in ablation.FROM_FIRST
-    told = configs[0] if from_first else config
+    # Those with other features have flags of their own.
+    told = configs[0] if variant.special in ablation.OTHER_FEATURES else config
     key = _key(variant, told, seeds, loaded)
     path = folder / f'{key}-{_digest(program)}.npz'
     if not path.exists():
@@ -622,6 +623,33 @@ def draw_bytes(
 
 
 _BOTH_WAYS = ('bytes_up', 'bytes_down')
+
+
+def _configured_all(
+  base: RunConfig, variants: Sequence[Variant]
+) -> list[RunConfig]:
+  """The settings of each variant."""
+  configs = []
+  for variant in variants:
+    tuned = variant.special == ablation.FINE_TUNED
+    # What is fine-tuned is the first variant's model.
+    flags = (variants[0].flags if tuned else {}) | variant.flags
+    config = _configured(base, variant._replace(flags=flags))
+    if tuned and config != dataclasses.replace(
+      configs[0], client=config.client
+    ):
+      raise UserError(
+        f'{_VARIANTS.value}: variant {variant.name!r}: {variant.special} '
+        "trains the first variant's model, and takes flags of the client's "
+        'training alone: '
+        + ', '.join(f'--{name}' for name in _TUNED_BY)
+        + ' and so on'
+      )
+    configs.append(config)
+  return configs
+
+
+_TUNED_BY = ('local_epochs', 'client_learning_rate', 'freeze')
 
 
 def _configured(base: RunConfig, variant: Variant) -> RunConfig:

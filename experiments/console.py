@@ -114,7 +114,8 @@ def banner(simulation: Simulation) -> str:
       f'  client     {_stepping(c)}, '
       f'epochs {c.local_epochs}, batch {c.batch_size} '
       f'({steps:.0f} steps on average)'
-      + (f', frozen: {", ".join(c.frozen_groups)}' if c.freeze else ''),
+      + (f', frozen: {", ".join(c.frozen_groups)}' if c.freeze else '')
+      + _own_parts(config),
       f'  server     {_averaged(s)}{s.server_optimizer} '
       f'{s.server_learning_rate:g}'
       f'{_decay(s.server_schedule)}, '
@@ -154,6 +155,11 @@ def _privacy_lines(plan: Plan | None) -> list[str]:
       'federation, not of this one'
     )
   return lines
+
+
+def _own_parts(config: RunConfig) -> str:
+  own = config.federation.personal_groups
+  return f', its own: {", ".join(own)}' if own else ''
 
 
 def no_gpu(config: RunConfig) -> list[str]:

@@ -10,6 +10,7 @@ The run's own settings are used. If the data has moved, `--data_dir`,
 ranks more or fewer clients. Protocols: fedmmr_jax/evaluation/user_results.py.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -112,6 +113,19 @@ _FEATURES = flags.DEFINE_enum(
   "see of the items; zeroed: nothing, shuffled: each item has another's. "
   'Does the model look at them? The run of --compare keeps its own',
 )
+_FINE_TUNE = flags.DEFINE_integer(
+  'fine_tune',
+  0,
+  'also the ranks after each client has trained the model on its own training '
+  'items for so many epochs, with the difference to it without',
+  lower_bound=0,
+)
+_FINE_TUNE_RATE = flags.DEFINE_float(
+  'fine_tune_rate',
+  None,
+  "learning rate of --fine_tune; default: the run's --client_learning_rate",
+  lower_bound=0,
+)
 _JSON = flags.DEFINE_boolean('json', False, 'print JSON instead of tables')
 
 
@@ -142,6 +156,8 @@ def main() -> None:
   theirs = _other(ranked, *other, at) if other else None
   if theirs:
     told['difference'] = _difference(results, theirs.results, *other)
+  if _FINE_TUNE.value:
+    _tell_of_fine_tuning(told, ranked)
   lists = _tell_of_lists(told, ranked, theirs, at, attributes)
   if _PER_USER.value:
     user_results.write(results, pathlib.Path(_PER_USER.value), lists)
@@ -181,6 +197,13 @@ class _Ranked(NamedTuple):
 
 def _check_flags() -> None:
   """Refuses flags that contradict one another, before anything is read."""
+  if _FINE_TUNE.value and _SPLIT.value == 'cold':
+    raise UserError(
+      '--fine_tune: --split=cold ranks items that are in no training data; say '
+      'test, val or new_clients'
+    )
+  if _FINE_TUNE_RATE.value is not None and not _FINE_TUNE.value:
+    raise UserError('--fine_tune_rate needs --fine_tune, the number of epochs')
   if not (_BEYOND.value or _FAIRNESS.value):
     return
   asked = '--beyond' if _BEYOND.value else '--fairness'
@@ -265,6 +288,33 @@ def _difference(results, theirs, run, number) -> dict[str, Any]:
   }
 
 
+def _tell_of_fine_tuning(told: dict[str, Any], mine: _Ranked) -> None:
+  """Adds what --fine_tune asks for."""
+  client = mine.simulation.config.client
+  rate = _FINE_TUNE_RATE.value
+  how = dataclasses.replace(
+    client,
+    local_epochs=_FINE_TUNE.value,
+    client_learning_rate=client.client_learning_rate if rate is None else rate,
+  )
+  split = _SPLIT.value
+  ranks = mine.simulation.rank_fine_tuned(mine.state, how, [split])[split]
+  tuned = user_results.of_ranks(mine.simulation, ranks, split)._replace(
+    metrics=mine.results.metrics, cutoffs=mine.results.cutoffs
+  )
+  told['fine_tuned'] = {
+    'epochs': how.local_epochs,
+    'learning_rate': how.client_learning_rate,
+    split: _chosen(tuned.means()),
+    'difference': {
+      protocol: {name: d._asdict() for name, d in by_metric.items()}
+      for protocol, by_metric in _chosen(
+        user_results.difference(tuned, mine.results)
+      ).items()
+    },
+  }
+
+
 def _tell_of_lists(
   told: dict[str, Any], mine: _Ranked, theirs: _Ranked | None, at, attributes
 ) -> dict[str, Any]:
@@ -338,23 +388,18 @@ def _tables(told: dict[str, Any], cutoffs: tuple[int, ...]) -> str:
         ],
       )
     )
+  if 'fine_tuned' in told:
+    tuned = told['fine_tuned']
+    split = _SPLIT.value
+    parts += [
+      f'fine-tuned by each client for {tuned["epochs"]} '
+      f'epoch{"s"[: tuned["epochs"] > 1]} at {tuned["learning_rate"]:g}\n\n'
+      + console.ranking_table({split: tuned[split]}, k),
+      _difference_table('the model without', tuned['difference'].items(), k),
+    ]
   if 'difference' in told:
     to, *by_protocol = told['difference'].items()
-    parts.append(
-      f'difference to {to[1]}, paired over users, 95 % intervals\n\n'
-      + console.table(
-        ['', 'difference', 'from', 'to'],
-        [
-          [
-            f'{protocol}, {metric}',
-            *(f'{found[metric][key]:+.4f}' for key in ('mean', 'low', 'high')),
-          ]
-          for protocol, found in by_protocol
-          for metric in found
-          if metric == metrics_lib.MRR or _is_shown(metric, k)
-        ],
-      )
-    )
+    parts.append(_difference_table(to[1], by_protocol, k))
   if 'beyond' in told:
     parts.append(
       'the lists, with 95 % intervals\n\n' + beyond.table(told['beyond'])
@@ -372,6 +417,24 @@ def _tables(told: dict[str, Any], cutoffs: tuple[int, ...]) -> str:
       for title, found in by_title
     ]
   return '\n\n'.join([*parts, '\n'.join(told.get('left_out', []))]).rstrip()
+
+
+def _difference_table(to: str, by_protocol, k: int) -> str:
+  """Differences, (protocol, metric -> mean, low, high) each."""
+  return f'difference to {to}, paired over users, 95 % intervals\n\n' + (
+    console.table(
+      ['', 'difference', 'from', 'to'],
+      [
+        [
+          f'{protocol}, {metric}',
+          *(f'{found[metric][key]:+.4f}' for key in ('mean', 'low', 'high')),
+        ]
+        for protocol, found in by_protocol
+        for metric in found
+        if metric == metrics_lib.MRR or _is_shown(metric, k)
+      ],
+    )
+  )
 
 
 def _is_shown(metric: str, k: int) -> bool:

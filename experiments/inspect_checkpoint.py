@@ -147,6 +147,10 @@ def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
     squared = group.pop('squared')
     group['norm'] = squared**0.5 if group['finite'] else None
   content['memories'] = memories and _fill(memories)
+  content['personal'] = _personal(
+    named_arrays(saved['state'].get('personal') or {}),
+    named_arrays(server['params']),
+  )
   content['not_finite'] = [
     name
     for name, part in (
@@ -155,6 +159,7 @@ def show(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
       ('server optimizer', server['opt_state']),
       ('memories', memories),
       ('control variates', (server['control'], saved['state']['controls'])),
+      ('personal parameters', saved['state'].get('personal')),
     )
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(part))
   ]
@@ -176,6 +181,29 @@ def _fill(memories: dict[str, np.ndarray]) -> dict[str, Any]:
     if sampled.any()
     else None,
   }
+
+
+def _personal(
+  own: dict[str, np.ndarray], server: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+  """Of each parameter that clients keep, [K, …], how many clients have moved
+  it, and how far from where all of them started."""
+  found = []
+  for name, value in own.items():
+    moved = np.linalg.norm(
+      (value - server[name]).reshape(len(value), -1).astype(np.float64), axis=1
+    )
+    some = moved > 0
+    found.append(
+      {
+        'name': name,
+        'count': value[0].size,
+        'clients': len(value),
+        'moved': int(some.sum()),
+        'mean_distance': _finite(moved[some].mean()) if some.any() else None,
+      }
+    )
+  return found
 
 
 def _show_text(content: dict[str, Any]) -> str:
@@ -200,6 +228,23 @@ def _show_text(content: dict[str, Any]) -> str:
     state.append(
       'prototypes, stored items each: '
       + ', '.join(f'{size:.0f}' for size in content['prototype_sizes'])
+    )
+  if content['personal']:
+    rows = [
+      [
+        p['name'],
+        f'{p["count"]:,}',
+        f'{p["moved"]} of {p["clients"]}',
+        _number(p['mean_distance']),
+      ]
+      for p in content['personal']
+    ]
+    state.append(
+      '\n'
+      + console.table(
+        ['of each client', 'count', 'clients that moved it', 'by, in the mean'],
+        rows,
+      )
     )
   defaults = RunConfig().as_flat_dict()
   changed = ' '.join(
@@ -286,8 +331,15 @@ def router(run: RunFolder, rounds: Rounds, number: int) -> tuple[Any, str]:
   """Router weights of the items for which the router has a choice.
 
   Raises:
-    UserError: the run has no experts, or the data is not the run's.
+    UserError: the run has no experts, each client has a router of its own, or
+      the data is not the run's.
   """
+  personal = rounds.load_as_saved(number)['state'].get('personal')
+  if personal and 'router' in personal:
+    raise UserError(
+      f'{run.path}: each client has a router of its own, and the server none '
+      'that was trained; `show` says how far they moved'
+    )
   loaded, simulation, state = _load(run, rounds, number)
   content = {'round': number} | routing.summary(
     simulation.route(state)[1:],

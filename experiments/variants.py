@@ -9,6 +9,9 @@ or before them, a line may name something that needs no training rounds:
     @local_only   every client trains alone for --local_epochs
     @zeroed       the first variant's checkpoints, with all features removed
     @shuffled     the same, with features shuffled between items
+    @fine_tuned   the same, trained once more by each client on its own items;
+                  flags say how (--local_epochs=3), all others are those of the
+                  first variant
 """
 
 import pathlib
@@ -16,7 +19,7 @@ import re
 from typing import Sequence
 
 from fedmmr_jax.errors import UserError
-from fedmmr_jax.evaluation.ablation import FROM_FIRST, SPECIAL, Variant
+from fedmmr_jax.evaluation.ablation import OTHER_FEATURES, SPECIAL, Variant
 
 
 def read(path: pathlib.Path) -> list[Variant]:
@@ -64,7 +67,7 @@ def _parse(line: str, place: str) -> Variant:
         f'{place}: {word!r} is neither --flag=value nor, in front, one of '
         + ', '.join(SPECIAL)
       )
-  if flags and special in FROM_FIRST:
+  if flags and special in OTHER_FEATURES:
     raise UserError(
       f'{place}: {special} takes no flags, it is the first '
       'variant with other features'

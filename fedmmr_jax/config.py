@@ -1232,6 +1232,16 @@ class FederationConfig(_Settings):
     'nothing is said); none: it adds up whatever comes',
     evidence=NOT_MEASURED,
   )
+  personal: str = _field(
+    '',
+    'parts of the model that stay with each client, which trains and uses its '
+    'own, as named for `freeze` (FedPer)',
+    evidence=NOT_MEASURED,
+  )
+
+  @property
+  def personal_groups(self) -> tuple[str, ...]:
+    return _names(self.personal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1427,6 +1437,11 @@ class RunConfig(_Settings):
       )
     if set(self.client.frozen_groups) == set(GROUPS):
       raise UserError(f'`freeze={self.client.freeze}` leaves nothing to train')
+    if set(self.federation.personal_groups) == set(GROUPS):
+      raise UserError(
+        f'`personal={self.federation.personal}` leaves the server nothing to '
+        'train; keep less with the clients'
+      )
     if not isinstance(self.data.split_by, LeaveOneOut) and self.data.cold_items:
       raise UserError('`cold_items` needs `split_by=leave_one_out`')
     if not (self.data.synthetic or self.data.data_dir):

@@ -12,12 +12,15 @@ import numpy as np
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import optimizers
 from fedmmr_jax.client import drift as drift_lib
+from fedmmr_jax.client import personal as personal_lib
 from fedmmr_jax.client.drift import DriftControl
 from fedmmr_jax.client.update import ClientProgram
 from fedmmr_jax.client.vocabulary import ITEM_TABLE
 from fedmmr_jax.client.windows import num_positives
 from fedmmr_jax.config import (
   AUTO,
+  ClientConfig,
+  Constant,
   ContentInit,
   ContentPlusId,
   DataConfig,
@@ -244,6 +247,14 @@ class Simulation:
     state = self._fresh_state()
     if self.warm_start:
       state = self.warm_start.put_into(state)
+      # What is loaded is what all clients start from.
+      state = state._replace(
+        personal=personal_lib.of_each(
+          state.server.params,
+          self.config.federation.personal_groups,
+          self.dataset.num_clients,
+        )
+      )
     return devices.copied(state)
 
   @functools.cached_property
@@ -440,6 +451,7 @@ class Simulation:
       on.dataset.max_items,
       self.as_ranked(state.server),
       state.memories,
+      state.personal,
       targets,
       self.config.evaluation.clients_per_eval_chunk,
       self.catalogue,
@@ -461,14 +473,25 @@ class Simulation:
   def ready_to_rank(self, server: ServerState) -> tuple[ServerState, Catalogue]:
     """`as_ranked`, and a catalogue that holds the embeddings of all items, kept
     for the last state that was asked about: for one person they cost more than
-    the ranking."""
+    the ranking. Without them if clients have embeddings of their own."""
     ready = self._ready
     if ready is None or ready[0] is not server:
       ranked = self.as_ranked(server)
-      embedding = _embedded(self.model, ranked.params, self.catalogue)
-      ready = server, ranked, self.catalogue._replace(embedding=embedding)
+      catalogue = self.catalogue
+      if not personal_lib.embeds(self.abstract_state.personal):
+        catalogue = catalogue._replace(
+          embedding=_embedded(self.model, ranked.params, catalogue)
+        )
+      ready = server, ranked, catalogue
       object.__setattr__(self, '_ready', ready)
     return ready[1:]
+
+  def embedded(self, server: ServerState) -> jax.Array:
+    """[V, D] float32 embeddings of all items, as the server has them."""
+    ranked, catalogue = self.ready_to_rank(server)
+    if catalogue.embedding is not None:
+      return catalogue.embedding
+    return _embedded(self.model, ranked.params, catalogue)
 
   @functools.cached_property
   def _neighbours(self) -> Neighbours | None:
@@ -501,6 +524,11 @@ class Simulation:
     padded = np.zeros(self.max_items, np.int32)
     padded[: len(history)] = history
     server, catalogue = self.ready_to_rank(state.server)
+    server = server._replace(
+      params=personal_lib.put(
+        server.params, jax.tree.map(lambda x: x[client], state.personal)
+      )
+    )
     scores = np.array(
       ranking.score_client(
         self.model,
@@ -526,18 +554,27 @@ class Simulation:
     best = best[np.isfinite(scores[best])]
     return best, scores[best]
 
-  def route(self, state: FederationState) -> np.ndarray:
+  def route(
+    self, state: FederationState, client: int | None = None
+  ) -> np.ndarray:
     """[V, E] router weights over the catalogue, see `FedDMMR.route`; row 0 is
     meaningless.
+
+    Args:
+      state: after a round.
+      client: with whose personal parameters; None = the server's.
 
     Raises:
       UserError: the model has no experts.
     """
     if self.model.is_backbone_only:
       raise UserError('this run has no experts, and so no router')
+    own = None
+    if client is not None:
+      own = jax.tree.map(lambda x: x[client], state.personal)
     return np.asarray(
       jax.jit(functools.partial(self.model.apply, method='route'))(
-        {'params': state.server.params},
+        {'params': personal_lib.put(state.server.params, own)},
         jnp.arange(self.model.num_rows),
         self.catalogue,
       )
@@ -561,26 +598,67 @@ class Simulation:
     Raises:
       UserError: a score is NaN or infinite.
     """
+    return self._rank_trained_alone(
+      self.compiled_config,
+      local_only.Start(state.server),
+      round_lib.round_key(self.config.seed, 1),
+      tuple(ranking.SPLITS),
+    )
+
+  def rank_fine_tuned(
+    self,
+    state: FederationState,
+    how: ClientConfig,
+    splits: Sequence[str] | None = None,
+  ) -> dict[str, Ranks]:
+    """Split -> ranks of its targets, each client's after it has trained the
+    state's model, its memory and its personal parts on its own training items.
+
+    Args:
+      state: what is fine-tuned; it stays as it is.
+      how: the training: `local_epochs`, the optimizer and its learning rate,
+        which stays as it is given, what is frozen. Without drift control.
+      splits: some of `splits`; None = all but 'cold', whose clients have other
+        data.
+
+    Raises:
+      UserError: a score is NaN or infinite.
+    """
+    if splits is None:
+      splits = tuple(split for split in self.splits if split != 'cold')
+    compiled = self.compiled_config
+    how = dataclasses.replace(
+      how,
+      client_schedule=Constant(),
+      drift_control='none',
+      negatives=dataclasses.replace(how.negatives, leaky=False),
+    )
+    server = self.as_ranked(state.server)
+    return self._rank_trained_alone(
+      dataclasses.replace(compiled, client=how),
+      local_only.Start(server, state.memories, state.personal),
+      round_lib.round_key(self.config.seed, int(state.server.round) + 1),
+      tuple(splits),
+    )
+
+  def _rank_trained_alone(
+    self,
+    config: RunConfig,
+    start: local_only.Start,
+    key: jax.Array,
+    splits: tuple[str, ...],
+  ) -> dict[str, Ranks]:
     program = dataclasses.replace(
-      self.program,
-      client=dataclasses.replace(self.program.client, drift=DriftControl()),
+      self.program, client=ClientProgram(self.model, config, DriftControl())
     )
+    by_split = {split: self._ranked(split).targets for split in splits}
+    clients = np.unique(np.concatenate([t.client for t in by_split.values()]))
     chunks = round_lib.chunked(
-      self.evaluated_clients,
-      self.num_train,
-      self.config.server.clients_per_chunk,
+      clients, self.num_train, self.config.server.clients_per_chunk
     )
-    by_split = {split: self._ranked(split).targets for split in ranking.SPLITS}
     targets, places = _by_client(list(by_split.values()), len(self.num_train))
     ranks = local_only.rank_all(
-      program,
-      state.server,
-      chunks,
-      round_lib.round_key(self.config.seed, 1),
-      targets,
-      self.catalogue,
-      self.data,
-      self._aim,
+      program, start, chunks, key, targets, self.catalogue, self.data, self._aim
     )
     at = np.empty(len(self.num_train), int)  # where a client's ranks are
     at[chunks[chunks >= 0]] = np.flatnonzero(chunks.reshape(-1) >= 0)
@@ -955,6 +1033,7 @@ def assemble(
     raise UserError(
       f'`freeze={config.client.freeze}` leaves nothing of this model to train'
     )
+  personal_lib.check(config, params, simulation.drift)
   groups.check(params, warm_start_lib.named_parameters(config), 'load')
   metrics_lib.own_names(simulation.metrics)
   return _measuring(simulation)

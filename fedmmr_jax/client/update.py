@@ -18,6 +18,7 @@ from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax import optimizers
 from fedmmr_jax.client import losses
 from fedmmr_jax.client import memory as memory_lib
+from fedmmr_jax.client import personal as personal_lib
 from fedmmr_jax.client import profile as profile_lib
 from fedmmr_jax.client import prototypes as prototypes_lib
 from fedmmr_jax.client import view as view_lib
@@ -62,10 +63,11 @@ class Broadcast(NamedTuple):
 
 
 class ClientUpdate(NamedTuple):
-  """What a client returns; `memory` and `kept` stay with it.
+  """What a client returns; `memory`, `kept` and `personal` stay with it.
 
   Attributes:
-    delta: local minus server parameters; the item table has U rows.
+    delta: local minus server parameters; the item table has U rows. Zero for
+      personal ones.
     control: the upload of drift control, for the client's rows or the whole
       catalogue; None without one.
     vocabulary: the items of the U rows.
@@ -79,6 +81,7 @@ class ClientUpdate(NamedTuple):
     metrics: means over its steps.
     counts: [] bool, False where the server took the update out of the sum
       (`without`); what the client keeps is then what it was.
+    personal: its own parameters; None without `personal`.
   """
 
   delta: Params
@@ -91,6 +94,7 @@ class ClientUpdate(NamedTuple):
   prototypes: Prototypes | None
   metrics: dict[str, Mean]
   counts: jax.Array | bool = True
+  personal: Any = None
 
   def sent(self) -> dict[str, Any]:
     """The numbers that leave the client, by the fields they are in; which rows
@@ -235,6 +239,7 @@ def local_update(
   key: jax.Array,
   max_steps: jax.Array,
   work: jax.Array | None = None,
+  personal: Any = None,
 ) -> ClientUpdate:
   """Trains on one client's positives for `local_epochs`.
 
@@ -250,9 +255,11 @@ def local_update(
       together.
     work: [] float32 share of its own steps after which the client stops, at
       least one; weight and steps are then of what it has done. None = all.
+    personal: its own parameters, which it has instead of the server's; None
+      without `personal`.
 
   Returns:
-    What goes back to the server, and the memory.
+    What goes back to the server, and what stays.
   """
   model, config, drift = program.model, program.config, program.drift
   stride = window_stride(config.client, config.model.max_seq_len)
@@ -260,7 +267,9 @@ def local_update(
   own_windows = num_windows(client.num_train, stride)
   most_windows = num_windows(client.history.shape[0], stride)
   vocabulary = round_vocabulary(model, config, client, key)
-  sent = vocabulary_lib.take(broadcast.params, vocabulary.ids)
+  sent = vocabulary_lib.take(
+    personal_lib.put(broadcast.params, personal), vocabulary.ids
+  )
   own_steps = num_steps(client.num_train, config)
   all_steps = own_steps * config.client.local_epochs
   stop = None
@@ -313,7 +322,8 @@ def local_update(
     )
   start = LocalState(sent, optimizer.init(sent), memory, empty_metrics(model))
   end = jax.lax.fori_loop(0, config.client.local_epochs, epoch, start)
-  delta = optax.tree.sub(end.params, sent)
+  names = config.federation.personal_groups if personal is not None else ()
+  delta = personal_lib.without(optax.tree.sub(end.params, sent), names)
   weight = num_positives(client.num_train, config).astype(jnp.float32)
   if stop is not None:
     counted = end.metrics[metrics_lib.LOSS].weight
@@ -323,7 +333,14 @@ def local_update(
     all_steps = jnp.minimum(all_steps, stop)
   kept, uploaded = drift.finish(
     _local_result(
-      drift, vocabulary, delta, kept, end.opt_state, weight > 0, broadcast
+      drift,
+      vocabulary,
+      delta,
+      kept,
+      end.opt_state,
+      weight > 0,
+      broadcast,
+      names,
     )
   )
   return ClientUpdate(
@@ -338,6 +355,7 @@ def local_update(
     metrics=end.metrics
     | client_metrics(end.memory, vocabulary, client.num_train > 0),
     counts=jnp.ones((), bool),
+    personal=personal_lib.kept(personal, end.params, vocabulary, names),
   )
 
 
@@ -394,13 +412,14 @@ def _optimizer(
 
 
 def _local_result(
-  drift, vocabulary, delta, kept, opt_state, trained, broadcast
+  drift, vocabulary, delta, kept, opt_state, trained, broadcast, names
 ) -> LocalResult:
   recorded = opt_state[0] if drift.needs_gradient else None
+  mean = personal_lib.without(recorded.mean(), names) if recorded else None
   return LocalResult(
     delta=delta,
     kept=kept,
-    mean_gradient=recorded.mean() if recorded else None,
+    mean_gradient=mean,
     trained=trained,
     whole=lambda rows: vocabulary_lib.scatter(
       rows, vocabulary, broadcast.params

@@ -26,6 +26,7 @@ from fedmmr_jax.client.prototypes import Prototypes
 from fedmmr_jax.client.update import Broadcast
 from fedmmr_jax.client.vocabulary import ITEM_TABLE
 from fedmmr_jax.config import ContentPlusId, RunConfig
+from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking
 from fedmmr_jax.federation.round import FederationState
 from fedmmr_jax.models.experts import Entries
@@ -181,7 +182,16 @@ def weights_of(simulation: Simulation, state: FederationState) -> Weights:
     feature matrix 'features/NAME' [V, F] float32 and 'has/NAME' [V] bool, and
     where they read content 'content' [V, D] float32; with prototypes
     'prototypes/centre' and 'prototypes/size'; 'params/PATH', the rest.
+
+  Raises:
+    UserError: clients have parameters of their own.
   """
+  if state.personal is not None:
+    raise UserError(
+      f'`personal={simulation.config.federation.personal}`: each client has '
+      'parameters of its own, which the one model of an export cannot hold; '
+      'export a run without `personal`'
+    )
   model, catalogue = simulation.model, simulation.catalogue
   server = simulation.as_ranked(state.server)
   params = dict(server.params)

@@ -162,6 +162,11 @@ def check(config: RunConfig) -> None:
       f'`split_by={data.split_by}` depends on the parts that all interactions '
       'have, which no server sees; say leave_one_out or timeline'
     )
+  if config.federation.personal:
+    raise UserError(
+      f'`personal={config.federation.personal}`: a node keeps its memory and '
+      'drift control between rounds, and no parameters; say `personal=`'
+    )
   for field in dataclasses.fields(config.federation):
     value = getattr(config.federation, field.name)
     if value != field.default and field.name not in _RULES_OF_A_SERVER:

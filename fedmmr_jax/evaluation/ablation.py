@@ -6,6 +6,8 @@ A variant is trained by rounds, or is one of
     @local_only   every client trains alone for `local_epochs`
     @zeroed       the first variant's checkpoints, with all features removed
     @shuffled     the same, with features shuffled between items
+    @fine_tuned   the same, trained once more by each client on its own items,
+                  for `local_epochs` and with its other client settings
 
 Differences are relative to the first variant. All rounds of a variant are run;
 `patience` is ignored.
@@ -42,8 +44,12 @@ from fedmmr_jax.simulation import Simulation
 
 POPULARITY, LOCAL_ONLY = '@popularity', '@local_only'
 ZEROED, SHUFFLED = '@zeroed', '@shuffled'
-FROM_FIRST = (ZEROED, SHUFFLED)  # they need the first variant's states
-SPECIAL = (POPULARITY, LOCAL_ONLY, ZEROED, SHUFFLED)
+FINE_TUNED = '@fine_tuned'
+# They need the first variant's states; the first two are that variant with
+# other features.
+FROM_FIRST = (ZEROED, SHUFFLED, FINE_TUNED)
+OTHER_FEATURES = (ZEROED, SHUFFLED)
+SPECIAL = (POPULARITY, LOCAL_ONLY, *FROM_FIRST)
 
 
 class Variant(NamedTuple):
@@ -349,7 +355,8 @@ def run_special(
 
   Args:
     variant: which.
-    config: its settings.
+    config: its settings; with FINE_TUNED those of the first variant, but for
+      what it changes of the client's.
     loaded: the data.
     seeds: of the runs.
     simulations: of the first variant, one per seed.
@@ -357,9 +364,16 @@ def run_special(
   """
   started = time.perf_counter()
   if variant.special in FROM_FIRST:
-    ranks = _rank(
-      [s.with_features(variant.special[1:]) for s in simulations], states
-    )
+    if variant.special == FINE_TUNED:
+      found = [
+        simulation.rank_fine_tuned(state, config.client)
+        for simulation, state in zip(simulations, states)
+      ]
+      ranks = {split: _stacked([f[split] for f in found]) for split in found[0]}
+    else:
+      ranks = _rank(
+        [s.with_features(variant.special[1:]) for s in simulations], states
+      )
     num_train, clients = _num_train(simulations[0]), _clients(simulations[0])
   else:
     base = simulation_lib.build(config, loaded.dataset, loaded.cold)

@@ -70,6 +70,7 @@ CANARY = {
   'local_epochs': 10,
   'drift_control': 'none',
   'freeze': '',
+  'personal': '',
   'item_embedding': 'id',
   'experts': 'none',
   'memory': 'none',
@@ -233,7 +234,9 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
   own, theirs = (
     jax.tree.map(
       np.asarray,
-      jax.device_get((s.server.params, s.server.prototypes, s.memories)),
+      jax.device_get(
+        (s.server.params, s.server.prototypes, s.memories, s.personal)
+      ),
     )
     for s in states
   )
@@ -246,6 +249,8 @@ def trained_rounds(simulation: Simulation, rounds: int) -> list[Check]:
     if not np.array_equal(a, b)
   ]
   names = 'parameters, prototypes and memories'
+  if own[3] is not None:
+    names = 'parameters, personal ones included, prototypes and memories'
   checks = [
     Check(
       f'{rounds} rounds',

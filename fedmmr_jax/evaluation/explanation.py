@@ -78,7 +78,7 @@ def explain(
     simulation.model,
     simulation.compiled_config,
     server,
-    state.memories,
+    (state.memories, state.personal),
     catalogue,
     person,
     lists.rows[0],
@@ -92,11 +92,12 @@ def explain(
 
 @partial(devices.jit, static_argnames=('model', 'config'))
 def _recall(
-  model: FedDMMR, config: RunConfig, server, memories, catalogue, people, items
+  model: FedDMMR, config: RunConfig, server, kept, catalogue, people, items
 ) -> Recall | None:
   broadcast = server.broadcast(catalogue, config)
-  memories = memory_lib.fetch(memories, people.client)
-  person, memory = jax.tree.map(lambda x: x[0], (people, memories))
+  kept = memory_lib.fetch(kept, people.client)
+  person, (memory, own) = jax.tree.map(lambda x: x[0], (people, kept))
+  broadcast = ranking.received(broadcast, own, person.client)
   window, memory, _ = ranking.question_of(
     config, catalogue, person.history, person.length, person.num_train, memory
   )

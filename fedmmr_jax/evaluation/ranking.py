@@ -13,6 +13,7 @@ import numpy as np
 
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.client import memory as memory_lib
+from fedmmr_jax.client import personal as personal_lib
 from fedmmr_jax.client import profile as profile_lib
 from fedmmr_jax.client import view as view_lib
 from fedmmr_jax.client.memory import Memory
@@ -349,13 +350,14 @@ def rank_all(
   max_items: int,
   server: ServerState,
   memories: Memory | None,
+  personal: Any,
   targets: np.ndarray,
   split: int,
   catalogue: Catalogue,
   data: FederatedData,
   aim: np.ndarray | None = None,
 ) -> Ranks:
-  """Ranks targets of many clients, each with its own memory.
+  """Ranks targets of many clients, each with its own memory and parameters.
 
   Args:
     model: the architecture.
@@ -363,6 +365,7 @@ def rank_all(
     max_items: H, the longest client's number of interactions.
     server: parameters and prototypes.
     memories: of all clients, [K].
+    personal: of all clients, [K], see `FederationState`.
     targets: [3, G, C] int32: clients, −1 where none; the `after_train` of each;
       its `known`.
     split: one of SPLITS' values.
@@ -379,6 +382,7 @@ def rank_all(
     devices.deal(targets),
     server,
     memories,
+    personal,
     jnp.int32(split),
     catalogue,
     data,
@@ -395,6 +399,7 @@ def rank_shard(
   chunks: jax.Array,
   server: ServerState,
   memories: Memory | None,
+  personal: Any,
   split: jax.Array,
   catalogue: Catalogue,
   data: FederatedData,
@@ -403,18 +408,29 @@ def rank_shard(
   """(None, the ranks [g, C] of some chunks [3, g, C] of targets)."""
   broadcast = server.broadcast(catalogue, config)
 
-  def rank_one(target, memory):
+  def rank_one(target, memory, own):
     index, after_train, known = target
     client = client_view(data, index, max_items)
+    told = received(broadcast, own, index)
     return rank_target(
-      model, config, broadcast, client, memory, after_train, known, split, aim
+      model, config, told, client, memory, after_train, known, split, aim
     )
 
   return None, jax.lax.map(
     lambda chunk: jax.vmap(rank_one)(
-      chunk, memory_lib.fetch(memories, chunk[0])
+      chunk,
+      memory_lib.fetch(memories, chunk[0]),
+      memory_lib.fetch(personal, chunk[0]),
     ),
     tuple(chunks),
+  )
+
+
+def received(broadcast: Broadcast, own: Any, client: jax.Array) -> Broadcast:
+  """The broadcast with a client's own parameters in it; the server's for a
+  stranger, whose number is negative."""
+  return broadcast._replace(
+    params=personal_lib.put_of(broadcast.params, own, client)
   )
 
 
@@ -445,6 +461,7 @@ def evaluate(
   max_items: int,
   server: ServerState,
   memories: Memory | None,
+  personal: Any,
   targets: Targets,
   clients_per_chunk: int,
   catalogue: Catalogue,
@@ -473,6 +490,7 @@ def evaluate(
     max_items,
     server,
     memories,
+    personal,
     chunks,
     SPLITS[targets.split],
     catalogue,

@@ -1,8 +1,9 @@
 """Recommendations: the best items for many people at once, and why.
 
-People are clients of the run, each with its own memory, or anybody whose
-history is known: a memory is then made from the history by the same rule that
-brings a client's up to date (docs/model.md, "What an expert may see").
+People are clients of the run, each with its own memory and personal parameters,
+or anybody whose history is known: a memory is then made from the history by the
+same rule that brings a client's up to date (docs/model.md, "What an expert may
+see"), and all parameters are the server's.
 
 Axes: `n` people, `H` longest history, `k` items of a list, `L` window length,
 `R` retrieved entries, `V` rows of the catalogue.
@@ -211,13 +212,13 @@ def similar_items(
   count: int,
   allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Items whose embeddings point where an item's does.
+  """Items whose embeddings, as the server has them, point where an item's does.
 
   Returns:
     ([k] int rows of the catalogue, best first, without the item itself; [k]
     float32 cosines); fewer if fewer are allowed.
   """
-  embedded = simulation.ready_to_rank(state.server)[1].embedding
+  embedded = simulation.embedded(state.server)
   cosines = np.array(unit(embedded) @ unit(embedded[row]))
   cosines[[0, row]] = -np.inf
   if allowed is not None:
@@ -242,7 +243,7 @@ def _each(program, static, simulation, state, people: People, *more):
     (simulation.model, simulation.compiled_config, *static),
     shards,
     server,
-    state.memories,
+    (state.memories, state.personal),
     catalogue,
     people,
     *more,
@@ -253,15 +254,25 @@ def _each(program, static, simulation, state, people: People, *more):
   )
 
 
-def _mapped(one, chunks, memories, people: People):
-  """(None, what `one(person, its memory, its number)` gives for the people of
-  some chunks, [g, C, …])."""
+def _mapped(one, chunks, kept, broadcast, people: People):
+  """(None, what `one(person, its broadcast, its memory, its number)` gives for
+  the people of some chunks, [g, C, …]).
+
+  Args:
+    kept: of all clients, [K]: memories and personal parameters.
+  """
+
+  def of_client(person, kept, client, number):
+    memory, own = kept
+    return one(person, ranking.received(broadcast, own, client), memory, number)
 
   def chunk(numbers):
     # Padding takes the first person's history, and nobody's memory.
     person = jax.tree.map(lambda x: x[jnp.maximum(numbers, 0)], people)
     clients = jnp.where(numbers >= 0, person.client, PADDING_CLIENT)
-    return jax.vmap(one)(person, memory_lib.fetch(memories, clients), numbers)
+    return jax.vmap(of_client)(
+      person, memory_lib.fetch(kept, clients), clients, numbers
+    )
 
   return None, jax.lax.map(chunk, chunks)
 
@@ -274,7 +285,7 @@ def _recommend_shard(
   repeats: bool,
   chunks,
   server,
-  memories,
+  kept,
   catalogue,
   people,
   allowed,
@@ -282,7 +293,7 @@ def _recommend_shard(
 ):
   broadcast = server.broadcast(catalogue, config)
 
-  def one(person, memory, number):
+  def one(person, broadcast, memory, number):
     scores = ranking.score_next(
       model,
       config,
@@ -303,7 +314,7 @@ def _recommend_shard(
     best, rows = jax.lax.top_k(jnp.where(open_, scores, -jnp.inf), count)
     return rows, best, jnp.any(~jnp.isfinite(scores[1:]))
 
-  return _mapped(one, chunks, memories, people)
+  return _mapped(one, chunks, kept, broadcast, people)
 
 
 @partial(devices.jit, static_argnames=('model', 'config'))
@@ -312,15 +323,15 @@ def _reasons_shard(
   config: RunConfig,
   chunks,
   server,
-  memories,
+  kept,
   catalogue,
   people,
   lists,
 ):
   broadcast = server.broadcast(catalogue, config)
-  params = {'params': broadcast.params}
 
-  def one(person, memory, number):
+  def one(person, broadcast, memory, number):
+    params = {'params': broadcast.params}
     items = lists[jnp.maximum(number, 0)]
     window, memory, earlier = ranking.question_of(
       config, catalogue, person.history, person.length, person.num_train, memory
@@ -355,4 +366,4 @@ def _reasons_shard(
       effects[modality.name] = jax.vmap(without)(jnp.arange(len(read)))
     return found, effects
 
-  return _mapped(one, chunks, memories, people)
+  return _mapped(one, chunks, kept, broadcast, people)

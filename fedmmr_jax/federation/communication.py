@@ -3,9 +3,9 @@
 Counted is what this simulation's clients receive and return, four bytes a
 number, or what `compression` makes of it: the parameters, of the item table the
 rows that a client works on, each with its id (with `vocabulary=dense` the whole
-table), prototypes, and what drift control sends. Item features are public and
-do not count. The sketch of `collaborative_dim` and the counts of `shrinkage`
-are part of round 1.
+table), prototypes, and what drift control sends. Personal parts stay where they
+are and cost nothing. Item features are public and do not count. The sketch of
+`collaborative_dim` and the counts of `shrinkage` are part of round 1.
 """
 
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from fedmmr_jax import metrics as metrics_lib
+from fedmmr_jax.client import personal as personal_lib
 from fedmmr_jax.client import vocabulary
 from fedmmr_jax.config import ContentInit, ContentPlusId, RunConfig
 from fedmmr_jax.data.dataset import taking_part
@@ -73,7 +74,12 @@ def of_round(
   server = state.server
   sent = program.client.drift.broadcast(server.control, server.opt_state)
   uploaded = jax.eval_shape(program.client.drift.no_upload, server.params)
-  delta = _size(server.params, item_rows)
+  names = program.config.federation.personal_groups
+  sent, uploaded, params = (
+    personal_lib.shared(tree, server.params, names)
+    for tree in (sent, uploaded, server.params)
+  )
+  delta = _size(params, item_rows)
   prototypes = _size(server.prototypes, item_rows)
   # None, too, if nobody was asked.
   received = metrics.get(metrics_lib.DOWNLOADED)

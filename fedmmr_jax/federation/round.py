@@ -21,6 +21,7 @@ import numpy as np
 
 from fedmmr_jax import metrics as metrics_lib
 from fedmmr_jax.client import memory as memory_lib
+from fedmmr_jax.client import personal as personal_lib
 from fedmmr_jax.client import update as client_lib
 from fedmmr_jax.client import vocabulary, windows
 from fedmmr_jax.client.drift import Cohort
@@ -49,9 +50,9 @@ from fedmmr_jax.models import content
 from fedmmr_jax.models.experts import TEXT
 from fedmmr_jax.models.feddmmr import Catalogue
 
-# More than this, and what drift control keeps at the clients is refused, and
-# the seeds of an ablation run one after another. A round and its saving hold
-# copies besides.
+# More than this, and what drift control or personal parts keep at the clients
+# is refused, and the seeds of an ablation run one after another. A round and
+# its saving hold copies besides.
 MOST_STATE_BYTES = 4_000_000_000
 
 # Of a round's updates, rejected: then it is the training that went wrong.
@@ -94,12 +95,15 @@ class FederationState(NamedTuple):
     controls: drift-control state of each client, leading axis [K]; None
       without one.
     transforms: of each transform, what every client keeps, leading axis [K].
+    personal: parameters of each client that never leave it, leading axis [K];
+      None without `personal`.
   """
 
   server: ServerState
   memories: Memory | None
   controls: Any = None
   transforms: tuple[Any, ...] = ()
+  personal: Any = None
 
 
 def init(
@@ -145,6 +149,9 @@ def init(
     transforms=transforms_lib.init_clients(
       program.transforms, params, key, num_clients
     ),
+    personal=personal_lib.of_each(
+      params, config.federation.personal_groups, num_clients
+    ),
   )
 
 
@@ -155,7 +162,8 @@ def state_bytes(state: FederationState | Params) -> int:
 
 def check_size(state: FederationState) -> None:
   """Raises UserError if the clients' drift-control state (SCAFFOLD: one set of
-  parameters per client) is larger than a machine should hold.
+  parameters per client) or their personal parameters are larger than a machine
+  should hold.
 
   Args:
     state: the state of all clients, or a tree with the same shapes.
@@ -169,6 +177,15 @@ def check_size(state: FederationState) -> None:
       f'{clients:,} clients, {bytes_:,} in all, more than the '
       f'{MOST_STATE_BYTES:,} allowed (the model has {numbers:,} numbers); take '
       '`drift_control=mime_lite`, which keeps nothing, or fewer clients '
+      '(`top_k_users`), fewer items (`k_core`), a smaller `hidden_dim`'
+    )
+  bytes_ = state_bytes(state.personal)
+  if bytes_ > MOST_STATE_BYTES:
+    clients = len(jax.tree.leaves(state.personal)[0])
+    raise UserError(
+      f'`personal` keeps {bytes_ // clients:,} bytes for each of {clients:,} '
+      f'clients, {bytes_:,} in all, more than the {MOST_STATE_BYTES:,} '
+      'allowed; keep smaller parts (`personal=router`), or take fewer clients '
       '(`top_k_users`), fewer items (`k_core`), a smaller `hidden_dim`'
     )
 
@@ -374,6 +391,7 @@ class Kept(NamedTuple):
     transforms: its state of each transform.
     prototypes: its prototypes, or None.
     collected: what the aggregator collects, or None.
+    personal: its own parameters, or None.
   """
 
   memory: Memory | None
@@ -381,6 +399,7 @@ class Kept(NamedTuple):
   transforms: tuple[Any, ...]
   prototypes: Prototypes | None
   collected: Any
+  personal: Any
 
 
 @partial(devices.jit, static_argnames='program')
@@ -423,7 +442,7 @@ def _train_chunks(program, catalogue, data, chunks, state, key, fates):
       # between old and new parameters in every step.
       max_steps = jax.lax.pmax(max_steps, _SEEDS)
 
-    def train_client(view, memory, control, kept, client, fate):
+    def train_client(view, memory, control, kept, personal, client, fate):
       own_key = jax.random.fold_in(key, client)
       sender = Sender(client, own_key, broadcast.params, told, catalogue, fate)
       update = client_lib.local_update(
@@ -435,24 +454,27 @@ def _train_chunks(program, catalogue, data, chunks, state, key, fates):
         own_key,
         max_steps,
         None if fate is None else fate.work,
+        personal,
       )
       update, after = transforms_lib.apply(
         program.transforms, update, kept, sender
       )
       # A client goes on from its last training that counted, as a node does
       # (deploy/node.py): its control variate and the server's fit together.
-      own = jax.tree.map(
+      memory, control, kept, personal = jax.tree.map(
         lambda new, old: jnp.where(update.counts, new, old),
-        (update.memory, update.kept, after),
-        (memory, control, kept),
+        (update.memory, update.kept, after, update.personal),
+        (memory, control, kept, personal),
       )
-      return update._replace(memory=own[0], kept=own[1]), own[2]
+      update = update._replace(memory=memory, kept=control, personal=personal)
+      return update, kept
 
     updates, kept = jax.vmap(train_client)(
       views,
       memory_lib.fetch(state.memories, clients),
       memory_lib.fetch(state.controls, clients),
       memory_lib.fetch(state.transforms, clients),
+      memory_lib.fetch(state.personal, clients),
       clients,
       memory_lib.fetch(fates, clients),
     )
@@ -468,6 +490,7 @@ def _train_chunks(program, catalogue, data, chunks, state, key, fates):
         kept,
         updates.prototypes,
         program.aggregator.collect(updates),
+        updates.personal,
       ),
     )
 
@@ -581,6 +604,7 @@ def _finish(program, num_train, takes_part, state, shards, key, sums, each):
       memory_lib.store(state.memories, cohort, kept.memory),
       memory_lib.store(state.controls, cohort, kept.control),
       memory_lib.store(state.transforms, cohort, kept.transforms),
+      memory_lib.store(state.personal, cohort, kept.personal),
     )
   ), transforms_lib.shown(program.transforms, metrics)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fedmmr_jax import optimizers
+from fedmmr_jax.client import personal as personal_lib
 from fedmmr_jax.client import prototypes as prototypes_lib
 from fedmmr_jax.client.drift import Cohort, DriftControl, ServerOptimizer
 from fedmmr_jax.client.prototypes import Prototypes
@@ -143,6 +144,8 @@ def aggregate(
     upload.total, collected, state.aggregator, state.params
   )
   delta = transforms_lib.released(transforms, state.transforms, delta)
+  # Whatever happened to the updates on their way, noise included.
+  delta = personal_lib.without(delta, config.federation.personal_groups)
   warming_up = state.round < config.server.partial_aggregation_warmup_rounds
   delta = {
     name: part

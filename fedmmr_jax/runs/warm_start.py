@@ -155,6 +155,7 @@ def load(
   source = rounds.path(number)
   wanted = _wanted(config, fresh.server.params)
   refuse = _refuser(source)
+  _check_shared(wanted, run.config().federation.personal_groups, fresh, refuse)
   moves_content = _moves_content(wanted, config, dataset, run)
   _check_meaning(wanted, config, dataset, run, moves_content, refuse)
   asker = _asker(vocabulary.ITEM_TABLE, _askers(wanted))
@@ -322,6 +323,27 @@ def _refuser(source: pathlib.Path) -> Callable[[str, str], None]:
     )
 
   return refuse
+
+
+def _check_shared(
+  wanted, personal: Sequence[str], fresh: FederationState, refuse
+) -> None:
+  """Refuses what the clients of the other run kept: its server has it as it
+  was before round 1."""
+  params = fresh.server.params
+  kept = jax.tree.leaves(groups.mask(params, personal))
+  for name in wanted:
+    if name != MEMORIES and any(
+      ours and theirs
+      for ours, theirs in zip(
+        jax.tree.leaves(groups.mask(params, [name])), kept
+      )
+    ):
+      refuse(
+        name,
+        f'its clients kept theirs (`personal={",".join(personal)}`), and its '
+        'server never trained it',
+      )
 
 
 # What gives parameters of one shape their meaning.
