@@ -1236,7 +1236,8 @@ class FederationConfig(_Settings):
     '',
     'parts of the model that stay with each client, which trains and uses its '
     'own, as named for `freeze` (FedPer)',
-    evidence=NOT_MEASURED,
+    evidence='router, 300 users of MovieLens-1M, 15 rounds, one seed: full '
+    'NDCG@10 -0.0015 [-0.0083, +0.0044]; docs/personal.md',
   )
 
   @property

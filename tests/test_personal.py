@@ -219,6 +219,7 @@ def test_the_second_round_compiles_nothing(routed):
   assert small.compiled_rounds() == compiled
 
 
+@pytest.mark.slow
 def test_scaffold_keeps_and_sends_nothing_of_personal_parts():
   simulation = build(
     personal='router', drift_control='scaffold', client_optimizer='sgd'
@@ -254,6 +255,7 @@ def test_personal_parts_cost_no_bytes(routed):
   assert found.visits == whole.visits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('vocabulary', ['dense', 'local'])
 def test_a_personal_item_table_moves_where_its_client_was(vocabulary):
   simulation = build(
@@ -279,6 +281,7 @@ def test_a_personal_item_table_moves_where_its_client_was(vocabulary):
   assert one[0] != two[0] and (one[1:] == two[1:]).all()
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_seeds_one_by_one(routed):
   simulations = [routed.with_seed(seed) for seed in (0, 1)]
   states = jax.tree.map(
@@ -343,6 +346,7 @@ def test_clients_are_ranked_with_their_own(routed, two_routers):
   assert np.abs(scores[0] - scores[1])[1:].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_lists_are_of_their_own(routed, two_routers):
   state, plain, shared = two_routers
   people = People.of_clients(routed, [0, 1])
@@ -405,6 +409,7 @@ def test_fine_tuning_without_a_step_ranks_as_before(routed, two_routers):
     np.testing.assert_array_equal(ranks.sampled, expected.sampled)
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_a_local_update_and_leaves_the_state(routed):
   state = after_rounds(routed)
   before = jax.device_get(state)
