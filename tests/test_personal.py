@@ -152,7 +152,7 @@ def test_a_round_is_its_clients_one_by_one(routed):
       *(jax.tree.map(lambda x: x[client], state.memories), None),
       jax.random.fold_in(key, client),
       jnp.int32(20),
-      jax.tree.map(lambda x: x[client], state.personal),
+      personal=jax.tree.map(lambda x: x[client], state.personal),
     )
   state, _ = routed.run_round(small.copy(state), 1, cohort)
   for client, update in expected.items():
