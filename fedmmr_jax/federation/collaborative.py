@@ -48,7 +48,8 @@ def put_into(
   noise = privacy.sketch_noise(config, len(takes_part))
   if noise:
     sketched = sketch(dataset, takes_part[places], probe, unit=True)
-    rng = generator(0, Stream.COLLABORATIVE, 1)
+    # Unlike the probe it is nobody's to know (docs/privacy.md).
+    rng = generator(config.seed, Stream.COLLABORATIVE, 1)
     sketched += noise * rng.standard_normal(sketched.shape)
     found = denoised(sketched, noise, start.collaborative_dim)
     return _joined(content, found, config.model.hidden_dim)

@@ -491,7 +491,8 @@ def of(config: RunConfig, clients: int) -> Plan | None:
     delta,
     noise,
     schedule.cohort / 20 if mechanism.quantile and noise else 0.0,
-    config.client.frozen_groups,
+    # What stays with the clients gets no noise at the server either.
+    config.client.frozen_groups + config.federation.personal_groups,
   )
   counts = len(mechanism.bounds) + 1
   if plan.count_noise and 2 * plan.count_noise <= noise * counts**0.5:
