@@ -302,9 +302,9 @@ def test_a_noisy_sketch_is_content_and_part_of_the_plan():
       else 'none',
       item_embedding='content_plus_id,collaborative_dim=4',
     )
-    for noise in (0.5, 0)
+    for noise in (0.1, 0)
   )
-  assert noisy.privacy.sketch_noise == 0.5
+  assert noisy.privacy.sketch_noise == 0.1
   assert noisy.privacy.epsilon(0) > 1
   assert noisy.catalogue.content.shape == plain.catalogue.content.shape
   assert noisy.catalogue.content[1:, -4:].any()
