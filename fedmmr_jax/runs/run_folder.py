@@ -28,7 +28,7 @@ CHECKSUM = 'checksum'  # a key of config.json and ids.json
 # Of the checkpoints; 1 had the server optimizers' state in another structure,
 # 2 no checksums, 3 memories and prototypes that nobody read, 4 memories that
 # candidates met their own entries in (today's sees=stored).
-FORMAT = 6
+FORMAT = 7
 # Settings that may change when a run is continued
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = (
