@@ -109,9 +109,15 @@ def changing_cores(pid: int, seed: int = 0) -> Iterator[None]:
     thread.join()
 
 
-def stress(workdir: str, rounds: int, workers: int, seed: int) -> int:
-  """The exit status of one run under stress; −6 = it aborted itself."""
-  run = train(workdir, rounds, workers)
+def stress(
+  workdir: str, rounds: int, workers: int, seed: int, flags: list[str] = ()
+) -> int:
+  """The exit status of one run under stress; −6 = it aborted itself. It may
+  compile in peace: what is stressed are its rounds."""
+  run = train(workdir, rounds, workers, flags)
+  begun = pathlib.Path(workdir, 'metrics.jsonl')
+  while run.poll() is None and not (begun.exists() and begun.stat().st_size):
+    time.sleep(0.02)
   with (
     busy_machine(2 * len(os.sched_getaffinity(0))),
     changing_cores(run.pid, seed),

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from pyarrow import csv
 
+from tests import binaries
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PRESETS = ROOT / 'experiments' / 'presets'
 TINY = (
@@ -30,13 +32,7 @@ TINY = (
 
 def run(binary, *flags, status=0):
   """Runs a binary; returns (stdout, stderr)."""
-  done = subprocess.run(
-    [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = binaries.run(binary, [str(flag) for flag in flags])
   assert done.returncode == status, done.stdout + done.stderr
   return done.stdout, done.stderr
 
@@ -451,6 +447,7 @@ def test_benchmark(ml_1m):
   flags = (
     *TINY,
     f'--data_dir={ml_1m}',
+    '--experts=semantic',  # less to compile
     '--repeats=1',
     '--catalogues=40',
     '--cohorts=2,1000',

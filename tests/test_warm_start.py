@@ -177,7 +177,9 @@ def test_data_that_has_grown_brings_new_items_and_users(
 ):
   earlier = ids(subset(set(range(5, 61)), without=(2, 5)))
   now = ids(small.dataset())
-  changes = dict(item_embedding=start_of_items, client_fraction=1.0)
+  changes = dict(
+    item_embedding=start_of_items, client_fraction=1.0, experts='semantic'
+  )
   path = train(tmp_path / 'earlier', earlier, num_rounds=1, **changes)
   simulation = start(
     path, now, load='embeddings,backbone,memories', num_rounds=1, **changes
