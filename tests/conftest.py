@@ -14,8 +14,8 @@ os.environ['XLA_FLAGS'] = (
 os.environ['JAX_NUM_CPU_DEVICES'] = '1'
 # What one worker has compiled serves the others, later modules and the binaries
 # that tests start. Single operations are most of it: with all of them kept, two
-# modules took 37 s of CPU time instead of 45, and 16 instead of 35 once they were
-# compiled.
+# modules took 37 s of CPU time instead of 45, and 16 instead of 35 when begun
+# again.
 # Who names it, as .ci/run does, has it outlive the run.
 _IS_OURS = 'FEDMMR_TEST_RUN' not in os.environ
 _CACHE = os.path.join(
