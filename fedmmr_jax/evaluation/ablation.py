@@ -329,10 +329,10 @@ def _train_group(simulations, on_round):
       )
     validations = []
     if training.due(number, config):
+      # Control variates and the like are of no use in testing, and large.
+      ranked = states._replace(controls=None, transforms=())
       for i, simulation in enumerate(simulations):
-        state = jax.tree.map(lambda x: x[i], states)
-        # Control variates and the like are of no use in testing, and large.
-        state = state._replace(controls=None, transforms=())
+        state = jax.tree.map(lambda x: x[i], ranked)
         found = simulation.validate(state)
         records[i][-1]['val'] = found
         value = training.selection_value(found, number, config)
