@@ -58,6 +58,11 @@ def test_writes_every_file_of_the_contract(straight):
   assert [line['round'] for line in lines] == [1, 2, 3, 4]
   for line in lines:
     assert set(line['train']) == {
+      'clients_asked',
+      'clients_answered',
+      'clients_not_finite',
+      'clients_malformed',
+      'clients_too_long',
       'loss',
       'rec_loss',
       'contrastive_loss',

@@ -282,7 +282,9 @@ class Node:
         texts = dataset.user_ids.astype(str)
         dataset = dataclasses.replace(dataset, user_ids=texts)
       # Who takes part has been decided among all clients.
-      data = dataclasses.replace(config.data, new_clients=0.0)
+      config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, new_clients=0.0)
+      )
       arrays = catalogue_lib.load_arrays(place / _CATALOGUE)
       features = {name: arrays[name] for name in plan['features']}
       self._bound[federation] = (
@@ -290,9 +292,7 @@ class Node:
           config,
           dataclasses.replace(dataset, features=features),
           devices.copied(Catalogue.of(features, arrays['content'])),
-          simulation_lib.to_device(
-            dataclasses.replace(config, data=data), dataset
-          ),
+          simulation_lib.to_device(config, dataset),
         ),
         plan,
       )
