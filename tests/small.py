@@ -16,6 +16,11 @@ from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
 
 NUM_ITEMS = 60
+# For tests of what surrounds a client's training. A round compiles in 3 s, with
+# both experts and dropout in 12.
+PLAIN = dict(experts='none', dropout=0.0)
+# With a memory.
+ONE_EXPERT = dict(experts='semantic', dropout=0.0)
 
 
 def config(**changes) -> RunConfig:

@@ -193,8 +193,7 @@ def test_a_boosted_attack_reaches_the_server_and_a_defence_stops_it():
     client_optimizer='sgd',
     vocabulary='local',
     client_learning_rate=0.1,
-    experts='none',
-    dropout=0.0,
+    **small.PLAIN,
     rejection='none',  # it would find so long an update absurd
   )
   moved, compiled = {}, []

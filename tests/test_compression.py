@@ -347,7 +347,7 @@ def simulated(text, **changes):
   """A federation without experts, which compiles quickest."""
   return small.simulation(
     compression=text,
-    experts='none',
+    **small.PLAIN,
     negatives='shared',
     num_negatives=3,
     vocabulary='local',

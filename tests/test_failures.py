@@ -229,6 +229,7 @@ def test_a_private_cohort_is_a_whole_one(setting):
 @pytest.fixture(scope='module')
 def simulation():
   return small.simulation(
+    **small.ONE_EXPERT,
     failures='random,corrupt=0.1',
     min_answers=2,
     drift_control='scaffold',
@@ -325,7 +326,10 @@ def test_a_straggler_does_what_a_client_with_a_limit_does(simulation):
 
   def update(limit, work):
     config = small.config(
-      max_local_steps=limit, client_optimizer='sgd', client_learning_rate=0.1
+      **small.ONE_EXPERT,
+      max_local_steps=limit,
+      client_optimizer='sgd',
+      client_learning_rate=0.1,
     )
     program = dataclasses.replace(
       simulation.program.client, config=config, drift=client_lib.DriftControl()

@@ -477,8 +477,9 @@ def test_private_rounds_resume_and_compile_once():
     privacy='gaussian,clip_norm=0.5,noise_multiplier=0.3,quantile=0.5',
     sampling='poisson',
     client_fraction=0.7,
-    freeze='router',
+    freeze='backbone',
     num_rounds=3,
+    **small.PLAIN,
   )
   start = jax.device_get(simulation.init_state())
   states, compiled = [], []
@@ -491,7 +492,7 @@ def test_private_rounds_resume_and_compile_once():
   *_, last = simulation.rounds(resumed, first=2, count=2)
   small.assert_trees_equal(last.state, states[2])
   before, after = (s.server.params for s in (start, states[2]))
-  small.assert_trees_equal(before['router'], after['router'])
+  small.assert_trees_equal(before['backbone'], after['backbone'])
   moved = np.asarray(after['item_embedding']) != before['item_embedding']
   assert moved[1:].all() and not moved[0].any()
   norms = [float(s.server.transforms[-1][0]) for s in states]
@@ -514,6 +515,7 @@ def test_a_real_client_moves_a_round_by_the_clip_norm_at_most():
   other."""
   simulation = small.simulation(
     **ALONE,
+    **small.PLAIN,
     privacy='gaussian,clip_norm=0.01,noise_multiplier=1',
     client_fraction=0.7,
   )

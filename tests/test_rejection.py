@@ -61,6 +61,7 @@ class Breaking(UpdateTransform):
 def breaking():
   """SCAFFOLD, prototypes, memories: all that a client sends or keeps."""
   simulation = small.simulation(
+    **small.ONE_EXPERT,
     drift_control='scaffold',
     client_optimizer='sgd',
     client_learning_rate=0.1,

@@ -213,7 +213,11 @@ def test_krum_rests_where_too_few_answer():
 
 def run(rounds=2, **changes):
   simulation = small.simulation(
-    client_fraction=1.0, client_optimizer='sgd', vocabulary='local', **changes
+    **small.PLAIN,
+    client_fraction=1.0,
+    client_optimizer='sgd',
+    vocabulary='local',
+    **changes,
   )
   state, compiled = simulation.init_state(), []
   for number in range(1, rounds + 1):
@@ -242,7 +246,7 @@ def test_shards_change_rounding_only(text, monkeypatch):
 @pytest.mark.slow
 def test_seeds_side_by_side_are_those_one_by_one():
   simulation = small.simulation(
-    aggregator='geometric_median', client_optimizer='sgd'
+    **small.PLAIN, aggregator='geometric_median', client_optimizer='sgd'
   )
   both = [simulation, simulation.with_seed(1)]
   states = jax.tree.map(

@@ -36,7 +36,7 @@ class Counting(UpdateTransform):
 
 
 def test_transforms_change_updates_and_keep_their_states():
-  plain = small.simulation()
+  plain = small.simulation(**small.PLAIN)
   counted = dataclasses.replace(plain, transforms=(Counting(),))
   states = {}
   for name, simulation in (('plain', plain), ('counted', counted)):
