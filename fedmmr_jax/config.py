@@ -249,6 +249,12 @@ class ContentInit(Part):
   collaborative_rounds: int = _field(
     5, 'cohorts that the sketch asks, each client once', minimum=1
   )
+  collaborative_window: int = _field(
+    0,
+    'items stand together if at most so many places apart; 0: anywhere in one '
+    'history',
+    minimum=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,14 @@ def test_each_point_can_fail_alone(name, points):
   assert [n for n, p in points.items() if not p['passed']] == [name]
 
 
+def test_what_a_private_run_withholds_is_no_missing_expert():
+  nothing = dict.fromkeys(train(), None) | {'loss': None}
+  points = judge(nothing, nothing, privacy='clip', select_by='last', patience=0)
+  assert passed(points) == [True, None, None, None, True]
+  for name in ('router weights', 'gradient reaching the experts'):
+    assert points[name]['measured'].startswith('withheld')
+
+
 def test_a_last_round_without_a_positive_is_passed_over():
   nothing = dict.fromkeys(train(), None) | {'loss': None}
   records = [{'train': train(loss=1.0)}, {'train': nothing}]

@@ -30,6 +30,35 @@ def test_a_sketch_is_the_gram_matrix_times_the_probe():
   )
 
 
+def test_with_a_window_only_near_places_count():
+  dataset = small.dataset()
+  # One item twice.
+  start = dataset.offsets[4]
+  items = dataset.items.copy()
+  items[start + 3] = items[start]
+  dataset = dataclasses.replace(dataset, items=items)
+  probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 7))
+  clients = np.array([1, 4, 6])
+  pairs = np.zeros((dataset.num_rows, dataset.num_rows))
+  lengths = []
+  for client in clients:
+    history = dataset.sequence(client)[:-2]
+    own = np.zeros_like(pairs)
+    for place, item in enumerate(history):
+      for other in history[max(0, place - 2) : place + 3]:
+        own[item, other] += 1
+    lengths.append(np.linalg.norm(own @ probe))
+    pairs += own
+  np.testing.assert_allclose(
+    collaborative.sketch(dataset, clients, probe, window=2),
+    pairs @ probe,
+    atol=1e-9,
+  )
+  one = collaborative.sketch(dataset, clients[1:2], probe, window=2)
+  unit = collaborative.sketch(dataset, clients[1:2], probe, window=2, unit=True)
+  np.testing.assert_allclose(unit, one / lengths[1], atol=1e-9)
+
+
 def test_factors_are_the_leading_eigenvectors():
   dataset = small.dataset()
   clients = np.arange(dataset.num_clients)

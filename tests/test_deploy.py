@@ -66,7 +66,8 @@ def sent(parcel):
 
 
 SETTINGS = dict(
-  item_embedding='content_plus_id,collaborative_dim=4,shrinkage=1',
+  item_embedding='content_plus_id,collaborative_dim=4,'
+  'collaborative_window=3,shrinkage=1',
   expert_form='attention,heads=2,projection_dim=8',
   global_memory='prototypes,number=2',
   drift_control='scaffold',
@@ -192,6 +193,9 @@ def test_what_does_not_come_back_does_not_count(folder, simulated):
     expected, _ = simulation.run_round(expected, number, kept)
     record = RunFolder(folder / 'run').records()[number - 1]
     assert record['answered'] == sorted(kept[kept >= 0].tolist())
+  counts = metrics_lib.members(record['train'], metrics_lib.CLIENTS)
+  assert counts['answered'] == counts['asked'] - 1 == (kept >= 0).sum()
+  assert counts['not_finite'] == 1 and not counts['too_long']
   assert 0 < (kept >= 0).sum() < 4
   assert_same(state.params, expected.server.params)
   assert 'round 1/3: 0 of 4 clients answered; the round is passed over' in lines
@@ -414,7 +418,7 @@ def test_an_update_is_checked():
   good = ClientUpdate(
     {'a': np.ones(2)}, None, None, one, one, None, None, None, {'x': one}
   )
-  server_lib._check_update(good, 2.0)
+  assert server_lib._fault(good, 2.0) is None
   for bad, told in (
     ({'weight': np.float32(np.nan)}, 'NaN'),
     ({'steps': np.float32(np.inf)}, 'NaN'),
@@ -423,8 +427,8 @@ def test_an_update_is_checked():
     ({'weight': np.float32(-1)}, 'below 0'),
     ({'steps': np.float32(0)}, 'fewer than 1 step'),
   ):
-    changed = good._replace(**bad)
-    assert told in small.error_of(server_lib._check_update, changed, 2.0)
+    fault = server_lib._fault(good._replace(**bad), 2.0)
+    assert told in server_lib._FAULTS[fault]
 
 
 def test_a_metric_to_select_by_is_measured_by_nodes_too(folder):

@@ -157,7 +157,9 @@ class Node:
       config, asked.facts['taking_part'], dataset.num_rows
     )
     clients = _places(dataset, asked.facts['clients'])
-    total = collaborative.sketch(dataset, clients, probe)
+    total = collaborative.sketch(
+      dataset, clients, probe, config.model.item_embedding.collaborative_window
+    )
     rows = np.flatnonzero(total.any(axis=1))
     return Parcel({}, {'rows': rows.astype(np.int32), 'sketched': total[rows]})
 

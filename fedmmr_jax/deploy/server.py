@@ -258,6 +258,7 @@ class Server:
       self._simulation.program.client,
       self._simulation.aggregator,
       roster.max_items,
+      self._simulation.transforms,
     )
     self._like = node_lib.update_like(self._simulation, roster.max_items)
     self._run.start(self._config, dataset)
@@ -488,18 +489,20 @@ class Server:
     """As a simulation's, with the memories of nobody: who opens the run later
     has those that a history makes. What drift control keeps is the nodes'."""
     simulation = self._simulation
-    server = round_lib.init(
+    fresh = round_lib.init(
       self._program, simulation.catalogue, self._config.seed, 0
-    ).server
+    )
     empty = (
       None
       if simulation.model.is_backbone_only
       else memory_lib.init(self._config.memory)
     )
     clients = len(self._roster.ids)
-    return FederationState(
-      server,
-      jax.tree.map(lambda x: jnp.zeros((clients, *x.shape), x.dtype), empty),
+    return fresh._replace(
+      memories=jax.tree.map(
+        lambda x: jnp.zeros((clients, *x.shape), x.dtype), empty
+      ),
+      controls=None,
     )
 
   def _round(
@@ -512,13 +515,13 @@ class Server:
     num_train = np.array(self._roster.num_train)
     cohort = round_lib.sample_cohort(self._config, number, num_train)
     asked = cohort[cohort >= 0].tolist()
-    updates = self._collect(state.server, number, asked, used)
+    updates, counts = self._collect(state.server, number, asked, used)
     server, means = self._combine(state.server, len(asked), updates)
     answered = sorted(updates)
     trained = np.array(answered, int).reshape(-1, 1)
     record: dict[str, Any] = {
       'round': number,
-      'train': training.ABSENT | means,
+      'train': training.ABSENT | means | counts,
       'targets': int(
         self._config.client.local_epochs
         * num_positives(num_train[trained], self._config).sum()
@@ -539,8 +542,9 @@ class Server:
     number: int,
     asked: list[int],
     used: dict[int, int],
-  ) -> dict[int, ClientUpdate]:
-    """Client -> its update, of the clients whose nodes answer in time."""
+  ) -> tuple[dict[int, ClientUpdate], dict[str, float]]:
+    """(client -> its update, of the clients whose nodes answer in time; how
+    many were asked, answered and were rejected, by the metrics' names)."""
     simulation = self._simulation
     arrays = pack(
       server.broadcast(None, simulation.config, simulation.drift)  # type: ignore
@@ -558,6 +562,7 @@ class Server:
       if node in self._ready
     }
     updates: dict[int, ClientUpdate] = {}
+    counts = dict.fromkeys(metrics_lib.REJECTED, 0.0)
     longest = rejection.of(simulation.config).broadcast(None, server.params)
 
     def trained(answer):
@@ -576,7 +581,9 @@ class Server:
             self._like,
             'its update',
           )
-          _check_update(update, longest)
+          if fault := _fault(update, longest):
+            counts[fault] += 1
+            raise UserError(_FAULTS[fault])
         except (UserError, IndexError) as error:
           self._say(f'node {node}: client {client} is left out: {error}')
         else:
@@ -584,8 +591,10 @@ class Server:
     least = simulation.config.federation.min_answers
     if len(updates) < least:
       self._say(f'{len(updates)} answers, fewer than `min_answers={least}`')
-      return {}  # so that the clients go on from where they were
-    return updates
+      updates = {}  # so that the clients go on from where they were
+    counts[metrics_lib.ASKED] = float(len(asked))
+    counts[metrics_lib.ANSWERED] = float(len(updates))
+    return updates, counts
 
   def _combine(
     self, server: ServerState, num_asked: int, updates: dict[int, ClientUpdate]
@@ -771,11 +780,11 @@ _FAULTS = {
 }
 
 
-def _check_update(update: ClientUpdate, longest: jax.Array | None) -> None:
-  """Raises UserError for what a simulation would reject, see `rejection`."""
-  for name, fault in jax.device_get(_faults(update, longest)).items():
-    if fault:
-      raise UserError(_FAULTS[name])
+def _fault(update: ClientUpdate, longest: jax.Array | None) -> str | None:
+  """Why a simulation would reject an update, a name of a metric; None if it
+  would not."""
+  found = jax.device_get(_faults(update, longest))
+  return next((name for name, fault in found.items() if fault), None)
 
 
 _faults = jax.jit(rejection.faults)

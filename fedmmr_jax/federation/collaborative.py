@@ -8,7 +8,9 @@ The server sends a random Ω, a client adds Σ_{i in x_k} Ω_i to the rows of it
 items, and from the sum Y = GΩ the server computes the Nyström approximation
 Y (ΩᵀY)⁻¹ Yᵀ (Halko et al. 2011, "Finding structure with randomness", SIAM
 Review, algorithm 5.5). A client sends, and reveals, as much as with one delta
-of the item table; it is asked once.
+of the item table; it is asked once. With a window G counts only items that
+stand near each other in a history, as item2vec does (Barkan and Koenigstein
+2016, "Item2vec: neural item embedding for collaborative filtering", MLSP).
 
 Under differential privacy what a client adds has length 1, whatever its
 history, and the sum gets noise. The Nyström approximation would invert small
@@ -46,14 +48,19 @@ def put_into(
   takes_part = taking_part(dataset.num_train, config.data.new_clients)
   places, probe = draw(config, len(takes_part), dataset.num_rows)
   noise = privacy.sketch_noise(config, len(takes_part))
+  sketched = sketch(
+    dataset,
+    takes_part[places],
+    probe,
+    start.collaborative_window,
+    unit=noise > 0,
+  )
   if noise:
-    sketched = sketch(dataset, takes_part[places], probe, unit=True)
     # Unlike the probe it is nobody's to know (docs/privacy.md).
     rng = generator(config.seed, Stream.COLLABORATIVE, 1)
     sketched += noise * rng.standard_normal(sketched.shape)
     found = denoised(sketched, noise, start.collaborative_dim)
     return _joined(content, found, config.model.hidden_dim)
-  sketched = sketch(dataset, takes_part[places], probe)
   return with_factors(content, sketched, probe, start.collaborative_dim)
 
 
@@ -120,14 +127,20 @@ def _places(rng, config, count) -> np.ndarray:
 
 
 def sketch(
-  dataset: Dataset, clients: np.ndarray, probe: np.ndarray, unit: bool = False
+  dataset: Dataset,
+  clients: np.ndarray,
+  probe: np.ndarray,
+  window: int = 0,
+  unit: bool = False,
 ) -> np.ndarray:
-  """Σ_k x_k x_kᵀ Ω over some clients.
+  """Σ_k G_k Ω over some clients.
 
   Args:
     dataset: its training items count; held-out items do not.
     clients: [n] clients to ask.
     probe: [V, d] Ω.
+    window: 0, and G_k = x_k x_kᵀ; else G_k counts the pairs of places in the
+      history that are so far apart at most.
     unit: whether what a client adds is divided by its length, the root of the
       sum of its squares.
 
@@ -137,12 +150,31 @@ def sketch(
   total = np.zeros_like(probe)
   for client in clients:
     start = dataset.offsets[client]
-    items = np.unique(dataset.items[start : start + dataset.num_train[client]])
-    added = probe[items].sum(axis=0)
+    items = dataset.items[start : start + dataset.num_train[client]]
+    if window:
+      items, added = _near(items, probe, window)
+    else:
+      items = np.unique(items)
+      added = np.tile(probe[items].sum(axis=0), (len(items), 1))
     if unit:
-      added /= max(np.sqrt(len(items)) * np.linalg.norm(added), _TINY)
+      added /= max(np.linalg.norm(added), _TINY)
     total[items] += added
   return total
+
+
+def _near(items, probe, window) -> tuple[np.ndarray, np.ndarray]:
+  """The distinct items of a history, and for each the sum of the probe's rows
+  of all items at most `window` places from one of its own."""
+  sums = np.cumsum(np.pad(probe[items], ((1, 0), (0, 0))), axis=0)
+  place = np.arange(len(items))
+  around = (
+    sums[np.minimum(place + window + 1, len(items))]
+    - sums[np.maximum(place - window, 0)]
+  )
+  distinct, row = np.unique(items, return_inverse=True)
+  added = np.zeros((len(distinct), probe.shape[1]))
+  np.add.at(added, row, around)
+  return distinct, added
 
 
 def denoised(sketched: np.ndarray, noise: float, dim: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The acceptance list of the original system's report, each point measured.
 
 A point is {'name', 'target', 'measured', 'passed'}; `passed` is None if the run
-has nothing to measure, for instance without experts.
+has nothing to measure, for instance without experts, or tells nothing of it.
 """
 
 import math
@@ -11,6 +11,7 @@ from fedmmr_jax import metrics
 from fedmmr_jax.client import windows
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.data.features import IntegrityReport
+from fedmmr_jax.federation.privacy import OFF
 from fedmmr_jax.models import groups
 
 HR_TARGET = 0.55
@@ -39,6 +40,14 @@ def judge(
   trained = [t for t in rounds if t.get(metrics.LOSS) is not None] or rounds
   first, last = trained[0], trained[-1]
   hit_rate = test[metrics.SAMPLED][metrics.HR]
+  training = [
+    _router(first, last),
+    _contrastive(last, config),
+    _gradient_flow(last, config),
+  ]
+  if config.federation.privacy != OFF:
+    told = 'withheld: `privacy` releases no training metrics'
+    training = [_point(x['name'], x['target'], told, None) for x in training]
   return [
     _point(
       f'test {metrics.HR}, {metrics.SAMPLED}',
@@ -46,9 +55,7 @@ def judge(
       f'{hit_rate:.4f}',
       hit_rate > HR_TARGET,
     ),
-    _router(first, last),
-    _contrastive(last, config),
-    _gradient_flow(last, config),
+    *training,
     _integrity(integrity),
   ]
 
