@@ -398,7 +398,7 @@ def test_kept_leftovers_are_of_their_clients():
     cohort = simulation.sample_cohort(number)
     asked[cohort[cohort >= 0]] = True
   assert not asked.all()
-  (kept,) = state.transforms
+  kept, _ = state.transforms
   for x in jax.tree.leaves(kept):
     assert not np.asarray(x)[~asked].any()
   assert np.asarray(kept['item_embedding'])[asked].any(axis=(1, 2)).all()

@@ -87,7 +87,7 @@ def test_another_number_of_workers_changes_no_bit(workers):
   ends = []
   for count in (1, 3):
     workers(count)
-    simulation = small.simulation(client_fraction=0.55)
+    simulation = small.simulation(client_fraction=0.55, experts='semantic')
     state = simulation.init_state()
     for number in (1, 2):
       state, means = simulation.run_round(

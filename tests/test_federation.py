@@ -26,7 +26,12 @@ COHORT = np.array([[8, 5], [2, 0]], np.int32)
 def simulation():
   # SGD: Adam's first steps are the gradient's sign, which is noise where the
   # gradient is 0 but for rounding (the bias of the attention keys).
-  return small.simulation(client_optimizer='sgd', client_learning_rate=0.1)
+  return small.simulation(
+    experts='semantic',
+    dropout=0.1,
+    client_optimizer='sgd',
+    client_learning_rate=0.1,
+  )
 
 
 @pytest.fixture(scope='module')
@@ -98,8 +103,8 @@ def test_fednova_averages_mean_steps(simulation, update_alone):
     *(u.delta for u in updates),
   )
   got, _ = run(
-    small.simulation(
-      client_optimizer='sgd', client_learning_rate=0.1, aggregator='fednova'
+    simulation_lib.build(
+      simulation.config.changed({'aggregator': 'fednova'}), simulation.dataset
     ),
     COHORT,
   )

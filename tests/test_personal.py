@@ -35,12 +35,11 @@ from tests import small
 from tests.test_cli import refused, run, TINY
 from tests.test_warm_start import NAMED, saved, train
 
-BASE = dict(dropout=0.0)  # compiles quicker
 OWN_EXPERT = dict(small.ONE_EXPERT, personal='experts')
 
 
 def build(**changes):
-  return small.simulation(**{**BASE, **changes})
+  return small.simulation(**changes)
 
 
 @pytest.fixture(scope='module')
@@ -119,6 +118,7 @@ def test_the_server_keeps_what_all_start_from(server_optimizer):
   assert (state.server.params[table] != start.server.params[table]).any()
 
 
+@pytest.mark.slow
 def test_only_who_trains_moves_its_own(routed):
   start = jax.device_get(routed.init_state())
   cohort = routed.sample_cohort(1)
@@ -136,6 +136,7 @@ def test_only_who_trains_moves_its_own(routed):
     assert ((moved > 0) == trained).all()
 
 
+@pytest.mark.slow
 def test_a_round_is_its_clients_one_by_one(routed):
   state = shaken(routed, routed.init_state(), [0, 2, 5])
   cohort = np.array([[0, 2], [5, -1]], np.int32)
@@ -164,6 +165,7 @@ def test_a_round_is_its_clients_one_by_one(routed):
     assert np.any(update.delta['sequence_norm']['scale'])
 
 
+@pytest.mark.slow
 def test_other_clients_and_padding_change_nothing_of_ones_own(routed):
   state = routed.init_state()
   results = []
@@ -213,6 +215,7 @@ def test_a_client_that_diverges_keeps_what_it_had():
   small.assert_trees_equal(state.personal, start)
 
 
+@pytest.mark.slow
 def test_the_second_round_compiles_nothing(routed):
   after_rounds(routed, 1)
   compiled = small.compiled_rounds()
@@ -319,6 +322,7 @@ def two_routers(routed):
   return state, plain, shared
 
 
+@pytest.mark.slow
 def test_clients_are_ranked_with_their_own(routed, two_routers):
   state, plain, shared = two_routers
   ranks = routed.evaluate(state, 'test')[1].full
@@ -374,6 +378,7 @@ def test_lists_are_of_their_own(routed, two_routers):
     )
 
 
+@pytest.mark.slow
 def test_strangers_have_the_servers(routed, two_routers):
   state, plain, _ = two_routers
   histories = [routed.dataset.sequence(0).tolist()]
@@ -390,7 +395,7 @@ def test_strangers_have_the_servers(routed, two_routers):
 
 
 def how_to_tune(**changes):
-  return small.config(client_optimizer='sgd', **BASE, **changes).client
+  return small.config(client_optimizer='sgd', **changes).client
 
 
 @pytest.mark.slow
@@ -461,10 +466,7 @@ def test_fine_tuning_is_a_local_update_and_leaves_the_state(routed):
 @pytest.mark.slow
 def test_a_resumed_run_equals_the_straight_one(tmp_path):
   changes = dict(
-    personal='router,experts',
-    drift_control='scaffold',
-    client_optimizer='sgd',
-    **BASE,
+    personal='router,experts', drift_control='scaffold', client_optimizer='sgd'
   )
   for folder, rounds in (('straight', [3]), ('resumed', [2, 3])):
     for number in rounds:
@@ -482,13 +484,9 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path):
 
 @pytest.mark.slow
 def test_what_was_trained_together_is_where_all_start(tmp_path):
-  together = train(tmp_path / 'together', num_rounds=1, **BASE)
+  together = train(tmp_path / 'together', num_rounds=1)
   start = small.config(
-    **NAMED,
-    **BASE,
-    personal='router',
-    pretrained_path=str(together),
-    load='router',
+    **NAMED, personal='router', pretrained_path=str(together), load='router'
   )
   state = simulation_lib.build(start, small.dataset()).init_state()
   loaded = saved(together, 1).server.params['router']
@@ -498,15 +496,15 @@ def test_what_was_trained_together_is_where_all_start(tmp_path):
       jax.tree.map(lambda x: x[client], state.personal['router']), loaded
     )
   # Of a run that kept it with the clients, the server has nothing to give.
-  apart = train(tmp_path / 'apart', num_rounds=1, personal='router', **BASE)
+  apart = train(tmp_path / 'apart', num_rounds=1, personal='router')
   for load in ('all', 'router', 'router/logits'):
     source = simulation_lib.build(
-      small.config(**NAMED, **BASE, pretrained_path=str(apart), load=load),
+      small.config(**NAMED, pretrained_path=str(apart), load=load),
       small.dataset(),
     )
     assert 'its clients kept theirs' in small.error_of(source.init_state)
   kept = simulation_lib.build(
-    small.config(**NAMED, **BASE, pretrained_path=str(apart), load='backbone'),
+    small.config(**NAMED, pretrained_path=str(apart), load='backbone'),
     small.dataset(),
   )
   small.assert_trees_equal(
@@ -544,7 +542,7 @@ def test_held_out_items_reach_no_personal_part():
 
 @pytest.mark.slow
 def test_fine_tuning_as_a_variant_and_of_new_clients():
-  config = small.config(new_clients=0.3, **BASE)
+  config = small.config(new_clients=0.3)
   loaded = Loaded(small.dataset(), (), [])
   first, simulations, states = ablation.run_trained(
     config, loaded, [0], lambda *_: None
@@ -552,7 +550,7 @@ def test_fine_tuning_as_a_variant_and_of_new_clients():
   ranks = {}
   for epochs in (1, 3):
     how = small.config(
-      new_clients=0.3, local_epochs=epochs, client_learning_rate=0.05, **BASE
+      new_clients=0.3, local_epochs=epochs, client_learning_rate=0.05
     )
     outcome = ablation.run_special(
       Variant('tuned', '@fine_tuned', {}), how, loaded, [0], simulations, states

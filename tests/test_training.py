@@ -114,9 +114,9 @@ def test_writes_every_file_of_the_contract(straight):
 
 def test_the_best_round_is_the_first_with_the_best_validation(straight):
   path, summary = straight
-  values = [r['val']['sampled']['HR@10'] for r in RunFolder(path).records()]
+  values = [r['val']['full']['NDCG@10'] for r in RunFolder(path).records()]
   assert summary['best_round'] == 1 + values.index(max(values))
-  assert summary['val']['sampled']['HR@10'] == max(values)
+  assert summary['val']['full']['NDCG@10'] == max(values)
 
 
 @pytest.mark.slow
@@ -425,7 +425,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
 def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
   path = tmp_path / 'run'
   train(path, num_rounds=1, server_schedule='cosine')
-  with pytest.raises(UserError, match='`num_rounds=1`, not 2.*rates fall'):
+  with pytest.raises(UserError, match='`num_rounds=1`, not 2.*learning rates'):
     RunFolder(path).start(
       small.config(num_rounds=2, server_schedule='cosine'), small.dataset()
     )
