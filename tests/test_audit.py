@@ -112,8 +112,8 @@ def test_a_sketch_of_held_out_items_is_found(monkeypatch):
   monkeypatch.setattr(
     collaborative,
     'sketch',
-    lambda dataset, *rest: sketch(
-      dataclasses.replace(dataset, held_out=0), *rest
+    lambda dataset, *rest, **named: sketch(
+      dataclasses.replace(dataset, held_out=0), *rest, **named
     ),
   )
   checks = audit.all_checks(simulation(**SKETCH_AND_PROFILE))

@@ -382,7 +382,7 @@ def test_nothing_is_kept_that_nobody_reads(simulation):
       s.catalogue,
       s.data,
     ).as_text()
-    for s in (alone, simulation)
+    for s in (alone, small.simulation())
   )
   targets = simulation.config.client.batch_size
   # No two representations of the targets are held against each other.
