@@ -1162,7 +1162,8 @@ class FederationConfig(_Settings):
     'lose (their answer), late, straggle (they take `work` of their steps, 0.5 '
     'if not said), corrupt (corruption=nan, infinite, long or any); or your '
     'own as my_package.module:Thing; docs/failures.md',
-    evidence=NOT_MEASURED,
+    evidence='drop=0.3,corrupt=0.1: full NDCG@10 -0.0054 [-0.0099, -0.0009] of '
+    '0.1002; docs/failures.md',
   )
   availability: str = _field(
     'always',
@@ -1194,7 +1195,8 @@ class FederationConfig(_Settings):
     'matrices as products of narrow ones; error_feedback=true with these two: '
     'a client keeps what was left out for its next update; or your own as '
     'my_package.module:Thing (federation/compression.py)',
-    evidence=NOT_MEASURED,
+    evidence='int8: full NDCG@10 +0.0007 [-0.0014, +0.0029], 1/3.94 of the '
+    'bytes up; docs/communication.md. The others: not measured',
   )
   sampling: str = _field(
     FIXED,

@@ -337,5 +337,5 @@ def test_a_sweep_of_two_trials(ml_1m, tmp_path):
   assert '2 of 2 trials are there' in again and 'round 2/2' not in again
   space.write_text('--server_learning_rate=log(1e-3,2e-2)\n')
   message = refused(*given, '--dropout=0.3', binary='sweep')
-  assert 'another sweep (dropout=0.2, now 0.3; --server_learning' in message
+  assert 'another sweep (dropout=0.0, now 0.3; --server_learning' in message
   assert 'now --server_learning_rate=log(1e-3,2e-2)); name' in message
