@@ -70,6 +70,16 @@ def simulation(**changes) -> simulation_lib.Simulation:
   return simulation_lib.build(config(**changes), dataset())
 
 
+def after_rounds(simulation: simulation_lib.Simulation, count: int = 2):
+  """The state after the first rounds."""
+  state = simulation.init_state()
+  for number in range(1, count + 1):
+    state, _ = simulation.run_round(
+      state, number, simulation.sample_cohort(number)
+    )
+  return state
+
+
 def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(

@@ -210,15 +210,6 @@ def test_the_decaying_rate_reaches_the_clients():
   assert 0.4 < ratio < 0.6
 
 
-def rounds(simulation, count=2):
-  state = simulation.init_state()
-  for number in range(1, count + 1):
-    state, _ = simulation.run_round(
-      state, number, simulation.sample_cohort(number)
-    )
-  return state
-
-
 SCAFFOLD = dict(
   drift_control='scaffold', client_optimizer='sgd', client_learning_rate=0.05
 )
@@ -227,7 +218,7 @@ SCAFFOLD = dict(
 @pytest.fixture(scope='module')
 def scaffold():
   simulation = small.simulation(**SCAFFOLD)
-  return simulation, rounds(simulation)
+  return simulation, small.after_rounds(simulation)
 
 
 @pytest.mark.slow
@@ -261,10 +252,11 @@ def test_scaffolds_first_round_is_plain_and_its_second_is_not(scaffold):
   simulation, state = scaffold
   plain = small.simulation(**{**SCAFFOLD, 'drift_control': 'none'})
   small.assert_trees_close(
-    rounds(plain, 1).server.params, rounds(simulation, 1).server.params
+    small.after_rounds(plain, 1).server.params,
+    small.after_rounds(simulation, 1).server.params,
   )
   distance = optax.tree.norm(
-    optax.tree.sub(rounds(plain).server.params, state.server.params)
+    optax.tree.sub(small.after_rounds(plain).server.params, state.server.params)
   )
   assert distance > 1e-4
 
@@ -285,7 +277,7 @@ def test_drift_control_on_local_rows_trains_and_keeps_other_rows(name):
   )
   simulation = small.simulation(**changes)
   start = simulation.init_state()
-  state = rounds(simulation)
+  state = small.after_rounds(simulation)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.server.params))
   assert not state.server.params['item_embedding'][0].any()
   assert (
@@ -303,7 +295,7 @@ def test_mime_lite_takes_the_mean_of_the_clients_and_learns_moments():
     server_learning_rate=1.0,
     client_learning_rate=0.01,
   )
-  state = rounds(simulation, 1)
+  state = small.after_rounds(simulation, 1)
   assert optax.tree.norm(state.server.opt_state.mu) > 0
   assert state.server.opt_state.count == 1
 

@@ -38,22 +38,9 @@ from tests.test_warm_start import NAMED, saved, train
 OWN_EXPERT = dict(small.ONE_EXPERT, personal='experts')
 
 
-def build(**changes):
-  return small.simulation(**changes)
-
-
 @pytest.fixture(scope='module')
 def routed():
-  return build(personal='router')
-
-
-def after_rounds(simulation, count=2):
-  state = simulation.init_state()
-  for number in range(1, count + 1):
-    state, _ = simulation.run_round(
-      state, number, simulation.sample_cohort(number)
-    )
-  return state
+  return small.simulation(personal='router')
 
 
 def personal_leaves(tree, names):
@@ -105,9 +92,9 @@ def test_cut_put_and_without():
 
 @pytest.mark.parametrize('server_optimizer', ['fedadam', 'fedmuon'])
 def test_the_server_keeps_what_all_start_from(server_optimizer):
-  simulation = build(**OWN_EXPERT, server_optimizer=server_optimizer)
+  simulation = small.simulation(**OWN_EXPERT, server_optimizer=server_optimizer)
   start = jax.device_get(simulation.init_state())
-  state = jax.device_get(after_rounds(simulation))
+  state = jax.device_get(small.after_rounds(simulation))
   names = simulation.config.federation.personal_groups
   for new, old in zip(
     personal_leaves(state.server.params, names),
@@ -184,7 +171,7 @@ def test_other_clients_and_padding_change_nothing_of_ones_own(routed):
 
 
 def test_whatever_an_update_says_of_a_personal_part_is_dropped():
-  simulation = build(**OWN_EXPERT)
+  simulation = small.simulation(**OWN_EXPERT)
 
   @dataclasses.dataclass(frozen=True)
   class Noise(UpdateTransform):
@@ -195,7 +182,7 @@ def test_whatever_an_update_says_of_a_personal_part_is_dropped():
 
   noisy = dataclasses.replace(simulation, transforms=(Noise(),))
   start = jax.device_get(simulation.init_state().server.params)
-  after = jax.device_get(after_rounds(noisy, 1).server.params)
+  after = jax.device_get(small.after_rounds(noisy, 1).server.params)
   small.assert_trees_equal(after['semantic_expert'], start['semantic_expert'])
   assert (
     after['sequence_norm']['scale'] != start['sequence_norm']['scale']
@@ -204,7 +191,7 @@ def test_whatever_an_update_says_of_a_personal_part_is_dropped():
 
 @pytest.mark.slow
 def test_a_client_that_diverges_keeps_what_it_had():
-  simulation = build(
+  simulation = small.simulation(
     personal='router', client_learning_rate=1e30, client_optimizer='sgd'
   )
   start = jax.device_get(simulation.init_state().personal)
@@ -217,23 +204,25 @@ def test_a_client_that_diverges_keeps_what_it_had():
 
 @pytest.mark.slow
 def test_the_second_round_compiles_nothing(routed):
-  after_rounds(routed, 1)
+  small.after_rounds(routed, 1)
   compiled = small.compiled_rounds()
-  after_rounds(routed, 3)
+  small.after_rounds(routed, 3)
   assert small.compiled_rounds() == compiled
 
 
 @pytest.mark.slow
 def test_scaffold_keeps_and_sends_nothing_of_personal_parts():
-  simulation = build(
+  simulation = small.simulation(
     personal='router', drift_control='scaffold', client_optimizer='sgd'
   )
-  state = jax.device_get(after_rounds(simulation))
+  state = jax.device_get(small.after_rounds(simulation))
   for tree in (state.server.control, state.controls):
     for x in personal_leaves(tree, ('router',)):
       assert not x.any()
     assert tree['sequence_norm']['scale'].any()
-  with_router = build(drift_control='scaffold', client_optimizer='sgd')
+  with_router = small.simulation(
+    drift_control='scaffold', client_optimizer='sgd'
+  )
   cohort = simulation.sample_cohort(1)
   more, less = (
     s.traffic(cohort, {'item_rows': 30.0}) for s in (with_router, simulation)
@@ -250,7 +239,7 @@ def test_scaffold_keeps_and_sends_nothing_of_personal_parts():
 def test_personal_parts_cost_no_bytes(routed):
   cohort = routed.sample_cohort(1)
   visits = int((cohort >= 0).sum())
-  whole = build().traffic(cohort, {'item_rows': 30.0})
+  whole = small.simulation().traffic(cohort, {'item_rows': 30.0})
   found = routed.traffic(cohort, {'item_rows': 30.0})
   # 16 x 8 + 8, norm 8 + 8, 8 x 4 + 4, 4 x 2 + 2 numbers of four bytes.
   router = 4 * (136 + 16 + 36 + 10)
@@ -262,7 +251,7 @@ def test_personal_parts_cost_no_bytes(routed):
 @pytest.mark.slow
 @pytest.mark.parametrize('vocabulary', ['dense', 'local'])
 def test_a_personal_item_table_moves_where_its_client_was(vocabulary):
-  simulation = build(
+  simulation = small.simulation(
     personal='item_embedding', vocabulary=vocabulary, client_optimizer='sgd'
   )
   start = jax.device_get(simulation.init_state())
@@ -293,7 +282,7 @@ def test_seeds_side_by_side_are_seeds_one_by_one(routed):
   )
   states, _ = ablation.run_round(simulations, states, 1)
   for number, simulation in enumerate(simulations):
-    alone = after_rounds(simulation, 1)
+    alone = small.after_rounds(simulation, 1)
     small.assert_trees_close(
       jax.tree.map(lambda x: x[number], states.personal), alone.personal
     )
@@ -306,8 +295,8 @@ def test_seeds_side_by_side_are_seeds_one_by_one(routed):
 def two_routers(routed):
   """A state whose clients 0 and 1 have routers of their own, and the same
   state of a run where all have the one or the other."""
-  state = shaken(routed, after_rounds(routed), [0, 1], by=2.0)
-  plain = build()
+  state = shaken(routed, small.after_rounds(routed), [0, 1], by=2.0)
+  plain = small.simulation()
   shared = [
     state._replace(
       server=state.server._replace(
@@ -404,7 +393,7 @@ def test_fine_tuning_without_a_step_ranks_as_before(routed, two_routers):
   # everybody's own, and what differs is none of its doing. Memories go on, and
   # are left out.
   state, *_ = two_routers
-  simulation = build(personal='router', memory='none')
+  simulation = small.simulation(personal='router', memory='none')
   state = state._replace(memories=simulation.init_state().memories)
   tuned = simulation.rank_fine_tuned(
     state, how_to_tune(client_learning_rate=1e-30)
@@ -418,7 +407,7 @@ def test_fine_tuning_without_a_step_ranks_as_before(routed, two_routers):
 
 @pytest.mark.slow
 def test_fine_tuning_is_a_local_update_and_leaves_the_state(routed):
-  state = after_rounds(routed)
+  state = small.after_rounds(routed)
   before = jax.device_get(state)
   how = how_to_tune(client_learning_rate=0.3, local_epochs=2)
   found = routed.rank_fine_tuned(state, how, ['test'])['test']
@@ -455,7 +444,7 @@ def test_fine_tuning_is_a_local_update_and_leaves_the_state(routed):
     ),
   )
   targets = routed.ranked_targets('test').client.tolist()
-  expected = build().evaluate(tuned, 'test')[1]
+  expected = small.simulation().evaluate(tuned, 'test')[1]
   at = targets.index(client)
   assert found.full[at] == expected.full[at]
 
@@ -475,7 +464,7 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path):
     saved(tmp_path / name, 3) for name in ('straight', 'resumed')
   )
   small.assert_trees_equal(resumed, straight)
-  start = build(**NAMED, **changes).init_state()
+  start = small.simulation(**NAMED, **changes).init_state()
   assert (
     np.asarray(straight.personal['router']['logits']['kernel'])
     != start.personal['router']['logits']['kernel']
@@ -532,7 +521,7 @@ def test_what_was_trained_together_is_where_all_start(tmp_path):
 
 @pytest.mark.slow
 def test_held_out_items_reach_no_personal_part():
-  simulation = build(
+  simulation = small.simulation(
     personal='router,item_embedding', client_fraction=1.0
   ).with_popular_negatives()
   checks = {c.name: c for c in audit.trained_rounds(simulation, 2)}
@@ -569,7 +558,7 @@ def test_fine_tuning_as_a_variant_and_of_new_clients():
 
 def test_bad_input():
   def said(**changes):
-    return small.error_of(lambda: build(**changes))
+    return small.error_of(small.simulation, **changes)
 
   assert 'nearest are' in said(personal='rooter')
   assert 'has no experts' in said(personal='experts', experts='none')
@@ -594,11 +583,11 @@ def test_bad_input():
 def test_too_much_is_refused_early(monkeypatch):
   monkeypatch.setattr(round_lib, 'MOST_STATE_BYTES', 10_000)
   # 9 clients, each 61 rows of 16 numbers.
-  error = small.error_of(lambda: build(personal='embeddings'))
+  error = small.error_of(small.simulation, personal='embeddings')
   rows = small.dataset().num_rows
   assert f'{4 * 16 * rows:,} bytes for each of 9 clients' in error
   assert '`personal=router`' in error
-  build(personal='router/logits')
+  small.simulation(personal='router/logits')
 
 
 def test_a_network_refuses_it():

@@ -29,12 +29,7 @@ def rounds(num_rounds=2, dataset=None, **changes):
   simulation = simulation_lib.build(
     small.config(**FEW | changes), dataset or small.dataset()
   )
-  state = simulation.init_state()
-  for number in range(1, num_rounds + 1):
-    state, _ = simulation.run_round(
-      state, number, simulation.sample_cohort(number)
-    )
-  return simulation, state
+  return simulation, small.after_rounds(simulation, num_rounds)
 
 
 def test_rows_of_items_by_hand():
