@@ -85,6 +85,7 @@ def test_a_run_without_experts_has_nothing_to_say_about_them():
     reports=(),
   )
   assert passed(points) == [True, None, None, None, None]
+  assert points['contrastive loss']['measured'] == 'no two experts in this run'
 
 
 def test_one_expert_alone_has_no_choice_but_a_gradient():

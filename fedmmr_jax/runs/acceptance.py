@@ -75,7 +75,7 @@ def _router(first, last) -> Point:
     metrics.members(train, metrics.ROUTER_WEIGHT) for train in (first, last)
   )
   # A weight of 0 beside an expert that does not exist is no weight.
-  there = metrics.members(last, metrics.GRADIENT)
+  there = _gradients(last)
   at_end = {e: share for e, share in at_end.items() if e in there}
   low, high = (x / max(2, len(at_end)) for x in ROUTER_RANGE)
   target = f'each expert in {low:.2g} to {high:.2g} at the end'
@@ -97,11 +97,12 @@ def _contrastive(last, config: RunConfig) -> Point:
   name, target = 'contrastive loss', f'{low:g} to {high:g}'
   value = last[metrics.CONTRASTIVE_LOSS]
   if value is None:
-    why = (
-      'no positive had both experts'
-      if config.contrastive
-      else 'no such loss in this run'
-    )
+    if not config.contrastive:
+      why = 'no such loss in this run'
+    elif len(_gradients(last)) < 2:
+      why = 'no two experts in this run'
+    else:
+      why = 'no positive had both experts'
     return _point(name, target, why, None)
   chance = math.log(windows.targets_of_step(config))
   why = ''
@@ -120,11 +121,17 @@ def _contrastive(last, config: RunConfig) -> Point:
   return _point(name, target, f'{value:.2f}{why}', low <= value <= high)
 
 
+def _gradients(last) -> dict[str, float]:
+  """Expert -> norm of its gradient, of the experts that there are."""
+  norms = metrics.members(last, metrics.GRADIENT)
+  return {e: norm for e, norm in norms.items() if e != metrics.BACKBONE}
+
+
 def _gradient_flow(last, config: RunConfig) -> Point:
   name = 'gradient reaching the experts'
   target = 'no gate, and a gradient at each'
   norms = metrics.members(last, metrics.GRADIENT)
-  experts = {e: n for e, n in norms.items() if e != metrics.BACKBONE}
+  experts = _gradients(last)
   if not experts:
     return _point(name, target, 'no experts in this run', None)
   fusion = config.model.fusion.name
