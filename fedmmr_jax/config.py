@@ -255,6 +255,18 @@ class ContentInit(Part):
     'history',
     minimum=0,
   )
+  collaborative_items: int = _field(
+    0,
+    'only so many items are in the sketch, those that most clients have; they '
+    'are counted first. 0: all items',
+    minimum=0,
+  )
+  collaborative_columns: int = _field(
+    0,
+    'numbers that a client adds for each of its items; the more, the nearer '
+    'the directions are to the true ones. 0: D',
+    minimum=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -906,6 +918,14 @@ class ModelConfig(_Settings):
     evidence='relative: full NDCG@10 +0.0037 [-0.0008, +0.0081]; '
     'docs/results.md',
   )
+  backbone_init: str = _field(
+    'random',
+    'what the backbone is before training; random: the original; recency: the '
+    "mean of the window's items, the last ones first (models/sasrec.py), with "
+    '`positions=relative`',
+    choices=('random', 'recency'),
+    evidence=NOT_MEASURED,
+  )
   profile: Off | HistoryProfile = _choice(
     (Off, HistoryProfile),
     'what a client is beyond its window; history: a long-term expert for what '
@@ -1405,6 +1425,11 @@ class RunConfig(_Settings):
         f'`hidden_dim={m.hidden_dim}` is not a multiple of '
         f'`num_heads={m.num_heads}`'
       )
+    if m.backbone_init == 'recency' and m.positions != 'relative':
+      raise UserError(
+        '`backbone_init=recency` needs `positions=relative`: it is a bias of '
+        'distances'
+      )
     form = m.expert_form
     if isinstance(form, AttentionForm) and m.hidden_dim % form.heads:
       raise UserError(
@@ -1423,6 +1448,16 @@ class RunConfig(_Settings):
       raise UserError(
         f'`item_embedding={m.item_embedding}`: collaborative_dim exceeds '
         f'`hidden_dim={m.hidden_dim}`'
+      )
+    if (
+      isinstance(m.item_embedding, ContentInit)
+      and 0
+      < m.item_embedding.collaborative_columns
+      < m.item_embedding.collaborative_dim
+    ):
+      raise UserError(
+        f'`item_embedding={m.item_embedding}`: collaborative_columns are fewer '
+        'than the directions of collaborative_dim'
       )
     if self.memory.fault():
       raise UserError(f'`memory={self.memory}`: {self.memory.fault()}')

@@ -59,6 +59,47 @@ def test_with_a_window_only_near_places_count():
   np.testing.assert_allclose(unit, one / lengths[1], atol=1e-9)
 
 
+def test_only_frequent_items_are_in_it():
+  dataset = small.dataset()
+  clients = np.array([1, 4, 6])
+  histories = [dataset.sequence(client)[:-2] for client in clients]
+  counts = collaborative.count(dataset, clients)
+  by_hand = np.zeros(dataset.num_rows)
+  lengths = np.zeros(dataset.num_rows)
+  for history in histories:
+    by_hand[list(set(history))] += 1
+    lengths[list(set(history))] += len(set(history)) ** -0.5
+  np.testing.assert_array_equal(counts, by_hand)
+  np.testing.assert_allclose(
+    collaborative.count(dataset, clients, unit=True), lengths
+  )
+  probe = np.random.default_rng(0).normal(size=(dataset.num_rows, 7))
+  weighed = collaborative.of_frequent(probe, counts, 6)
+  kept = sorted(range(1, len(counts)), key=lambda i: (-counts[i], i))[:6]
+  assert set(np.flatnonzero(weighed.any(axis=1))) == set(kept)
+  np.testing.assert_allclose(
+    weighed[kept], probe[kept] / np.sqrt(counts[kept])[:, None]
+  )
+  # The others are as if nobody had them: no row, and no place in a window.
+  pairs = np.zeros((dataset.num_rows, dataset.num_rows))
+  for history in histories:
+    left = [item for item in history if item in kept]
+    for place, item in enumerate(left):
+      for other in left[max(0, place - 1) : place + 2]:
+        pairs[item, other] += 1
+  np.testing.assert_allclose(
+    collaborative.sketch(dataset, clients, weighed, window=1),
+    pairs @ weighed,
+    atol=1e-9,
+  )
+
+
+def test_items_that_nobody_has_are_not_frequent():
+  counts = np.array([9.0, 0.0, 2.0, 0.3, -1.0])
+  kept = collaborative.of_frequent(np.ones((5, 1)), counts, 4)[:, 0]
+  np.testing.assert_allclose(kept, [0, 0, 0.5**0.5, 1, 0])
+
+
 def test_factors_are_the_leading_eigenvectors():
   dataset = small.dataset()
   clients = np.arange(dataset.num_clients)
@@ -114,6 +155,14 @@ def test_seeds_share_it_and_it_needs_no_features():
 def test_more_directions_than_an_embedding_has_are_refused():
   assert 'collaborative_dim exceeds `hidden_dim=16`' in small.error_of(
     lambda: small.config(item_embedding='content_init,collaborative_dim=32')
+  )
+
+
+def test_fewer_columns_than_directions_are_refused():
+  assert 'collaborative_columns are fewer' in small.error_of(
+    lambda: small.config(
+      item_embedding='content_init,collaborative_dim=8,collaborative_columns=4'
+    )
   )
 
 

@@ -67,7 +67,8 @@ def sent(parcel):
 
 SETTINGS = dict(
   item_embedding='content_plus_id,collaborative_dim=4,'
-  'collaborative_window=3,shrinkage=1',
+  'collaborative_window=3,collaborative_items=20,collaborative_columns=24,'
+  'shrinkage=1',
   expert_form='attention,heads=2,projection_dim=8',
   global_memory='prototypes,number=2',
   drift_control='scaffold',

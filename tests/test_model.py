@@ -414,6 +414,30 @@ def test_relative_positions_do_not_depend_on_padding():
   )
 
 
+def test_a_recent_start_is_the_mean_of_the_last_items_by_hand():
+  _, catalogue, apply, params = build(
+    dataclasses.replace(CONFIG, positions='relative', backbone_init='recency')
+  )
+  window = jnp.array([0, 2, 3, 4, 5, 6])
+  x = np.asarray(params['item_embedding'])[np.asarray(window)]
+  x /= x.std()  # no epsilon of a LayerNorm counts
+  weight = np.exp(-0.25 * np.arange(6)[::-1]) * (np.asarray(window) > 0)
+  mean = (weight / weight.sum()) @ x
+  expected = x[-1] + 4 * mean
+  expected = (expected - expected.mean()) / expected.std()
+  params = jax.tree.map(jnp.array, params)  # of one's own
+  for name in ('query', 'key'):  # only distance tells entries apart
+    params['backbone']['block_0'][name]['kernel'] *= 0
+  params['item_embedding'] = params['item_embedding'].at[window].set(x)
+  states = apply.func({'params': params}, window, catalogue, method='encode')
+  np.testing.assert_allclose(states[-1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_recent_start_needs_distances():
+  message = small.error_of(lambda: small.config(backbone_init='recency'))
+  assert '`backbone_init=recency` needs `positions=relative`' in message
+
+
 @pytest.mark.parametrize('positions', ['absolute', 'relative'])
 def test_a_shorter_window_gives_what_the_padded_one_gives(positions):
   _, catalogue, apply, _ = build(

@@ -269,13 +269,14 @@ def test_the_sketch_has_its_part_of_epsilon(sampling, apart):
   import dp_accounting
   from dp_accounting import pld
 
-  schedule = Schedule(sampling, 1000, 100, 10, sketch_noise=2.0)
+  schedule = Schedule(sampling, 1000, 100, 10, asked_before=(2.0, 5.0))
   accountant = pld.PLDAccountant(
     dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     if sampling == 'poisson'
     else dp_accounting.NeighboringRelation.REPLACE_SPECIAL
   )
-  accountant.compose(dp_accounting.GaussianDpEvent(2.0 / apart))
+  for noise in (2.0, 5.0):
+    accountant.compose(dp_accounting.GaussianDpEvent(noise / apart))
   before = accountant.get_epsilon(1e-4)
   np.testing.assert_allclose(
     accounting.epsilon(schedule, 1.0, 0, 1e-4), before, rtol=0.01
@@ -289,7 +290,7 @@ def test_the_sketch_has_its_part_of_epsilon(sampling, apart):
   noise = accounting.noise_for(schedule, 2 * before, 5, 1e-4)
   spent = accounting.epsilon(schedule, noise, 5, 1e-4)
   assert 1.9 * before < spent <= 2 * before
-  alone = schedule._replace(sketch_noise=0.0)
+  alone = schedule._replace(asked_before=())
   assert noise > accounting.noise_for(alone, 2 * before, 5, 1e-4)
 
 
@@ -300,11 +301,16 @@ def test_a_noisy_sketch_is_content_and_part_of_the_plan():
       privacy=f'gaussian,noise_multiplier=1,sketch_noise={noise}'
       if noise
       else 'none',
-      item_embedding='content_plus_id,collaborative_dim=4',
+      item_embedding='content_plus_id,collaborative_dim=4,'
+      'collaborative_items=30,collaborative_columns=24',
     )
     for noise in (0.1, 0)
   )
   assert noisy.privacy.sketch_noise == 0.1
+  assert noisy.privacy.schedule.asked_before == (
+    0.1,
+    0.1 * privacy.COUNTS_NOISE,
+  )
   assert noisy.privacy.epsilon(0) > 1
   assert noisy.catalogue.content.shape == plain.catalogue.content.shape
   assert noisy.catalogue.content[1:, -4:].any()

@@ -35,6 +35,7 @@ except ImportError:
 # Message types that Flower has; ours are kinds of these.
 TYPES = {
   'enrol': 'query',
+  'count': 'query',
   'sketch': 'query',
   'setup': 'query',
   'train': 'train',

@@ -4,6 +4,7 @@ when the server asks. A message in, an answer out; nothing else leaves it.
 The messages, in the order in which a node meets them (docs/deploy.md):
 
 * `enrol`: here are the items; who are your clients?
+* `count`: how many of your clients have each item?
 * `sketch`: which items stand in the same histories (`collaborative.py`)?
 * `setup`: here are the features, and your clients' numbers in the federation;
   with `shrinkage`, how often did some of them train on each item?
@@ -97,6 +98,7 @@ class Node:
     is told in full on this machine only: it may quote lines of its files."""
     answers = {
       'enrol': self._enrol,
+      'count': self._count,
       'sketch': self._sketch,
       'setup': self._set_up,
       'train': self._train,
@@ -151,14 +153,29 @@ class Node:
       }
     )
 
+  def _count(self, federation, place, asked) -> Parcel:
+    _, dataset = self._data_of(federation, place)
+    counts = collaborative.count(
+      dataset, _places(dataset, asked.facts['clients'])
+    )
+    rows = np.flatnonzero(counts)
+    return Parcel({}, {'rows': rows.astype(np.int32), 'counts': counts[rows]})
+
   def _sketch(self, federation, place, asked) -> Parcel:
     config, dataset = self._data_of(federation, place)
+    start = config.model.item_embedding
     _, probe = collaborative.draw(
       config, asked.facts['taking_part'], dataset.num_rows
     )
+    if start.collaborative_items:
+      counts = np.zeros(dataset.num_rows)
+      counts[asked.arrays['rows']] = asked.arrays['counts']
+      probe = collaborative.of_frequent(
+        probe, counts, start.collaborative_items
+      )
     clients = _places(dataset, asked.facts['clients'])
     total = collaborative.sketch(
-      dataset, clients, probe, config.model.item_embedding.collaborative_window
+      dataset, clients, probe, start.collaborative_window
     )
     rows = np.flatnonzero(total.any(axis=1))
     return Parcel({}, {'rows': rows.astype(np.int32), 'sketched': total[rows]})

@@ -397,27 +397,39 @@ class Server:
     part = taking_part(num_train, config.data.new_clients)
     places, probe = collaborative.draw(config, len(part), dataset.num_rows)
     asked = self._by_node(part[places].tolist())
-    parcels = {
-      node: Parcel(
-        {
-          'federation': roster.federation,
-          'taking_part': len(part),
-          'clients': [roster.ids[client] for client in clients],
-        }
+
+    def collected(kind, name, like, arrays):
+      parcels = {
+        node: Parcel(
+          {
+            'federation': roster.federation,
+            'taking_part': len(part),
+            'clients': [roster.ids[client] for client in clients],
+          },
+          arrays,
+        )
+        for node, clients in asked.items()
+      }
+      answers = self._exchange(kind, parcels, lambda x: _spread(x, name, like))
+      return answers, sum(
+        (answers[n] for n in sorted(answers)), np.zeros_like(like)
       )
-      for node, clients in asked.items()
-    }
-    answers = self._exchange(
-      'sketch', parcels, lambda x: _spread(x, 'sketched', probe)
-    )
-    total = sum((answers[n] for n in sorted(answers)), np.zeros_like(probe))
+
+    told = {}
+    if start.collaborative_items:
+      _, counts = collected('count', 'counts', np.zeros(len(probe)), {})
+      probe = collaborative.of_frequent(
+        probe, counts, start.collaborative_items
+      )
+      rows = np.flatnonzero(probe.any(axis=1))
+      told = {'rows': rows.astype(np.int32), 'counts': counts[rows]}
+    answers, total = collected('sketch', 'sketched', probe, told)
     self._say(
       f'sketch of {sum(len(asked[node]) for node in answers)} of '
       f'{len(places)} clients'
     )
-    return collaborative.with_factors(
-      content, total, probe, start.collaborative_dim
-    )
+    found = collaborative.factors(total, probe, start.collaborative_dim)
+    return collaborative.joined(content, found, config.model.hidden_dim)
 
   def _set_up(self) -> None:
     """Sends the features and the clients' numbers to the nodes that lack them,

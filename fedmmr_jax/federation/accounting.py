@@ -43,15 +43,16 @@ class Schedule(NamedTuple):
     population: clients that cohorts are drawn of.
     cohort: clients of a cohort, of `poisson` expected.
     separation: rounds from one turn of a client to the next at the least.
-    sketch_noise: standard deviation of the noise on the sketch, to which every
-      client adds once, over the bound on what it adds; 0 without a sketch.
+    asked_before: standard deviation of the noise on each sum to which every
+      client adds once before round 1 (the sketch, and the counts it begins
+      with), over the bound on what it adds.
   """
 
   sampling: str
   population: float
   cohort: float
   separation: int
-  sketch_noise: float = 0.0
+  asked_before: tuple[float, ...] = ()
 
   @property
   def neighbours(self) -> str:
@@ -96,22 +97,23 @@ def epsilon(
     UserError: the extra is not installed.
   """
   accountant = _accountant(schedule)
-  if schedule.sketch_noise:
-    accountant.compose(sketch_event(schedule))
-  elif not rounds:
+  if not (rounds or schedule.asked_before):
     return 0.0
+  accountant.compose(event_before(schedule))
   if rounds:
     accountant.compose(event(schedule, noise_multiplier, rounds))
   return float(accountant.get_epsilon(delta))
 
 
-def sketch_event(schedule: Schedule) -> Any:
-  """The dp-accounting event of the sketch before round 1: all of its clients
-  are known, so that no chance hides anybody."""
+def event_before(schedule: Schedule) -> Any:
+  """The dp-accounting event of what is asked before round 1: who is asked is
+  known, so that no chance hides anybody."""
   dp = library('dp_accounting')
-  # Another client's sketch in the place of one may be its opposite.
+  # What another client adds in the place of one may be its opposite.
   apart = 2 if schedule.neighbours == REPLACED else 1
-  return dp.GaussianDpEvent(schedule.sketch_noise / apart)
+  return dp.ComposedDpEvent(
+    [dp.GaussianDpEvent(noise / apart) for noise in schedule.asked_before]
+  )
 
 
 def event(schedule: Schedule, noise_multiplier: float, rounds: int) -> Any:
@@ -174,10 +176,9 @@ def _noise_for(schedule, target, rounds, delta) -> float:
       return LEAST_NOISE
 
   def whole(noise):
-    trained = event(schedule, noise, rounds)
-    if not schedule.sketch_noise:
-      return trained
-    return dp.ComposedDpEvent([sketch_event(schedule), trained])
+    return dp.ComposedDpEvent(
+      [event_before(schedule), event(schedule, noise, rounds)]
+    )
 
   found = dp.calibrate_dp_mechanism(
     lambda: _accountant(schedule),

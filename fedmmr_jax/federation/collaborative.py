@@ -12,10 +12,17 @@ of the item table; it is asked once. With a window G counts only items that
 stand near each other in a history, as item2vec does (Barkan and Koenigstein
 2016, "Item2vec: neural item embedding for collaborative filtering", MLSP).
 
+Most items of a large catalogue are in few histories, and the first directions
+of G tell the popular items from the rest. `collaborative_items` therefore asks
+first how many clients have each item: G is then of the most frequent ones, and
+the probe's rows are divided by the roots of the counts, so that taste stands
+before popularity (one side of the normalisation of Ng et al. 2001, "On spectral
+clustering: analysis and an algorithm", NeurIPS).
+
 Under differential privacy what a client adds has length 1, whatever its
-history, and the sum gets noise. The Nyström approximation would invert small
-numbers that are noise now; so the leading left singular vectors of the noisy
-sum serve, as many as stand out of the noise.
+history, and the sum gets noise; the counts likewise. The Nyström approximation
+would invert small numbers that are noise now; so the leading left singular
+vectors of the noisy sum serve, as many as stand out of the noise.
 """
 
 import numpy as np
@@ -47,41 +54,40 @@ def put_into(
     return content
   takes_part = taking_part(dataset.num_train, config.data.new_clients)
   places, probe = draw(config, len(takes_part), dataset.num_rows)
+  asked = takes_part[places]
   noise = privacy.sketch_noise(config, len(takes_part))
+
+  def noisy(total, stddev, number):
+    # Unlike the probe it is nobody's to know (docs/privacy.md).
+    rng = generator(config.seed, Stream.COLLABORATIVE, number)
+    return total + stddev * rng.standard_normal(total.shape)
+
+  if start.collaborative_items:
+    counts = count(dataset, asked, unit=noise > 0)
+    if noise:
+      counts = noisy(counts, privacy.COUNTS_NOISE * noise, 2)
+    probe = of_frequent(probe, counts, start.collaborative_items)
   sketched = sketch(
-    dataset,
-    takes_part[places],
-    probe,
-    start.collaborative_window,
-    unit=noise > 0,
+    dataset, asked, probe, start.collaborative_window, unit=noise > 0
   )
   if noise:
-    # Unlike the probe it is nobody's to know (docs/privacy.md).
-    rng = generator(config.seed, Stream.COLLABORATIVE, 1)
-    sketched += noise * rng.standard_normal(sketched.shape)
+    sketched = noisy(sketched, noise, 1) * _has_row(probe)[:, None]
     found = denoised(sketched, noise, start.collaborative_dim)
-    return _joined(content, found, config.model.hidden_dim)
-  return with_factors(content, sketched, probe, start.collaborative_dim)
+  else:
+    found = factors(sketched, probe, start.collaborative_dim)
+  return joined(content, found, config.model.hidden_dim)
 
 
-def with_factors(
-  content: np.ndarray, sketched: np.ndarray, probe: np.ndarray, dim: int
+def joined(
+  content: np.ndarray, found: np.ndarray, hidden_dim: int
 ) -> np.ndarray:
   """[V, D] content whose last dimensions are co-occurrence.
 
   Args:
-    content: [V, ≤ D] of the features; D are the probe's columns.
-    sketched: [V, D] from `sketch`, of all clients that were asked.
-    probe: [V, D] Ω.
-    dim: how many dimensions.
+    content: [V, ≤ D] of the features.
+    found: [V, dim] from `factors` or `denoised`.
+    hidden_dim: D.
   """
-  return _joined(content, factors(sketched, probe, dim), probe.shape[1])
-
-
-def _joined(
-  content: np.ndarray, found: np.ndarray, hidden_dim: int
-) -> np.ndarray:
-  """[V, D] content whose last dimensions are those found."""
   kept = content[:, : hidden_dim - found.shape[1]]
   # Without any features there is no content to keep.
   free = hidden_dim - kept.shape[1] - found.shape[1]
@@ -92,7 +98,7 @@ def draw(
   config: RunConfig, taking_part: int, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """([n] places of the clients that are asked among those that take part, [V,
-  D] float64 Ω). Who knows the two numbers draws the same: a probe need not be
+  d] float64 Ω). Who knows the two numbers draws the same: a probe need not be
   sent.
 
   Args:
@@ -102,7 +108,13 @@ def draw(
   """
   rng = generator(0, Stream.COLLABORATIVE, 0)
   places = _places(rng, config, taking_part)
-  return places, rng.standard_normal((num_rows, config.model.hidden_dim))
+  return places, rng.standard_normal((num_rows, columns(config)))
+
+
+def columns(config: RunConfig) -> int:
+  """d, how many numbers a client adds for each of its items."""
+  start = config.model.item_embedding
+  return start.collaborative_columns or config.model.hidden_dim
 
 
 def asked(config: RunConfig, num_train: np.ndarray) -> np.ndarray:
@@ -126,6 +138,53 @@ def _places(rng, config, count) -> np.ndarray:
   return rng.choice(count, min(max(1, wanted), count), replace=False)
 
 
+def count(
+  dataset: Dataset, clients: np.ndarray, unit: bool = False
+) -> np.ndarray:
+  """[V] float64: how many of some clients have an item.
+
+  Args:
+    dataset: its training items count; held-out items do not.
+    clients: [n] clients to ask.
+    unit: whether what a client adds is divided by its length, the root of the
+      number of its items.
+  """
+  total = np.zeros(dataset.num_rows)
+  for client in clients:
+    items = np.unique(_history(dataset, client))
+    total[items] += len(items) ** -0.5 if unit else 1.0
+  return total
+
+
+def of_frequent(
+  probe: np.ndarray, counts: np.ndarray, items: int
+) -> np.ndarray:
+  """[V, d] Ω of the items that most clients have; of two with one count, the
+  first. The rows of the others are 0: `sketch` leaves them out.
+
+  Args:
+    probe: [V, d] from `draw`.
+    counts: [V] from `count`; with noise, counts below 1 count as 1.
+    items: how many items; fewer if fewer have a count above 0.
+  """
+  counts = np.where(np.arange(len(counts)) > 0, counts, 0)  # 0 is no item
+  most = np.argsort(-counts, kind='stable')[:items]
+  most = most[counts[most] > 0]
+  weighed = np.zeros_like(probe)
+  weighed[most] = probe[most] / np.sqrt(np.maximum(counts[most], 1))[:, None]
+  return weighed
+
+
+def _has_row(probe) -> np.ndarray:
+  """[V] bool, which items are asked for; number 0 is none."""
+  return probe.any(axis=1) & (np.arange(len(probe)) > 0)
+
+
+def _history(dataset, client) -> np.ndarray:
+  start = dataset.offsets[client]
+  return dataset.items[start : start + dataset.num_train[client]]
+
+
 def sketch(
   dataset: Dataset,
   clients: np.ndarray,
@@ -138,7 +197,7 @@ def sketch(
   Args:
     dataset: its training items count; held-out items do not.
     clients: [n] clients to ask.
-    probe: [V, d] Ω.
+    probe: [V, d] Ω; items whose row is 0 are as if they were not there.
     window: 0, and G_k = x_k x_kᵀ; else G_k counts the pairs of places in the
       history that are so far apart at most.
     unit: whether what a client adds is divided by its length, the root of the
@@ -148,9 +207,10 @@ def sketch(
     [V, d], the sum of what each client adds to its items' rows.
   """
   total = np.zeros_like(probe)
+  has_row = _has_row(probe)
   for client in clients:
-    start = dataset.offsets[client]
-    items = dataset.items[start : start + dataset.num_train[client]]
+    items = _history(dataset, client)
+    items = items[has_row[items]]
     if window:
       items, added = _near(items, probe, window)
     else:
@@ -181,7 +241,8 @@ def denoised(sketched: np.ndarray, noise: float, dim: int) -> np.ndarray:
   """The directions of a noisy sketch that stand out of its noise.
 
   Args:
-    sketched: [V, d] with independent noise on every number.
+    sketched: [V, d] with independent noise on every number, but for rows that
+      are 0.
     noise: its standard deviation.
     dim: how many at most; if fewer stand out, the rest is 0.
 
@@ -191,9 +252,9 @@ def denoised(sketched: np.ndarray, noise: float, dim: int) -> np.ndarray:
   Raises:
     UserError: none does.
   """
-  left, strength, _ = np.linalg.svd(sketched[1:], full_matrices=False)
-  rows, columns = sketched[1:].shape
-  edge = _ABOVE_EDGE * noise * (rows**0.5 + columns**0.5)
+  rows = np.flatnonzero(sketched.any(axis=1))
+  left, strength, _ = np.linalg.svd(sketched[rows], full_matrices=False)
+  edge = _ABOVE_EDGE * noise * (len(rows) ** 0.5 + sketched.shape[1] ** 0.5)
   found = left[:, strength > edge][:, :dim]
   if not found.shape[1]:
     raise UserError(
@@ -201,10 +262,10 @@ def denoised(sketched: np.ndarray, noise: float, dim: int) -> np.ndarray:
       'that `privacy` puts on it; take less of sketch_noise, or leave '
       'collaborative_dim out'
     )
-  found = content_lib.with_fixed_signs(found)
-  found = np.pad(found, ((1, 0), (0, dim - found.shape[1])))
-  length = content_lib.root_mean_square_length(found)
-  return (found / length).astype(np.float32)
+  whole = np.zeros((len(sketched), dim))
+  whole[rows, : found.shape[1]] = content_lib.with_fixed_signs(found)
+  length = content_lib.root_mean_square_length(whole)
+  return (whole / length).astype(np.float32)
 
 
 def factors(sketched: np.ndarray, probe: np.ndarray, dim: int) -> np.ndarray:

@@ -121,8 +121,10 @@ def _size(tree: Any, item_rows: float) -> float:
 
 def of_sketch(config: RunConfig, num_train: np.ndarray) -> Traffic:
   """Traffic before round 1. For the sketch a client needs only the seed of the
-  probe, and returns a row for each of its items; for `shrinkage` every client
-  sends each of its items' number and count.
+  probe, and returns a row for each of its items, all of which count here. With
+  `collaborative_items` it has sent their numbers before, and is told the
+  frequent ones with their counts. For `shrinkage` every client sends each of
+  its items' number and count.
 
   Args:
     config: settings.
@@ -136,8 +138,15 @@ def of_sketch(config: RunConfig, num_train: np.ndarray) -> Traffic:
     found = Traffic(
       len(clients),
       _BYTES * len(clients),
-      _BYTES * rows * (config.model.hidden_dim + 1),
+      _BYTES * rows * (collaborative.columns(config) + 1),
     )
+    if start.collaborative_items:
+      found = Traffic(
+        found.visits + len(clients),
+        found.bytes_down
+        + 2 * _BYTES * len(clients) * start.collaborative_items,
+        found.bytes_up + _BYTES * rows,
+      )
   if isinstance(start, ContentPlusId) and start.shrinkage:
     part = taking_part(num_train, config.data.new_clients)
     found = Traffic(

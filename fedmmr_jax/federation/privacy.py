@@ -41,6 +41,11 @@ from fedmmr_jax.models import groups as groups_lib
 
 OFF = 'none'
 UNCLIPPED = 'unclipped'
+
+# Noise on the counts of items over that on the sketch, which begins with them:
+# a fiftieth of what the two cost. Only the order of the most consumed items is
+# wanted, and hundreds of clients have each of them.
+COUNTS_NOISE = 7.0
 # The norm of a clipped update is rounded; it must not end above the bound.
 _MARGIN = 1 - 1e-6
 _NOISE_STREAM = 0x70726976  # of the run's key
@@ -118,7 +123,8 @@ class Gaussian(Clipping):
       same share of them.
     sketch_noise: standard deviation of the noise on the sketch of
       `collaborative_dim` over the bound on what a client adds to it, part of
-      the same ε; 0: there may be no sketch.
+      the same ε; 0: there may be no sketch. With `collaborative_items` there is
+      `COUNTS_NOISE` times that noise on the counts that it begins with.
     public_start: says that `pretrained_path` was trained on nobody's data here.
   """
 
@@ -387,7 +393,7 @@ class Plan:
   @property
   def sketch_noise(self) -> float:
     """Standard deviation of the noise on the sketch, see the function."""
-    return self.schedule.sketch_noise * self._scale
+    return min(self.schedule.asked_before, default=0.0) * self._scale
 
   def transform(self) -> ClipUpdates:
     """What clips."""
@@ -629,7 +635,8 @@ def _has_sketch(config: RunConfig) -> bool:
 
 def sketch_noise(config: RunConfig, clients: int) -> float:
   """Standard deviation of the noise on the sum of what clients add to the
-  sketch, each bounded by 1; 0 where the sketch is as it is.
+  sketch, each bounded by 1; 0 where the sketch is as it is. The noise on the
+  counts of items before it is `COUNTS_NOISE` times that.
 
   Args:
     config: settings.
@@ -685,8 +692,13 @@ def _schedule(
     )
   if population != clients * assumed / cohort and sampling == CYCLIC:
     separation = math.floor(population / assumed)
-  noise = getattr(mechanism, 'sketch_noise', 0.0) * _has_sketch(config)
-  return Schedule(sampling, population, assumed, separation, noise), cohort
+  before: tuple[float, ...] = ()
+  noise = getattr(mechanism, 'sketch_noise', 0.0)
+  if noise and _has_sketch(config):
+    before = (noise,)
+    if config.model.item_embedding.collaborative_items:
+      before += (COUNTS_NOISE * noise,)
+  return Schedule(sampling, population, assumed, separation, before), cohort
 
 
 def _delta(config: RunConfig, population: float) -> float:

@@ -133,7 +133,7 @@ class FedDMMR(nn.Module):
     if isinstance(c.item_embedding, ContentPlusId):
       self.content_projection = self.param(
         'content_projection',
-        _scaled_identity(
+        layers.scaled_identity(
           content_lib.projection_scale(c.embedding_init_std, c.hidden_dim)
         ),
         (c.hidden_dim, c.hidden_dim),
@@ -146,6 +146,7 @@ class FedDMMR(nn.Module):
       c.dropout,
       c.embedding_init_std,
       c.positions == 'relative',
+      c.backbone_init == 'recency',
     )
     if c.profile:
       self.profile_expert = ProfileExpert(c.hidden_dim, c.dropout)
@@ -402,14 +403,6 @@ class FedDMMR(nn.Module):
     squared_norm = jnp.sum(state * state) + 2 * cross + jnp.sum(a * a, axis=-1)
     squared_norm *= jnp.sum(e * e, axis=-1)
     return self.config.hidden_dim**0.5 * dot * layers.inverse_norm(squared_norm)
-
-
-def _scaled_identity(scale: float):
-  def init(key, shape, dtype=jnp.float32):
-    del key
-    return scale * jnp.eye(*shape, dtype=dtype)
-
-  return init
 
 
 def _item_embedding_init(std: float):

@@ -14,11 +14,23 @@ LAYER_NORM_EPSILON = 1e-5
 _MIN_SQUARED_NORM = 1e-12  # below it a vector has no direction
 
 
-def dense(features: int, name: str | None = None) -> nn.Dense:
+def dense(
+  features: int,
+  name: str | None = None,
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform(),
+) -> nn.Dense:
   """A linear layer initialised as in the paper: Xavier-uniform, zero bias."""
-  return nn.Dense(
-    features, kernel_init=nn.initializers.xavier_uniform(), name=name
-  )
+  return nn.Dense(features, kernel_init=kernel_init, name=name)
+
+
+def scaled_identity(scale: float) -> nn.initializers.Initializer:
+  """Initialises a square matrix as `scale` times the identity."""
+
+  def init(key, shape, dtype=jnp.float32):
+    del key
+    return scale * jnp.eye(*shape, dtype=dtype)
+
+  return init
 
 
 class AffineMap(NamedTuple):

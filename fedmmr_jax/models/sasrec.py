@@ -1,11 +1,61 @@
 """SASRec backbone (Kang & McAuley 2018, "Self-Attentive Sequential
-Recommendation", ICDM), post-norm form, written for one window."""
+Recommendation", ICDM), post-norm form, written for one window.
+
+With `backbone_init=recency` it starts as what it is for: the first block's
+attention hands on a mean of the window's item embeddings, weighted by
+e^(−distance / 4), and every other branch starts at 0, as in ReZero (Bachlechner
+et al. 2021, "ReZero is all you need: fast convergence at large depth", UAI). So
+the untrained model ranks what is near the last items in the item table; one of
+random matrices has to learn that first.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fedmmr_jax.models import layers
+
+# A recent start: how much of the mean is added to the last item, and how fast
+# its weights fall with distance. Half and twice of either rank alike.
+_GAIN = 4.0
+_SLOPE = 0.25
+
+
+def _alibi(key, shape) -> jax.Array:
+  """[heads, L] −slope · distance (ALiBi, Press et al. 2022), with slopes from
+  1/2 down to 1/32 by equal factors, and 0 for the last of several heads, which
+  starts with the plain mean."""
+  del key
+  slopes = 2.0 ** -jnp.linspace(1, 5, max(1, shape[0] - 1))
+  slopes = jnp.append(slopes, 0.0)[: shape[0]]
+  return -slopes[:, None] * jnp.arange(shape[1])
+
+
+def _recent(key, shape) -> jax.Array:
+  """[heads, L] −slope · distance, one slope: each head has other directions of
+  the same items."""
+  del key
+  return jnp.broadcast_to(-_SLOPE * jnp.arange(shape[1]), shape)
+
+
+class Start(NamedTuple):
+  """What parts of a block are initialised with; the others are Xavier-uniform,
+  with zero bias."""
+
+  value: nn.initializers.Initializer
+  output: nn.initializers.Initializer
+  feed_forward_out: nn.initializers.Initializer
+  distance_embedding: nn.initializers.Initializer
+
+
+_RANDOM = nn.initializers.xavier_uniform()
+_ZERO = nn.initializers.zeros_init()
+_SAME = layers.scaled_identity(_GAIN**0.5)
+RANDOM = Start(_RANDOM, _RANDOM, _RANDOM, _alibi)
+RECENT_MEAN = Start(_SAME, _SAME, _ZERO, _recent)  # added to what comes in
+NOTHING = Start(_RANDOM, _ZERO, _ZERO, _alibi)  # likewise
 
 
 class CausalBlock(nn.Module):
@@ -14,12 +64,14 @@ class CausalBlock(nn.Module):
   Attributes:
     num_distances: how far back a window can reach, for relative position
       biases; 0 = none.
+    start: what it is before training.
   """
 
   hidden_dim: int
   num_heads: int
   dropout: float
   num_distances: int = 0
+  start: Start = RANDOM
 
   @nn.compact
   def __call__(
@@ -40,7 +92,7 @@ class CausalBlock(nn.Module):
     queries_from = x[-1:] if last_only else x
     query = layers.dense(self.hidden_dim, 'query')(queries_from)
     key = layers.dense(self.hidden_dim, 'key')(x)
-    value = layers.dense(self.hidden_dim, 'value')(x)
+    value = layers.dense(self.hidden_dim, 'value', self.start.value)(x)
 
     query, key, value = (
       layers.split_heads(t, self.num_heads) for t in (query, key, value)
@@ -50,32 +102,28 @@ class CausalBlock(nn.Module):
     causal = jnp.tril(jnp.ones((length, length), bool))[-query.shape[1] :]
     if self.num_distances:
       bias = self.param(
-        'distance_embedding', _recency, (self.num_heads, self.num_distances)
+        'distance_embedding',
+        self.start.distance_embedding,
+        (self.num_heads, self.num_distances),
       )
       ago = jnp.arange(length)[:, None] - jnp.arange(length)
       logits += bias[:, jnp.maximum(ago, 0)[-query.shape[1] :]]
     attention = layers.masked_softmax(logits, causal & valid)
     attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
     attended = layers.merge_heads(jnp.einsum('hqk,hkd->hqd', attention, value))
-    attended = layers.dense(self.hidden_dim, 'output')(attended)
+    attended = layers.dense(self.hidden_dim, 'output', self.start.output)(
+      attended
+    )
     attended = nn.Dropout(self.dropout)(attended, deterministic=not train)
     x = layers.layer_norm('attention_norm')(queries_from + attended)
 
     y = nn.relu(layers.dense(self.hidden_dim, 'feed_forward_in')(x))
     y = nn.Dropout(self.dropout)(y, deterministic=not train)
-    y = layers.dense(self.hidden_dim, 'feed_forward_out')(y)
+    y = layers.dense(
+      self.hidden_dim, 'feed_forward_out', self.start.feed_forward_out
+    )(y)
     y = nn.Dropout(self.dropout)(y, deterministic=not train)
     return layers.layer_norm('feed_forward_norm')(x + y)
-
-
-def _recency(key, shape) -> jax.Array:
-  """[heads, L] −slope · distance (ALiBi, Press et al. 2022), with slopes from
-  1/2 down to 1/32 by equal factors, and 0 for the last of several heads, which
-  starts with the plain mean."""
-  del key
-  slopes = 2.0 ** -jnp.linspace(1, 5, max(1, shape[0] - 1))
-  slopes = jnp.append(slopes, 0.0)[: shape[0]]
-  return -slopes[:, None] * jnp.arange(shape[1])
 
 
 class SASRec(nn.Module):
@@ -88,6 +136,12 @@ class SASRec(nn.Module):
   dropout: float
   embedding_init_std: float
   relative_positions: bool = False
+  starts_recent: bool = False
+
+  def _start(self, block: int) -> Start:
+    if not self.starts_recent:
+      return RANDOM
+    return NOTHING if block else RECENT_MEAN
 
   @nn.compact
   def __call__(
@@ -123,6 +177,7 @@ class SASRec(nn.Module):
         self.num_heads,
         self.dropout,
         self.max_seq_len if self.relative_positions else 0,
+        self._start(i),
         name=f'block_{i}',
       )
       x = block(
