@@ -282,6 +282,13 @@ class ContentPlusId(ContentInit):
     minimum=0.0,
     maximum=0.95,
   )
+  row_noise: float = _field(
+    0.3,
+    'how large random rows are at the start, over the content; those of items '
+    'without content in proportion, as large as content by default. 0: all '
+    'rows start at 0',
+    minimum=0.0,
+  )
   shrinkage: float = _field(
     0.0,
     'm: where it is ranked, an item with n training interactions counts '

@@ -152,6 +152,23 @@ def test_the_noise_of_the_table_is_nobody_elses():
   assert abs(np.corrcoef(noise[1:].ravel(), table[1:].ravel())[0, 1]) < 0.15
 
 
+@pytest.mark.parametrize('row_noise', [0.0, 0.15])
+def test_rows_start_as_small_as_asked(row_noise):
+  key = jax.random.key(0)
+  some = jnp.zeros((9, 4)).at[1:5].set(1.0)
+  usual, found = (
+    np.asarray(content.initial_table(key, some, 0.1, True, noise))
+    for noise in (content.NOISE, row_noise)
+  )
+  np.testing.assert_allclose(found, usual * row_noise / 0.3, atol=1e-7)
+  assert usual[1:].all() and not found[0].any()
+  simulation = small.simulation(
+    item_embedding=f'content_plus_id,row_noise={row_noise}', experts='none'
+  )
+  table = simulation.init_state().server.params['item_embedding']
+  assert table[1:].any() == (row_noise > 0)
+
+
 def test_id_dropout_leaves_an_item_its_content_alone():
   simulation = small.simulation(
     item_embedding='content_plus_id,collaborative_dim=4,id_dropout=0.95',

@@ -115,7 +115,8 @@ def init(
   params = jax.jit(partial(model.init, method='initialise'))(key, catalogue)[
     'params'
   ]
-  if isinstance(config.model.item_embedding, ContentInit):
+  start = config.model.item_embedding
+  if isinstance(start, ContentInit):
     # The model's parameters are drawn from what Flax derives of the key and
     # their names, so that the key itself is drawn from here alone. (To derive
     # another would be cleaner, and another table for every seed.)
@@ -123,7 +124,8 @@ def init(
       key,
       catalogue.content,
       config.model.embedding_init_std,
-      isinstance(config.model.item_embedding, ContentPlusId),
+      plus_id=isinstance(start, ContentPlusId),
+      row_noise=getattr(start, 'row_noise', content.NOISE),
     )
   server = server_lib.init(
     params,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NOISE = 0.3  # of the initial table, relative to the content
+NOISE = 0.3  # of the initial table, relative to the content; see `row_noise`
 
 
 def components(features: Sequence[np.ndarray], dim: int) -> np.ndarray:
@@ -51,7 +51,11 @@ def with_fixed_signs(columns: np.ndarray) -> np.ndarray:
 
 
 def initial_table(
-  key: jax.Array, content: jax.Array, std: float, plus_id: bool
+  key: jax.Array,
+  content: jax.Array,
+  std: float,
+  plus_id: bool,
+  row_noise: float = NOISE,
 ) -> jax.Array:
   """The initial item table.
 
@@ -61,6 +65,8 @@ def initial_table(
     std: of the entries of the initial embeddings.
     plus_id: whether to leave the content out, because `content_plus_id` adds
       it.
+    row_noise: of the rows, relative to the content; rows of items without
+      content are as long as content times its share of `NOISE`.
 
   Returns:
     [V, D] float32; row 0 zero.
@@ -68,10 +74,11 @@ def initial_table(
   noise = jax.random.normal(key, content.shape)
   has_content = jnp.any(content != 0, axis=-1, keepdims=True)
   scale = projection_scale(std, content.shape[-1])
-  shared = NOISE * std / (1 + NOISE**2) ** 0.5 * noise
+  shared = row_noise * std / (1 + NOISE**2) ** 0.5 * noise
   if not plus_id:
     shared = shared + scale * content
-  return jnp.where(has_content, shared, std * noise).at[0].set(0.0)
+  alone = row_noise / NOISE * std * noise
+  return jnp.where(has_content, shared, alone).at[0].set(0.0)
 
 
 def projection_scale(std: float, dim: int) -> float:
