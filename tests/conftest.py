@@ -45,16 +45,20 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 
 # Their tests take longest: who began such a file last would end alone.
 _LONGEST = (
+  'test_personal.py',
+  'test_warm_start.py',
   'test_cli.py',
-  'test_devices.py',
   'test_federation.py',
+  'test_supervision.py',
+  'test_kill.py',
   'test_audit.py',
   'test_vocabulary.py',
-  'test_optimizers.py',
   'test_profile.py',
-  'test_client.py',
+  'test_devices.py',
+  'test_view.py',
   'test_ablation.py',
   'test_training.py',
+  'test_optimizers.py',
 )
 
 
