@@ -16,8 +16,8 @@ from fedmmr_jax.federation import devices
 from fedmmr_jax.federation import round as round_lib
 
 NUM_ITEMS = 60
-# For tests of what surrounds a client's training. A round compiles in 3 s, with
-# both experts in 9, with dropout in 12.
+# For tests of what surrounds a client's training. A round takes 3 CPU seconds
+# to compile, with one expert 7, with both 10, and more with dropout.
 PLAIN = dict(experts='none')
 # With a memory.
 ONE_EXPERT = dict(experts='semantic')

@@ -153,7 +153,7 @@ def test_a_figure_that_only_some_seeds_or_rounds_have():
 @pytest.mark.slow
 def test_a_diverged_client_alone_is_an_error_and_no_hit():
   simulation = small.simulation(
-    client_optimizer='sgd', client_learning_rate=1e30
+    **small.PLAIN, client_optimizer='sgd', client_learning_rate=1e30
   )
   with pytest.raises(UserError, match='NaN or infinite'):
     simulation.rank_local_only(simulation.init_state())
@@ -163,6 +163,7 @@ def test_a_diverged_client_alone_is_an_error_and_no_hit():
 def test_a_diverged_variant_ends_at_once():
   told = []
   config = small.config(
+    **small.PLAIN,
     client_optimizer='sgd',
     client_learning_rate=1e30,
     num_rounds=9,
@@ -182,14 +183,14 @@ def test_a_diverged_variant_ends_at_once():
 @pytest.mark.parametrize('drift_control', ['scaffold', 'mime_lite'])
 def test_a_client_alone_needs_no_drift_control(drift_control):
   simulation = small.simulation(
-    client_optimizer='sgd', drift_control=drift_control
+    **small.PLAIN, client_optimizer='sgd', drift_control=drift_control
   )
   simulation.rank_local_only(simulation.init_state())
 
 
 @pytest.fixture(scope='module')
 def trained():
-  config = small.config(num_rounds=2, client_fraction=0.5)
+  config = small.config(**small.ONE_EXPERT, num_rounds=2, client_fraction=0.5)
   loaded = Loaded(small.dataset(), (), [])
   told = []
   found = ablation.run_trained(
@@ -258,7 +259,7 @@ def test_baselines_rank_everybody(trained):
 def test_a_client_alone_learns_its_own_training_items():
   # Many local epochs: its ranks beat those of the model it started from.
   simulation = small.simulation(
-    local_epochs=40, client_learning_rate=0.01, dropout=0.0
+    **small.PLAIN, local_epochs=40, client_learning_rate=0.01
   )
   state = simulation.init_state()
   before = simulation.evaluate(state, 'test')[1]
@@ -275,6 +276,7 @@ def test_ablate_writes_a_table_a_figure_and_goes_on(ml_1m, tmp_path):
   )
   arguments = [
     *TINY,
+    '--experts=semantic',
     f'--data_dir={ml_1m}',
     f'--variants={tmp_path / "v.txt"}',
     '--seeds=0,1',

@@ -278,7 +278,8 @@ def test_stages_follow_one_another(ml_1m, tmp_path):
   stages, workdir = tmp_path / 'stages.txt', tmp_path / 'staged'
   stages.write_text(
     'backbone: --experts=none  # alone\n'
-    'alignment: --load=embeddings,backbone --freeze=embeddings,backbone\n'
+    'alignment: --experts=semantic --load=embeddings,backbone '
+    '--freeze=embeddings,backbone\n'
   )
   flags = (
     *TINY,
@@ -319,6 +320,8 @@ def test_a_full_disk_is_one_line(ml_1m, tmp_path, monkeypatch):
     '-m',
     'experiments.train',
     *TINY,
+    '--experts=none',  # less to compile
+    '--hidden_dim=32',
     '--num_rounds=3',
     f'--data_dir={ml_1m}',
     '--compilation_cache=',
@@ -348,6 +351,7 @@ def test_a_signal_stops_after_the_round_and_the_run_goes_on(ml_1m, tmp_path):
     '-m',
     'experiments.train',
     *TINY,
+    '--experts=none',
     '--num_rounds=100000',
     '--patience=0',
     '--eval_every=100000',
@@ -449,7 +453,7 @@ def test_benchmark(ml_1m):
   flags = (
     *TINY,
     f'--data_dir={ml_1m}',
-    '--experts=semantic',  # less to compile
+    '--experts=none',  # less to compile
     '--repeats=1',
     '--catalogues=40',
     '--cohorts=2,1000',

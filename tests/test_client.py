@@ -109,6 +109,7 @@ def test_windows_come_shuffled():
 @pytest.mark.slow
 def test_a_step_limit_limits_steps_weights_and_clock():
   simulation = small.simulation(
+    **small.PLAIN,
     objective='all_positions',
     negatives='shared',
     batch_size=1,
@@ -129,13 +130,17 @@ def test_num_windows(n, stride, expected):
   assert windows.num_windows(jnp.int32(n), stride) == expected
 
 
-@pytest.fixture(scope='module', params=['last', 'all_positions'])
+@pytest.fixture(
+  scope='module',
+  params=[
+    dict(objective='last', negatives='per_sample'),
+    dict(small.ONE_EXPERT, objective='all_positions', negatives='shared'),
+  ],
+  ids=['last', 'all_positions'],
+)
 def local(request):
   """A simulation and a function that updates client 2."""
-  negatives = 'shared' if request.param == 'all_positions' else 'per_sample'
-  simulation = small.simulation(
-    objective=request.param, negatives=negatives, batch_size=2
-  )
+  simulation = small.simulation(**request.param, batch_size=2)
   return simulation, updater(simulation)
 
 
@@ -214,11 +219,11 @@ def test_proximal_term_pulls_towards_the_server():
   def distance(mu):
     run = updater(
       small.simulation(
+        **small.PLAIN,
         drift_control=f'fedprox,mu={mu}',
         local_epochs=2,
         client_optimizer='sgd',
         client_learning_rate=0.05,
-        dropout=0.0,
       )
     )
     return float(sum(jnp.sum(d**2) for d in jax.tree.leaves(run().delta)))

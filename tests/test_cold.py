@@ -80,6 +80,7 @@ def test_nothing_held_out_is_refused():
 def test_cold_rows_are_never_trained_and_can_be_ranked(split):
   _, warm, cold, _ = split
   config = small.config(
+    **small.PLAIN,
     num_negatives=10,
     client_fraction=1.0,
     client_optimizer='adam,weight_decay=0',

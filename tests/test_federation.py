@@ -164,7 +164,7 @@ def test_a_lone_client_makes_fedavg_take_its_parameters(
   simulation, update_alone
 ):
   start = simulation.init_state()
-  after, _ = run(simulation, [[3]])
+  after, _ = run(simulation, [[3, -1]])
   small.assert_trees_close(
     after.server.params,
     jax.tree.map(jnp.add, start.server.params, update_alone(3).delta),
@@ -354,7 +354,7 @@ def aggregate(state, delta_sum, weight, config):
 @pytest.mark.slow
 def test_prototypes_reach_the_server():
   simulation = small.simulation(
-    global_memory='prototypes,number=2,iterations=3'
+    **small.ONE_EXPERT, global_memory='prototypes,number=2,iterations=3'
   )
   after, _ = run(simulation, COHORT)
   stored = np.asarray(after.memories.item)[COHORT.ravel()]

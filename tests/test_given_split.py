@@ -48,7 +48,8 @@ def dataset(seed=0):
 
 def build(data=None, **changes):
   return simulation_lib.build(
-    small.config(**{'split_by': 'given', **changes}), data or dataset()
+    small.config(**{'split_by': 'given', **small.ONE_EXPERT, **changes}),
+    data or dataset(),
   )
 
 
@@ -368,7 +369,9 @@ def test_equal_weights_change_nothing():
   states = []
   for weights in (None, np.ones(len(data.items), np.float32)):
     simulation = simulation_lib.build(
-      small.config(), dataclasses.replace(data, weights=weights)
+      # SGD: Adam makes rounding visible.
+      small.config(client_optimizer='sgd', client_learning_rate=0.1),
+      dataclasses.replace(data, weights=weights),
     )
     *_, last = simulation.rounds(count=1)
     states.append(jax.device_get(last.state.server))

@@ -28,6 +28,7 @@ FLAGS = (
   '--hidden_dim=16',
   '--num_blocks=1',
   '--num_heads=2',
+  '--experts=semantic',  # less to compile than two, and it has a memory
   '--expert_form=attention,heads=2',
   '--max_seq_len=8',
   '--num_negatives=5',

@@ -195,7 +195,7 @@ def test_the_decaying_rate_reaches_the_clients():
     client_learning_rate=0.1,
     server_optimizer='fedavg',
     num_rounds=4,
-    dropout=0.0,
+    **small.PLAIN,
   )
 
   def moved(**more):
@@ -211,7 +211,10 @@ def test_the_decaying_rate_reaches_the_clients():
 
 
 SCAFFOLD = dict(
-  drift_control='scaffold', client_optimizer='sgd', client_learning_rate=0.05
+  **small.PLAIN,
+  drift_control='scaffold',
+  client_optimizer='sgd',
+  client_learning_rate=0.05,
 )
 
 
@@ -289,6 +292,7 @@ def test_drift_control_on_local_rows_trains_and_keeps_other_rows(name):
 @pytest.mark.slow
 def test_mime_lite_takes_the_mean_of_the_clients_and_learns_moments():
   simulation = small.simulation(
+    **small.PLAIN,
     drift_control='mime_lite',
     client_optimizer='sgd',
     server_optimizer='fedadam',
@@ -315,7 +319,7 @@ def test_control_variates_that_no_machine_holds_are_refused(monkeypatch):
   monkeypatch.setattr(round_lib, 'MOST_STATE_BYTES', 36 * numbers)
   small.simulation(**SCAFFOLD)
   monkeypatch.setattr(round_lib, 'MOST_STATE_BYTES', 36 * numbers - 1)
-  small.simulation()  # without variates it is small
+  small.simulation(**small.PLAIN)  # without variates it is small
   assert small.error_of(small.simulation, **SCAFFOLD) == (
     f'drift control keeps {4 * numbers:,} bytes for each of 9 clients, '
     f'{36 * numbers:,} in all, more than the {36 * numbers - 1:,} allowed '
@@ -328,7 +332,7 @@ def test_control_variates_that_no_machine_holds_are_refused(monkeypatch):
 @pytest.mark.slow
 def test_seeds_side_by_side_are_seeds_alone():
   # The clients differ in length, and so do the cohorts of the seeds.
-  alone = [small.simulation(seed=seed) for seed in (0, 1)]
+  alone = [small.simulation(**small.ONE_EXPERT, seed=seed) for seed in (0, 1)]
   states = [s.init_state() for s in alone]
   cohorts = np.stack([s.sample_cohort(1) for s in alone])
   assert not (cohorts[0] == cohorts[1]).all()

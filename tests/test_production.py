@@ -16,7 +16,12 @@ from tests import small, test_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 # SGD: another order of a sum moves no sign.
-SETTINGS = dict(client_optimizer='sgd', client_learning_rate=0.1, num_rounds=2)
+SETTINGS = dict(
+  small.ONE_EXPERT,
+  client_optimizer='sgd',
+  client_learning_rate=0.1,
+  num_rounds=2,
+)
 
 
 def states(simulation):

@@ -240,7 +240,7 @@ def test_who_has_nothing_before_the_window_gets_recommendations():
   [
     dict(experts='both', negatives='per_sample', num_negatives=3),
     dict(
-      experts='both',
+      experts='semantic',
       drift_control='scaffold',
       client_optimizer='sgd',
       objective='last',

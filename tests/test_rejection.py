@@ -157,6 +157,7 @@ def test_accepted_updates_pass_unchanged():
   states = []
   for rule in ('none', 'absurd'):
     simulation = small.simulation(
+      **small.ONE_EXPERT,
       rejection=rule,
       vocabulary='local',
       drift_control='scaffold',

@@ -83,12 +83,12 @@ CONTENT = 'content_plus_id,shrinkage=2'
 
 @pytest.mark.slow
 def test_ranking_uses_it_and_training_does_not():
-  simulation = small.simulation(item_embedding=CONTENT)
+  simulation = small.simulation(**small.PLAIN, item_embedding=CONTENT)
   (step,) = simulation.rounds(count=1)
   table = np.asarray(step.state.server.params['item_embedding'])
   ranked = simulation.as_ranked(step.state.server).params['item_embedding']
   assert np.any(np.asarray(ranked) != table, axis=1)[1:].mean() > 0.8
-  plain = small.simulation(item_embedding='content_plus_id')
+  plain = small.simulation(**small.PLAIN, item_embedding='content_plus_id')
   (other,) = plain.rounds(count=1)
   np.testing.assert_array_equal(
     other.state.server.params['item_embedding'], table
@@ -130,7 +130,7 @@ def test_held_out_items_do_not_count():
 @pytest.mark.slow
 def test_a_new_item_stands_where_its_neighbours_do():
   dataset, split, _ = cold_lib.hold_out(small.dataset(), 0.2, seed=0)
-  config = small.config(item_embedding=CONTENT, cold_items=0.2)
+  config = small.config(**small.PLAIN, item_embedding=CONTENT, cold_items=0.2)
   simulation = simulation_lib.build(config, dataset, split)
   (step,) = simulation.rounds(count=1)
   table = simulation.as_ranked(step.state.server).params['item_embedding']

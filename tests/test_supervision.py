@@ -37,12 +37,13 @@ app.run(train.main)
 """
 
 
-def start(workdir, *flags, slower: float = 0, **options):
+def start(workdir, slower: float = 0, **options):
   command = test_kill.command(workdir)
   if slower:
     command = [sys.executable, '-c', SLOW, str(slower), *command[3:]]
+  # Without experts, which take long to compile.
   return subprocess.Popen(
-    [*command, '--num_rounds=4', '--keep=all', *flags],
+    [*command, '--num_rounds=4', '--keep=all', '--experts=none'],
     cwd=test_kill.ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -51,14 +52,16 @@ def start(workdir, *flags, slower: float = 0, **options):
   )
 
 
-def finish(workdir) -> tuple[str, str]:
-  """What the run that goes on prints."""
-  with start(workdir) as process:
+def finish(workdir, process=None) -> str:
+  """What the run that goes on, or has been started, prints."""
+  with process or start(workdir) as process:
     out, err = process.communicate()
   assert process.returncode == 0, err
+  # Our lines only: no alarm of XLA's, no warning.
+  assert err == ''
   assert not (workdir / supervision.PROCESS).exists()
   assert not (workdir / supervision.CRASH).exists()
-  return out, err
+  return out
 
 
 def state(workdir):
@@ -67,13 +70,16 @@ def state(workdir):
 
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):
-  """The state at the end of a run that nothing happened to."""
-  workdir = tmp_path_factory.mktemp('straight') / 'run'
-  out, err = finish(workdir)
-  assert 'the last process' not in out
-  # Our lines only: no alarm of XLA's, no warning.
-  assert err == ''
-  return state(workdir)
+  """The state at the end of a run that nothing happened to, but that another
+  one ran at its side."""
+  folder = tmp_path_factory.mktemp('straight')
+  workdirs = [folder / 'one', folder / 'other']
+  processes = [start(workdir) for workdir in workdirs]
+  for workdir, process in zip(workdirs, processes):
+    assert 'the last process' not in finish(workdir, process)
+  one, other = map(state, workdirs)
+  small.assert_trees_equal(one, other)
+  return one
 
 
 def wait_for_round_3(workdir) -> None:
@@ -91,7 +97,7 @@ def test_the_next_process_says_how_the_last_one_died(tmp_path, straight):
     process.send_signal(signal.SIGABRT)
     process.communicate()
   assert process.returncode == -signal.SIGABRT
-  out, _ = finish(tmp_path / 'run')
+  out = finish(tmp_path / 'run')
   assert (
     'the last process ended by signal 6 (SIGABRT) while training round 3\n'
     in out
@@ -109,7 +115,7 @@ def test_a_stuck_run_says_so_and_ends(tmp_path, straight):
   assert 'round 2 is saved, continue with --resume' in err
   # Where it hung is written down.
   assert 'in hang' in (tmp_path / 'run' / supervision.STUCK).read_text()
-  out, _ = finish(tmp_path / 'run')
+  out = finish(tmp_path / 'run')
   assert 'the last process ended itself, stuck while training round 3\n' in out
   small.assert_trees_equal(state(tmp_path / 'run'), straight)
 
@@ -127,16 +133,6 @@ def test_a_machine_that_sleeps_is_not_stuck(tmp_path, straight):
     process.communicate()
   assert process.returncode == 0
   small.assert_trees_equal(state(tmp_path / 'run'), straight)
-
-
-@pytest.mark.slow
-def test_two_runs_side_by_side(tmp_path, straight):
-  workdirs = [tmp_path / 'one', tmp_path / 'other']
-  processes = [start(workdir) for workdir in workdirs]
-  for process, workdir in zip(processes, workdirs):
-    process.communicate()
-    assert process.returncode == 0
-    small.assert_trees_equal(state(workdir), straight)
 
 
 def record_of(folder: pathlib.Path, **changes) -> None:

@@ -280,6 +280,7 @@ def test_a_diverged_round_is_refused_and_not_saved(tmp_path):
   with pytest.raises(UserError, match='round 1: .*diverged; start anew'):
     train(
       tmp_path / 'run',
+      **small.PLAIN,
       client_optimizer='sgd',
       eval_every=4,
       client_learning_rate=1e30,
@@ -424,30 +425,24 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_decaying_rate_fixes_the_length_of_a_run(tmp_path):
   path = tmp_path / 'run'
-  train(path, num_rounds=1, server_schedule='cosine')
+  changes = dict(small.PLAIN, server_schedule='cosine')
+  train(path, num_rounds=1, **changes)
   with pytest.raises(UserError, match='`num_rounds=1`, not 2.*learning rates'):
     RunFolder(path).start(
-      small.config(num_rounds=2, server_schedule='cosine'), small.dataset()
+      small.config(num_rounds=2, **changes), small.dataset()
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'changes',
-  [
-    # Its prototypes have width 0, which Orbax does not save.
-    dict(experts='none', item_embedding='content_plus_id'),
-    dict(
-      drift_control='scaffold',
-      client_optimizer='sgd',
-      client_learning_rate=0.05,
-    ),
-  ],
-  ids=['no experts', 'control variates'],
-)
-def test_a_variant_resumes_as_if_straight(tmp_path, changes):
-  changes = changes | dict(
-    server_optimizer='fedmuon', server_learning_rate=0.01
+def test_control_variates_and_moments_resume_as_if_straight(tmp_path):
+  changes = dict(
+    small.PLAIN,  # its prototypes have width 0, which Orbax does not save
+    item_embedding='content_plus_id',
+    drift_control='scaffold',
+    client_optimizer='sgd',
+    client_learning_rate=0.05,
+    server_optimizer='fedmuon',
+    server_learning_rate=0.01,
   )
   train(tmp_path / 'straight', num_rounds=3, **changes)
   train(tmp_path / 'resumed', num_rounds=2, **changes)
@@ -460,7 +455,7 @@ def test_a_variant_resumes_as_if_straight(tmp_path, changes):
 @pytest.mark.slow
 def test_cold_items_and_acceptance_are_in_the_summary(tmp_path):
   dataset, cold, _ = cold_lib.hold_out(small.dataset(), 0.2, seed=0)
-  simulation = simulation_lib.build(small.config(), dataset, cold)
+  simulation = simulation_lib.build(small.config(**small.PLAIN), dataset, cold)
   run = RunFolder(tmp_path / 'run')
   run.start(simulation.config, dataset)
   summary = training.train(simulation, run, lambda record: None)

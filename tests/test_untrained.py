@@ -71,12 +71,14 @@ def test_who_takes_part_in_no_cohort_is_nothing_to_train_on():
       server_optimizer='fedmuon',
       drift_control='scaffold',
       client_optimizer='sgd',
+      **small.ONE_EXPERT,
     ),
     dict(
       server_optimizer='fedyogi',
       drift_control='mime_lite',
       client_optimizer='sgd',
       vocabulary='local',
+      **small.PLAIN,
     ),
   ],
 )
@@ -110,7 +112,12 @@ def test_a_cohort_without_a_positive_changes_nothing(changes):
 @pytest.mark.slow
 def test_a_run_with_rounds_of_nobody_says_so(tmp_path):
   simulation = simulation_lib.build(
-    small.config(client_fraction=1e-9, num_rounds=6, sampled_negatives=4),
+    small.config(
+      **small.ONE_EXPERT,
+      client_fraction=1e-9,
+      num_rounds=6,
+      sampled_negatives=4,
+    ),
     dataset(12, 3, 3),
   )
   trains = [bool((simulation.sample_cohort(n) == 0).any()) for n in range(1, 7)]

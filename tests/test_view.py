@@ -140,37 +140,44 @@ def test_no_other_memory_is_written_when_asked(rule):
   assert not any(items)
 
 
-def gradient(simulation, items, memory, negative):
-  """Of the step with the first window of a client with the given history."""
-  client = client_view(simulation.data, jnp.int32(8), simulation.max_items)
-  client = client._replace(history=items)
-  config, model = simulation.compiled_config, simulation.model
-  stride = windows.window_stride(config.client, config.model.max_seq_len)
-  last = windows.num_windows(client.num_train, stride) - 1
-  batch = windows.cut_windows(
-    client, last[None], jnp.ones(1, bool), stride, config.model.max_seq_len
+def gradient_of(simulation):
+  """The gradient of the step with the first window of a client, by its history,
+  its memory and the negatives."""
+  broadcast = simulation.init_state().server.broadcast(
+    simulation.catalogue, simulation.compiled_config
   )
-  state = simulation.init_state()
-  broadcast = state.server.broadcast(simulation.catalogue, config)
-  view = view_lib.view(
-    model,
-    memory,
-    broadcast.catalogue,
-    None,
-    view_lib.asked_in_training(batch, negative),
-    client.history,
-    config.memory,
-  )
-  return jax.grad(client_lib.step_loss, has_aux=True)(
-    broadcast.params,
-    model,
-    batch,
-    negative,
-    broadcast.catalogue,
-    view,
-    jax.random.key(0),
-    config,
-  )[0]
+
+  @jax.jit
+  def gradient(items, memory, negative):
+    client = client_view(simulation.data, jnp.int32(8), simulation.max_items)
+    client = client._replace(history=items)
+    config, model = simulation.compiled_config, simulation.model
+    stride = windows.window_stride(config.client, config.model.max_seq_len)
+    last = windows.num_windows(client.num_train, stride) - 1
+    batch = windows.cut_windows(
+      client, last[None], jnp.ones(1, bool), stride, config.model.max_seq_len
+    )
+    view = view_lib.view(
+      model,
+      memory,
+      broadcast.catalogue,
+      None,
+      view_lib.asked_in_training(batch, negative),
+      client.history,
+      config.memory,
+    )
+    return jax.grad(client_lib.step_loss, has_aux=True)(
+      broadcast.params,
+      model,
+      batch,
+      negative,
+      broadcast.catalogue,
+      view,
+      jax.random.key(0),
+      config,
+    )[0]
+
+  return gradient
 
 
 @pytest.mark.slow
@@ -186,6 +193,7 @@ def test_later_items_change_no_bit_of_a_gradient(sees, negatives):
   data = simulation.dataset
   items = np.zeros(simulation.max_items, np.int32)
   items[: len(data.sequence(8))] = data.sequence(8)
+  gradient = gradient_of(simulation)
   # Window and targets of the step are among the first 10 items; the memory has
   # some of them and later ones.
   kept = [items[0], items[2], items[3]]
@@ -193,12 +201,10 @@ def test_later_items_change_no_bit_of_a_gradient(sees, negatives):
   negative = jnp.arange(40, 45)
   if negatives == 'per_sample':
     negative = jnp.broadcast_to(negative, (6, 5))
-  one = gradient(
-    simulation, jnp.array(items), memory_of([*kept, *later]), negative
-  )
+  one = gradient(jnp.array(items), memory_of([*kept, *later]), negative)
   items[15:19] = [50, 51, 52, 53]
   other = gradient(
-    simulation, jnp.array(items), memory_of([*kept, 50, 51, 52, 53]), negative
+    jnp.array(items), memory_of([*kept, 50, 51, 52, 53]), negative
   )
   same = all(
     np.array_equal(a, b)
@@ -206,9 +212,7 @@ def test_later_items_change_no_bit_of_a_gradient(sees, negatives):
   )
   assert same == (sees == 'past')
   # Earlier ones do matter.
-  emptier = gradient(
-    simulation, jnp.array(items), memory_of([50, 51, 52, 53]), negative
-  )
+  emptier = gradient(jnp.array(items), memory_of([50, 51, 52, 53]), negative)
   assert any(
     not np.array_equal(a, b)
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(emptier))

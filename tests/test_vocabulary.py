@@ -90,8 +90,9 @@ def look_up_failures(monkeypatch, **changes):
   'changes',
   [
     {'local_epochs': 2, 'negatives': 'per_sample'},
-    {'objective': 'last', 'batch_size': 2, 'max_local_steps': 2},
-    {'profile': 'history', 'experts': 'none'},
+    {'objective': 'last', 'batch_size': 2, 'max_local_steps': 2}
+    | small.ONE_EXPERT,
+    {'profile': 'history'} | small.PLAIN,
   ],
   ids=str,
 )
@@ -110,7 +111,7 @@ def test_a_look_up_of_a_stranger_is_found(monkeypatch):
   )
   assert all(
     'a stranger' in told
-    for told in look_up_failures(monkeypatch, experts='none')
+    for told in look_up_failures(monkeypatch, **small.PLAIN)
   )
 
 
@@ -172,7 +173,8 @@ def test_weighted_deltas_land_on_their_items():
 )
 def test_sgd_trains_the_same_on_touched_rows(changes):
   """Without weight decay, whatever bounds the rows."""
-  changes = dict(client_optimizer='sgd', client_learning_rate=0.1, **changes)
+  changes |= dict(small.ONE_EXPERT, client_optimizer='sgd')
+  changes['client_learning_rate'] = 0.1
   simulation, local = rounds(vocabulary='local', **changes)
   _, dense = rounds(vocabulary='dense', **changes)
   moved = np.abs(
@@ -197,7 +199,7 @@ def test_sgd_trains_the_same_on_touched_rows(changes):
 def test_rows_that_no_step_touches_stay(changes):
   """Also where the optimizer would move all rows: decay, moments, FedProx."""
   simulation, state = rounds(
-    1, client_fraction=0.1, vocabulary='local', **changes
+    1, **small.PLAIN, client_fraction=0.1, vocabulary='local', **changes
   )
   start = simulation.init_state().server.params['item_embedding']
   moved = np.any(state.server.params['item_embedding'] != start, axis=1)
@@ -231,7 +233,7 @@ def test_local_rows_are_fewer_than_the_catalogue():
 
 @pytest.mark.slow
 def test_padding_clients_change_nothing():
-  simulation, _ = rounds(0, vocabulary='local')
+  simulation, _ = rounds(0, vocabulary='local', **small.ONE_EXPERT)
 
   def run(cohort):
     return simulation.run_round(
