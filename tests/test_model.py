@@ -429,6 +429,8 @@ def test_a_recent_start_is_the_mean_of_the_last_items_by_hand():
   for name in ('query', 'key'):  # only distance tells entries apart
     params['backbone']['block_0'][name]['kernel'] *= 0
   params['item_embedding'] = params['item_embedding'].at[window].set(x)
+  # A weakly typed parameter would have the second round compile once more.
+  assert not any(x.aval.weak_type for x in jax.tree.leaves(params))
   states = apply.func({'params': params}, window, catalogue, method='encode')
   np.testing.assert_allclose(states[-1], expected, rtol=1e-3, atol=1e-3)
 

@@ -316,6 +316,26 @@ def test_a_noisy_sketch_is_content_and_part_of_the_plan():
   assert noisy.catalogue.content[1:, -4:].any()
 
 
+@pytest.mark.parametrize(
+  'population, rounds, noise',
+  # 50 of 100 clients a cohort, 500 of the others.
+  [(0, 1, 0.2), (0, 2, 0.2), (500, 2, 0.4), (500, 1, 0.2), (4000, 9, 0.05)],
+)
+def test_noise_on_the_sketch_is_scaled_by_who_is_asked(
+  population, rounds, noise
+):
+  plan = privacy.of(
+    config(
+      privacy='gaussian,noise_multiplier=2,sketch_noise=2,cohort=500,'
+      f'population={population}',
+      item_embedding='content_plus_id,collaborative_dim=4,'
+      f'collaborative_rounds={rounds}',
+    ),
+    100,
+  )
+  assert plan.sketch_noise == pytest.approx(noise)
+
+
 def test_an_assumed_cohort_scales_the_noise():
   real = privacy.of(config(privacy='gaussian,noise_multiplier=2'), 100)
   large = privacy.of(

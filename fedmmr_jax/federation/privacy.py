@@ -367,6 +367,7 @@ class Plan:
     count_noise: standard deviation of the noise on the number of unclipped
       clients of a cohort of `schedule`, each group's; 0 without adaptation.
     frozen: names of groups that nobody trains.
+    sketch_rounds: how many cohorts are asked for the sketch.
   """
 
   mechanism: Clipping
@@ -378,6 +379,7 @@ class Plan:
   noise_multiplier: float
   count_noise: float
   frozen: tuple[str, ...]
+  sketch_rounds: int = 1
 
   @property
   def is_assumed(self) -> bool:
@@ -392,8 +394,14 @@ class Plan:
 
   @property
   def sketch_noise(self) -> float:
-    """Standard deviation of the noise on the sketch, see the function."""
-    return min(self.schedule.asked_before, default=0.0) * self._scale
+    """Standard deviation of the noise on the sketch, see the function. No
+    client is asked twice, so that who asks more cohorts than there are asks
+    everybody, here or there."""
+    here = min(self.cohort * self.sketch_rounds, self.clients)
+    there = min(
+      self.schedule.cohort * self.sketch_rounds, self.schedule.population
+    )
+    return min(self.schedule.asked_before, default=0.0) * here / there
 
   def transform(self) -> ClipUpdates:
     """What clips."""
@@ -499,6 +507,7 @@ def of(config: RunConfig, clients: int) -> Plan | None:
     schedule.cohort / 20 if mechanism.quantile and noise else 0.0,
     # What stays with the clients gets no noise at the server either.
     config.client.frozen_groups + config.federation.personal_groups,
+    getattr(config.model.item_embedding, 'collaborative_rounds', 1),
   )
   counts = len(mechanism.bounds) + 1
   if plan.count_noise and 2 * plan.count_noise <= noise * counts**0.5:

@@ -37,7 +37,8 @@ def _recent(key, shape) -> jax.Array:
   """[heads, L] −slope · distance, one slope: each head has other directions of
   the same items."""
   del key
-  return jnp.broadcast_to(-_SLOPE * jnp.arange(shape[1]), shape)
+  distance = jnp.arange(shape[1], dtype=jnp.float32)
+  return jnp.broadcast_to(-_SLOPE * distance, shape)
 
 
 class Start(NamedTuple):
