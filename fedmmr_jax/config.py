@@ -931,7 +931,8 @@ class ModelConfig(_Settings):
     "mean of the window's items, the last ones first (models/sasrec.py), with "
     '`positions=relative`',
     choices=('random', 'recency'),
-    evidence=NOT_MEASURED,
+    evidence='recency, with privacy, one run: full NDCG@10 0.099 against 0.081 '
+    'after 20 rounds; without privacy not measured; docs/notebook.md',
   )
   profile: Off | HistoryProfile = _choice(
     (Off, HistoryProfile),
