@@ -265,10 +265,15 @@ def _history_lines(model: ModelConfig) -> list[str]:
   lines = []
   start = model.item_embedding
   if isinstance(start, ContentInit) and start.collaborative_dim:
+    of = (
+      f' of the {start.collaborative_items} items that most have'
+      if start.collaborative_items
+      else ''
+    )
     lines.append(
       f'items      {start.collaborative_dim} of {model.hidden_dim} '
-      'directions of their content are co-occurrence, sketched before round 1 '
-      f'by {start.collaborative_rounds} cohorts'
+      f'directions of their content are co-occurrence{of}, sketched before '
+      f'round 1 by {start.collaborative_rounds} cohorts'
     )
   if model.profile:
     lines.append(

@@ -914,7 +914,9 @@ class ModelConfig(_Settings):
     '+0.0076]; collaborative_dim=32: +0.0032 [-0.0018, +0.0082]; '
     'id_dropout=0.2: -0.0026 [-0.0101, +0.0048], for new items (cold_items); '
     'shrinkage=1 against 0.1: -0.0006 [-0.0015, +0.0001], on Amazon Beauty, '
-    'validation, against 0: +0.0016 [+0.0005, +0.0026]; docs/results.md',
+    'validation, against 0: +0.0016 [+0.0005, +0.0026]; docs/results.md. '
+    'collaborative_window, collaborative_items, collaborative_columns and '
+    'row_noise: with privacy alone, docs/notebook.md',
   )
   positions: str = _field(
     'absolute',
