@@ -357,6 +357,26 @@ class SimilarityForm(ExpertForm):
 
 
 @dataclasses.dataclass(frozen=True)
+class AbsolutePositions(Part):
+  """An embedding of each position."""
+
+  name = 'absolute'
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativePositions(Part):
+  """A bias for each head and distance."""
+
+  name = 'relative'
+  start: str = _field(
+    'random',
+    'what the backbone is before training; random: Xavier matrices; recency: '
+    "the mean of the window's items, the last ones first (models/sasrec.py)",
+    choices=('random', 'recency'),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class HistoryProfile(Part):
   """A long-term profile of the items outside the window."""
 
@@ -918,23 +938,14 @@ class ModelConfig(_Settings):
     'collaborative_window, collaborative_items, collaborative_columns and '
     'row_noise: with privacy alone, docs/notebook.md',
   )
-  positions: str = _field(
-    'absolute',
+  positions: Part = _choice(
+    (AbsolutePositions, RelativePositions),
     'how attention knows of order; absolute: an embedding of each '
     'position (the original); relative: a trained bias for each head and '
     'distance, which at the start prefers what is recent',
-    choices=('absolute', 'relative'),
     evidence='relative: full NDCG@10 +0.0037 [-0.0008, +0.0081]; '
-    'docs/results.md',
-  )
-  backbone_init: str = _field(
-    'random',
-    'what the backbone is before training; random: the original; recency: the '
-    "mean of the window's items, the last ones first (models/sasrec.py), with "
-    '`positions=relative`',
-    choices=('random', 'recency'),
-    evidence='recency, with privacy, one run: full NDCG@10 0.099 against 0.081 '
-    'after 20 rounds; without privacy not measured; docs/notebook.md',
+    'docs/results.md. start=recency, with privacy, one run: 0.099 against '
+    '0.081 after 20 rounds; without privacy not measured; docs/notebook.md',
   )
   profile: Off | HistoryProfile = _choice(
     (Off, HistoryProfile),
@@ -1434,11 +1445,6 @@ class RunConfig(_Settings):
       raise UserError(
         f'`hidden_dim={m.hidden_dim}` is not a multiple of '
         f'`num_heads={m.num_heads}`'
-      )
-    if m.backbone_init == 'recency' and m.positions != 'relative':
-      raise UserError(
-        '`backbone_init=recency` needs `positions=relative`: it is a bias of '
-        'distances'
       )
     form = m.expert_form
     if isinstance(form, AttentionForm) and m.hidden_dim % form.heads:

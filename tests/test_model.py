@@ -376,7 +376,7 @@ def test_scaled_features_keep_missing_rows_and_mean_nothing(scaling, width):
 
 
 def relative():
-  return build(dataclasses.replace(CONFIG, positions='relative'))
+  return build(small.config(dropout=0.0, positions='relative').model)
 
 
 def test_relative_positions_have_biases_and_no_embeddings():
@@ -416,7 +416,7 @@ def test_relative_positions_do_not_depend_on_padding():
 
 def test_a_recent_start_is_the_mean_of_the_last_items_by_hand():
   _, catalogue, apply, params = build(
-    dataclasses.replace(CONFIG, positions='relative', backbone_init='recency')
+    small.config(dropout=0.0, positions='relative,start=recency').model
   )
   window = jnp.array([0, 2, 3, 4, 5, 6])
   x = np.asarray(params['item_embedding'])[np.asarray(window)]
@@ -435,15 +435,10 @@ def test_a_recent_start_is_the_mean_of_the_last_items_by_hand():
   np.testing.assert_allclose(states[-1], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_recent_start_needs_distances():
-  message = small.error_of(lambda: small.config(backbone_init='recency'))
-  assert '`backbone_init=recency` needs `positions=relative`' in message
-
-
 @pytest.mark.parametrize('positions', ['absolute', 'relative'])
 def test_a_shorter_window_gives_what_the_padded_one_gives(positions):
   _, catalogue, apply, _ = build(
-    dataclasses.replace(CONFIG, positions=positions)
+    small.config(dropout=0.0, positions=positions).model
   )
   length = CONFIG.max_seq_len
   items = jnp.array([7, 2, 5])

@@ -1,8 +1,8 @@
 """SASRec backbone (Kang & McAuley 2018, "Self-Attentive Sequential
 Recommendation", ICDM), post-norm form, written for one window.
 
-With `backbone_init=recency` it starts as what it is for: the first block's
-attention hands on a mean of the window's item embeddings, weighted by
+With `positions=relative,start=recency` it starts as what it is for: the first
+block's attention hands on a mean of the window's item embeddings, weighted by
 e^(−distance / 4), and every other branch starts at 0, as in ReZero (Bachlechner
 et al. 2021, "ReZero is all you need: fast convergence at large depth", UAI). So
 the untrained model ranks what is near the last items in the item table; one of
