@@ -45,12 +45,14 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 
 # Their tests take longest: who began such a file last would end alone.
 _LONGEST = (
+  'test_flower.py',
   'test_personal.py',
   'test_warm_start.py',
   'test_cli.py',
   'test_federation.py',
   'test_supervision.py',
   'test_kill.py',
+  'test_stress.py',
   'test_audit.py',
   'test_vocabulary.py',
   'test_profile.py',
