@@ -938,7 +938,7 @@ class ModelConfig(_Settings):
     'collaborative_window, collaborative_items, collaborative_columns and '
     'row_noise: with privacy alone, docs/notebook.md',
   )
-  positions: Part = _choice(
+  positions: AbsolutePositions | RelativePositions = _choice(
     (AbsolutePositions, RelativePositions),
     'how attention knows of order; absolute: an embedding of each '
     'position (the original); relative: a trained bias for each head and '

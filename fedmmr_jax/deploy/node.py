@@ -43,7 +43,13 @@ from fedmmr_jax.data import formats, selection, sources
 from fedmmr_jax.data import load as load_lib
 from fedmmr_jax.data.dataset import ClientData, Dataset, FederatedData
 from fedmmr_jax.deploy import catalogue as catalogue_lib
-from fedmmr_jax.deploy.parcel import pack, Parcel, unpack
+from fedmmr_jax.deploy.parcel import (
+  pack,
+  pack_rows,
+  Parcel,
+  unpack,
+  unpack_rows,
+)
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import popularity, ranking
 from fedmmr_jax.evaluation.ranking import Targets
@@ -158,8 +164,7 @@ class Node:
     counts = collaborative.count(
       dataset, _places(dataset, asked.facts['clients'])
     )
-    rows = np.flatnonzero(counts)
-    return Parcel({}, {'rows': rows.astype(np.int32), 'counts': counts[rows]})
+    return Parcel({}, pack_rows('counts', counts))
 
   def _sketch(self, federation, place, asked) -> Parcel:
     config, dataset = self._data_of(federation, place)
@@ -168,8 +173,7 @@ class Node:
       config, asked.facts['taking_part'], dataset.num_rows
     )
     if start.collaborative_items:
-      counts = np.zeros(dataset.num_rows)
-      counts[asked.arrays['rows']] = asked.arrays['counts']
+      counts = unpack_rows(asked.arrays, 'counts', np.zeros(dataset.num_rows))
       probe = collaborative.of_frequent(
         probe, counts, start.collaborative_items
       )
@@ -177,8 +181,7 @@ class Node:
     total = collaborative.sketch(
       dataset, clients, probe, start.collaborative_window
     )
-    rows = np.flatnonzero(total.any(axis=1))
-    return Parcel({}, {'rows': rows.astype(np.int32), 'sketched': total[rows]})
+    return Parcel({}, pack_rows('sketched', total))
 
   def _set_up(self, federation, place, asked) -> Parcel:
     plan = _read_plan(place)
@@ -190,8 +193,7 @@ class Node:
     _, dataset = self._data_of(federation, place)
     clients = np.array(list(_places(dataset, asked.facts['counted'])), int)
     counts = popularity.training_counts(dataset, clients)
-    rows = np.flatnonzero(counts)
-    return Parcel({}, {'rows': rows.astype(np.int32), 'counts': counts[rows]})
+    return Parcel({}, pack_rows('counts', counts))
 
   def _train(self, federation, place, asked) -> Parcel:
     if 'max_items' not in _read_plan(place):

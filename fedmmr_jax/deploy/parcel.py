@@ -65,3 +65,24 @@ def unpack(arrays: dict[str, np.ndarray], like: Any, what: str) -> Any:
     return found
 
   return jax.tree_util.tree_map_with_path(take, like)
+
+
+def pack_rows(name: str, whole: np.ndarray) -> dict[str, np.ndarray]:
+  """The rows of an array, [V] or [V, n], that are not 0, and their numbers."""
+  rows = np.flatnonzero(whole.reshape(len(whole), -1).any(axis=1))
+  return {'rows': rows.astype(np.int32), name: whole[rows]}
+
+
+def unpack_rows(
+  arrays: dict[str, np.ndarray], name: str, like: np.ndarray
+) -> np.ndarray:
+  """An array as `like` whose rows were packed; the others are 0.
+
+  Raises:
+    ValueError: a number is NaN or infinite, or the rows are of another array.
+  """
+  found = np.zeros_like(like)
+  np.add.at(found, arrays['rows'], arrays[name])
+  if not np.isfinite(found).all():
+    raise ValueError(f'{name} is NaN or infinite')
+  return found

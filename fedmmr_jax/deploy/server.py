@@ -38,7 +38,13 @@ from fedmmr_jax.data import features as features_lib
 from fedmmr_jax.data.dataset import taking_part
 from fedmmr_jax.deploy import node as node_lib
 from fedmmr_jax.deploy.catalogue import SharedCatalogue
-from fedmmr_jax.deploy.parcel import pack, Parcel, unpack
+from fedmmr_jax.deploy.parcel import (
+  pack,
+  pack_rows,
+  Parcel,
+  unpack,
+  unpack_rows,
+)
 from fedmmr_jax.errors import UserError
 from fedmmr_jax.evaluation import ranking
 from fedmmr_jax.federation import collaborative, devices, rejection
@@ -410,7 +416,9 @@ class Server:
         )
         for node, clients in asked.items()
       }
-      answers = self._exchange(kind, parcels, lambda x: _spread(x, name, like))
+      answers = self._exchange(
+        kind, parcels, lambda x: unpack_rows(x.arrays, name, like)
+      )
       return answers, sum(
         (answers[n] for n in sorted(answers)), np.zeros_like(like)
       )
@@ -421,8 +429,7 @@ class Server:
       probe = collaborative.of_frequent(
         probe, counts, start.collaborative_items
       )
-      rows = np.flatnonzero(probe.any(axis=1))
-      told = {'rows': rows.astype(np.int32), 'counts': counts[rows]}
+      told = pack_rows('counts', counts * probe.any(axis=1))
     answers, total = collected('sketch', 'sketched', probe, told)
     self._say(
       f'sketch of {sum(len(asked[node]) for node in answers)} of '
@@ -464,7 +471,7 @@ class Server:
     }
     none = np.zeros(self._simulation.model.num_rows, int)
     answers = self._exchange(
-      'setup', parcels, lambda x: _spread(x, 'counts', none)
+      'setup', parcels, lambda x: unpack_rows(x.arrays, 'counts', none)
     )
     self._ready |= set(answers)
     if wanted and answers:
@@ -800,15 +807,6 @@ def _fault(update: ClientUpdate, longest: jax.Array | None) -> str | None:
 
 
 _faults = jax.jit(rejection.faults)
-
-
-def _spread(answer: Parcel, name: str, like: np.ndarray) -> np.ndarray:
-  """An array as `like`, of an answer's rows; ValueError if it has no such."""
-  found = np.zeros_like(like)
-  np.add.at(found, answer.arrays['rows'], answer.arrays[name])
-  if not np.isfinite(found).all():
-    raise ValueError(f'{name} is NaN or infinite')
-  return found
 
 
 def _no_sums(program: RoundProgram, params) -> Any:

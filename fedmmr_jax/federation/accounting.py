@@ -44,8 +44,8 @@ class Schedule(NamedTuple):
     cohort: clients of a cohort, of `poisson` expected.
     separation: rounds from one turn of a client to the next at the least.
     asked_before: standard deviation of the noise on each sum to which every
-      client adds once before round 1 (the sketch, and the counts it begins
-      with), over the bound on what it adds.
+      client adds once before round 1 (the sketch, then the counts that it
+      begins with), over the bound on what it adds.
   """
 
   sampling: str

@@ -181,8 +181,7 @@ def _has_row(probe) -> np.ndarray:
 
 
 def _history(dataset, client) -> np.ndarray:
-  start = dataset.offsets[client]
-  return dataset.items[start : start + dataset.num_train[client]]
+  return dataset.sequence(client)[: dataset.num_train[client]]
 
 
 def sketch(

@@ -401,7 +401,7 @@ class Plan:
     there = min(
       self.schedule.cohort * self.sketch_rounds, self.schedule.population
     )
-    return min(self.schedule.asked_before, default=0.0) * here / there
+    return next(iter(self.schedule.asked_before), 0.0) * here / there
 
   def transform(self) -> ClipUpdates:
     """What clips."""

@@ -21,12 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from fedmmr_jax.config import (
-  ContentPlusId,
-  Gated,
-  ModelConfig,
-  RelativePositions,
-)
+from fedmmr_jax.config import ContentPlusId, Gated, ModelConfig
 from fedmmr_jax.models import content as content_lib
 from fedmmr_jax.models import layers
 from fedmmr_jax.models.experts import Entries, MemoryView, Modality, TEXT
@@ -150,8 +145,7 @@ class FedDMMR(nn.Module):
       c.max_seq_len,
       c.dropout,
       c.embedding_init_std,
-      isinstance(c.positions, RelativePositions),
-      getattr(c.positions, 'start', 'random') == 'recency',
+      c.positions,
     )
     if c.profile:
       self.profile_expert = ProfileExpert(c.hidden_dim, c.dropout)

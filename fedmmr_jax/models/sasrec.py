@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fedmmr_jax.config import AbsolutePositions, RelativePositions
 from fedmmr_jax.models import layers
 
 # A recent start: how much of the mean is added to the last item, and how fast
@@ -136,13 +137,7 @@ class SASRec(nn.Module):
   max_seq_len: int
   dropout: float
   embedding_init_std: float
-  relative_positions: bool = False
-  starts_recent: bool = False
-
-  def _start(self, block: int) -> Start:
-    if not self.starts_recent:
-      return RANDOM
-    return NOTHING if block else RECENT_MEAN
+  positions: AbsolutePositions | RelativePositions
 
   @nn.compact
   def __call__(
@@ -164,7 +159,12 @@ class SASRec(nn.Module):
       [L, D] states, or [1, D] with `last_only`: the sequence representation.
     """
     x = embedded
-    if not self.relative_positions:
+    num_distances, first, others = 0, RANDOM, RANDOM
+    if isinstance(self.positions, RelativePositions):
+      num_distances = self.max_seq_len
+      if self.positions.start == 'recency':
+        first, others = RECENT_MEAN, NOTHING
+    else:
       positions = self.param(
         'position_embedding',
         nn.initializers.normal(self.embedding_init_std),
@@ -177,8 +177,8 @@ class SASRec(nn.Module):
         self.hidden_dim,
         self.num_heads,
         self.dropout,
-        self.max_seq_len if self.relative_positions else 0,
-        self._start(i),
+        num_distances,
+        others if i else first,
         name=f'block_{i}',
       )
       x = block(
