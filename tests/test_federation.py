@@ -16,6 +16,7 @@ from fedmmr_jax.data.dataset import client_view
 from fedmmr_jax.federation import round as round_lib
 from fedmmr_jax.federation import server as server_lib
 from fedmmr_jax.federation.aggregators import FedAvg, WeightedSum
+from fedmmr_jax.models import sasrec
 from tests import parity, small
 
 PRESETS = pathlib.Path(__file__).parents[1] / 'experiments' / 'presets'
@@ -178,6 +179,25 @@ def test_the_second_round_compiles_nothing(simulation):
   # Other clients, other lengths, other steps: the same program.
   run(simulation, [[7, 1], [6, 4]], state, 2)
   assert small.compiled_rounds() == compiled
+
+
+def test_no_parameter_starts_weakly_typed(monkeypatch):
+  """It would be another type after round 1, which the second compiles for."""
+
+  def weak(key, shape):
+    return jnp.broadcast_to(-0.5 * jnp.arange(shape[1]), shape)
+
+  assert weak(None, (2, 6)).weak_type
+  monkeypatch.setattr(
+    sasrec, 'RANDOM', sasrec.RANDOM._replace(distance_embedding=weak)
+  )
+  state = small.simulation(**small.PLAIN, positions='relative').init_state()
+  params = state.server.params
+  np.testing.assert_array_equal(
+    params['backbone']['block_0']['distance_embedding'],
+    weak(None, (2, small.config().model.max_seq_len)),
+  )
+  assert not any(x.weak_type for x in jax.tree.leaves(state.server))
 
 
 def test_the_same_seed_gives_the_same_bits(simulation):

@@ -115,6 +115,9 @@ def init(
   params = jax.jit(partial(model.init, method='initialise'))(key, catalogue)[
     'params'
   ]
+  # A weakly typed parameter (a Python number times `arange`, in a part of
+  # anybody's) would have the second round compile once more.
+  params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
   start = config.model.item_embedding
   if isinstance(start, ContentInit):
     # The model's parameters are drawn from what Flax derives of the key and
