@@ -8,13 +8,15 @@ from typing import Any, Sequence
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 
+_FOLDER = importlib.resources.files('experiments') / 'presets'
+
 
 def preset(name: str, **changes: Any) -> RunConfig:
   """The settings of a preset, with some of them changed.
 
   Args:
     name: a file of `experiments/presets` without `.flags`: 'recommended',
-      'paper', 'synthetic'.
+      'light', 'private', 'paper', 'synthetic'.
     **changes: settings by flag name, as values or as text; a part replaces the
       preset's whole part.
 
@@ -26,21 +28,16 @@ def preset(name: str, **changes: Any) -> RunConfig:
   >>> preset('synthetic', memory='recent,capacity=40').memory.capacity
   40
   """
-  folder = importlib.resources.files('experiments') / 'presets'
-  file = folder / f'{name}.flags'
+  file = _FOLDER / f'{name}.flags'
   if not file.is_file():
     names = sorted(
       path.name.removesuffix('.flags')
-      for path in folder.iterdir()
+      for path in _FOLDER.iterdir()
       if path.name.endswith('.flags')
     )
     raise UserError(f'there is no preset {name!r}; one of {", ".join(names)}')
-  texts = dict(
-    line.removeprefix('--').partition('=')[::2]
-    for line in map(str.strip, file.read_text('utf-8').splitlines())
-    if line.startswith('--')
-  )
-  return RunConfig.from_flat_dict(texts | changes).validate()
+  settings = _settings([f'--flagfile={file}'])
+  return RunConfig.from_flat_dict(settings | changes).validate()
 
 
 def of_command_line(text: str, **defaults: Any) -> RunConfig:
@@ -81,8 +78,8 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _flagfile(name: str) -> str:
-  own = importlib.resources.files('experiments') / 'presets'
-  for file in (pathlib.Path(name).expanduser(), own / pathlib.Path(name).name):
+  path = pathlib.Path(name)
+  for file in (path.expanduser(), _FOLDER / path.name):
     if file.is_file():
       return file.read_text('utf-8')
   raise UserError(f'{name}: no such file')

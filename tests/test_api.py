@@ -401,11 +401,16 @@ def test_a_preset_with_changes():
   config = fm.preset('recommended', data_dir='x', hidden_dim=64)
   assert config.model.hidden_dim == 64
   assert config.server.aggregator == 'fednova'
-  assert config.model.item_embedding.collaborative_dim == 32
+  assert config.model.item_embedding.collaborative_dim == 64
   changed = fm.preset(
     'recommended', data_dir='x', item_embedding='content_init'
   )
   assert changed.model.item_embedding.collaborative_dim == 0
+  # Presets that build on another stand alone.
+  light = fm.preset('light', data_dir='x')
+  assert light.server.aggregator == 'fednova'
+  assert light.client.num_negatives == 800
+  assert fm.preset('private', data_dir='x').server.aggregator == 'fedavg'
   assert 'no preset' in small.error_of(fm.preset, 'nothing')
   with pytest.raises(fm.UserError, match='unknown setting'):
     fm.preset('paper', nothing=1)
