@@ -3,12 +3,14 @@
 import importlib.resources
 import pathlib
 import shlex
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from fedmmr_jax.config import RunConfig
 from fedmmr_jax.errors import UserError
 
-_FOLDER = importlib.resources.files('experiments') / 'presets'
+_FOLDER = pathlib.Path(
+  str(importlib.resources.files('experiments') / 'presets')
+)
 
 
 def preset(name: str, **changes: Any) -> RunConfig:
@@ -28,15 +30,15 @@ def preset(name: str, **changes: Any) -> RunConfig:
   >>> preset('synthetic', memory='recent,capacity=40').memory.capacity
   40
   """
-  file = _FOLDER / f'{name}.flags'
-  if not file.is_file():
+  if not (_FOLDER / f'{name}.flags').is_file():
     names = sorted(
       path.name.removesuffix('.flags')
       for path in _FOLDER.iterdir()
       if path.name.endswith('.flags')
     )
     raise UserError(f'there is no preset {name!r}; one of {", ".join(names)}')
-  settings = _settings([f'--flagfile={file}'])
+  # One of the same name where the program was started is not this one.
+  settings = _settings([f'--flagfile={name}.flags'], _own)
   return RunConfig.from_flat_dict(settings | changes).validate()
 
 
@@ -58,28 +60,34 @@ def of_command_line(text: str, **defaults: Any) -> RunConfig:
     ...
   fedmmr_jax.errors.UserError: unknown setting 'nosuch'
   """
-  settings = defaults | _settings(shlex.split(text))
+  settings = defaults | _settings(shlex.split(text), _given_or_own)
   return RunConfig.from_flat_dict(settings).validate()
 
 
-def _settings(words: Sequence[str]) -> dict[str, Any]:
-  """Name -> text or, of a flag alone, True."""
+def _settings(
+  words: Sequence[str], find: Callable[[str], pathlib.Path]
+) -> dict[str, Any]:
+  """Name -> text or, of a flag alone, True; `find` says which file a flagfile,
+  also one within another, is."""
   found: dict[str, Any] = {}
   for word in words:
     if not word.startswith('--'):
       raise UserError(f'{word!r} is no flag; write --name=value')
     name, equals, value = word.removeprefix('--').partition('=')
     if name == 'flagfile':
-      lines = map(str.strip, _flagfile(value).splitlines())
-      found |= _settings([x for x in lines if x.startswith('--')])
+      lines = map(str.strip, find(value).read_text('utf-8').splitlines())
+      found |= _settings([x for x in lines if x.startswith('--')], find)
     else:
       found[name] = value if equals else True
   return found
 
 
-def _flagfile(name: str) -> str:
-  path = pathlib.Path(name)
-  for file in (path.expanduser(), _FOLDER / path.name):
+def _own(name: str) -> pathlib.Path:
+  return _FOLDER / pathlib.Path(name).name
+
+
+def _given_or_own(name: str) -> pathlib.Path:
+  for file in (pathlib.Path(name).expanduser(), _own(name)):
     if file.is_file():
-      return file.read_text('utf-8')
+      return file
   raise UserError(f'{name}: no such file')

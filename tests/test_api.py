@@ -406,14 +406,21 @@ def test_a_preset_with_changes():
     'recommended', data_dir='x', item_embedding='content_init'
   )
   assert changed.model.item_embedding.collaborative_dim == 0
-  # Presets that build on another stand alone.
+  assert 'no preset' in small.error_of(fm.preset, 'nothing')
+  with pytest.raises(fm.UserError, match='unknown setting'):
+    fm.preset('paper', nothing=1)
+
+
+def test_a_preset_that_builds_on_another_stands_alone(tmp_path, monkeypatch):
+  # Not on a file of the same name where the program happens to be started.
+  other = tmp_path / 'experiments' / 'presets' / 'recommended.flags'
+  other.parent.mkdir(parents=True)
+  other.write_text('--aggregator=fedavg\n')
+  monkeypatch.chdir(tmp_path)
   light = fm.preset('light', data_dir='x')
   assert light.server.aggregator == 'fednova'
   assert light.client.num_negatives == 800
   assert fm.preset('private', data_dir='x').server.aggregator == 'fedavg'
-  assert 'no preset' in small.error_of(fm.preset, 'nothing')
-  with pytest.raises(fm.UserError, match='unknown setting'):
-    fm.preset('paper', nothing=1)
 
 
 def test_a_recommendation_compiles_once():
